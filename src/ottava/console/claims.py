@@ -1,0 +1,323 @@
+"""What a run shows, claim by claim, each with its level and the way to check it again.
+
+The levels are never mixed. proven: bytes are equal. measured: a number with what it was held
+against. rehearsal: something stood in for what is not here. extrapolated: figures from elsewhere.
+A claim that turned out false is stated as loudly as one that held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ottava.console.words import interval, listed, percent, plural, scientific, seconds, short
+
+Content = Mapping[str, Any]
+LEVELS = ("proven", "measured", "rehearsal", "extrapolated")
+NO_CHIP = "no NPU, GPU or vendor library took part, so nothing is shown of the chip (evidence levels L0 to L4: none)"
+
+
+def evidence(content: Content) -> list[dict[str, Any]]:
+    """Rows {claim, how, level, holds, check}. holds: None where there is nothing to fail; check: a command or None.
+
+    Commands are to be run in the run's folder; RECIPE is the file that the run was made from.
+    """
+    sections = (_qualified, _labelled, _moved, _weighed, _answered, _served, _rehearsed, _priced)
+    return [row for section in sections for row in section(content)]
+
+
+def _row(level: str, claim: str, how: str, holds: bool | None = None, check: str | None = None) -> dict[str, Any]:
+    assert level in LEVELS, level
+    return {"claim": claim, "how": how, "level": level, "holds": holds, "check": check}
+
+
+def _artifact(content: Content, stage: str) -> str:
+    return next((str(row["artifact"]) for row in content["stages"] if row["name"] == stage), "")
+
+
+def _qualified(content: Content) -> Iterator[dict[str, Any]]:
+    qualify = content["qualify"]
+    if qualify is None:
+        return
+    file = f"cat {_artifact(content, 'qualify')}/qualification.json"
+    pools = qualify["pools"]
+    missing = [name for name in pools if name not in qualify["passed"]]
+    yield _row(
+        "measured",
+        "Every pool may carry the run" if not missing else f"Not qualified, and left out: {listed(missing)}",
+        "matrix products against float64 and an a-priori error bound; sums over workers exact on integers; bandwidth, "
+        "stragglers, memory and disk against the recipe's limits" + "".join(f"; {r}" for r in qualify["reasons"]),
+        not missing,
+        file,
+    )
+    if len(pools) > 1:
+        classes = ", ".join(f"{name} {pool['numerics_class']}" for name, pool in pools.items())
+        differ = bool(qualify["classes_differ"])
+        claim = "The pools round differently" if differ else "The pools compute the same bits: moving changes nothing"
+        yield _row("measured", claim, f"hash of one layer's loss and gradients in each pool: {classes}", None, file)
+
+
+def _labelled(content: Content) -> Iterator[dict[str, Any]]:
+    labels = content["labels"]
+    if labels is None:
+        return
+    where = _artifact(content, "label")
+    stands_in = "oracle" in str(labels["annotator"])
+    yield _row(
+        "rehearsal" if stands_in else "measured",
+        f"At most {percent(labels['error_upper_95'])} of the {labels['cold_start']:,} traces are wrong (95% confidence)",
+        f"blind random audit of {labels['audited']}, {plural(labels['errors'] or 0, 'error')} found, Clopper-Pearson "
+        f"bound; judged by: {labels['annotator']}",
+        None if labels["max_error"] is None else labels["error_upper_95"] <= labels["max_error"],
+        f"cat {where}/certificate.json",
+    )
+    if labels["disjoint"] is not None:
+        yield _row(
+            "proven",
+            "No test problem, nor a sibling of one, is in the training data",
+            "the files were read back after they were written, and compared by problem family",
+            bool(labels["disjoint"]),
+            f"wc -l {where}/*.jsonl",
+        )
+
+
+def _moved(content: Content) -> Iterator[dict[str, Any]]:
+    training, move = content["training"], content["fallback"]
+    if move is not None and move["handoff_identical"] is not None:
+        yield from _move_rows(content, move)
+    if training is not None and training["replay_identical"] is not None:
+        yield _row(
+            "proven",
+            "Without the fault, the same schedule of pools ends in the same bytes" if move
+            else "The same run again ends in the same bytes",
+            f"the whole run was replayed; SHA-256 of the last state: {short(training['final_state'])} and "
+            f"{short(training['replayed_state'])}",
+            training["replay_identical"],
+            f"ottava run RECIPE --until train --out /tmp/again; diff {_artifact(content, 'train')}/proof.json "
+            "/tmp/again/artifacts/train-*/proof.json",
+        )  # fmt: skip
+
+
+def _move_rows(content: Content, move: Content) -> Iterator[dict[str, Any]]:
+    state = f"{_artifact(content, 'train')}/handoff.state"
+    yield _row(
+        "proven",
+        f"The state that arrived on {move['to']} is the state that left {move['from']}",
+        f"SHA-256 of weights, optimiser and router state, by the supervisor before ({short(move['before'])}) and by "
+        f"every worker after ({', '.join(short(d) for d in move['after'] or ()) or 'none'})",
+        move["handoff_identical"],
+        f'python -c "from pathlib import Path; from ottava.trainer.snapshot import load; '
+        f"print(load(Path('{state}')).digest)\"",
+    )
+    yield _row(
+        "proven",
+        f"{plural(move['lost_steps'], 'step')} lost in the move",
+        f"last step that a worker reported, against the step {move['at_step']} that was handed over; "
+        f"{seconds(move['seconds_without_a_step'])} passed without a step",
+        move["lost_steps"] == 0,
+        "grep train.fallback journal.jsonl",
+    )
+    yield _row(
+        "measured",
+        "The move drifts no further than rounding alone explains" if move["inside"]
+        else "The move drifts further than rounding alone explains",
+        f"{move['window']} steps on, against staying: {scientific(move['drift'])} relative; envelope "
+        f"{scientific(move['envelope'])} from {len(move['replicas'] or ())} replicas with the pools' measured difference "
+        "as noise (99% prediction limit)",
+        move["inside"],
+        f"cat {_artifact(content, 'train')}/proof.json",
+    )  # fmt: skip
+    yield _row(
+        "proven",
+        "One worker alone computes the very bits that the pool's workers did",
+        f"{move['window']} steps after the move were repeated by one process; its state is the same",
+        move["one_worker_identical"],
+        f"cat {_artifact(content, 'train')}/proof.json",
+    )
+
+
+def _weighed(content: Content) -> Iterator[dict[str, Any]]:
+    fp8 = content["fp8"]
+    if fp8 is None:
+        return
+    master = f"{_artifact(content, 'convert')}/model"
+    if fp8["on_grid"]:
+        again = f"ottava verify {_artifact(content, 'train')}/model {master}" if content["accuracy"] else None
+        how = "every weight is an E4M3 code times a power of two already; quantised and read back, its bits are the same"
+        yield _row("proven", "Conversion to UE8M0 FP8 changed no weight", how, True, again)
+    else:
+        yield _row("measured", "Conversion to UE8M0 FP8 rounded the weights", _rounding(fp8))
+    if fp8["digest_equal"] is not None:
+        names = list(fp8["layouts"] or ())
+        yield _row(
+            "proven",
+            f"The layouts {listed(names)} hold the same values",
+            f"each was written, read back, and digested by exact value: {short(fp8['digest'])}",
+            fp8["digest_equal"],
+            f"cat {_artifact(content, 'verify')}/verification.json",
+        )
+    if fp8["weights_identical"] is not None:
+        yield _row(
+            "proven",
+            "The master holds the values that were trained",
+            "digest of the exact value of every tensor, in the trained model and in the master",
+            fp8["weights_identical"],
+            f"ottava verify {_artifact(content, 'train')}/model {master}",
+        )
+
+
+def _rounding(fp8: Content) -> str:
+    parts = []
+    if fp8["sqnr_db"] is not None:
+        parts.append(f"signal to rounding noise {fp8['sqnr_db']:.1f} dB")
+    if (found := fp8["divergence"]) is not None:
+        span = f" ({percent(found['top1_low'])} to {percent(found['top1_high'])})" if "top1_low" in found else ""
+        parts.append(f"the same likeliest token at {percent(found['top1'])}{span} of {found['positions']:,} positions")
+        parts.append(f"KL {scientific(found['kl'])} nats")
+    return "against the source: " + ("; ".join(parts) or "not measured yet")
+
+
+def _answered(content: Content) -> Iterator[dict[str, Any]]:
+    accuracy, fp8 = content["accuracy"], content["fp8"]
+    if fp8 is not None and fp8["answers_identical"] is not None:
+        count = f" of {fp8['accuracy']['n']} problems thinking, and as many directly" if fp8["accuracy"] else ""
+        yield _row(
+            "proven",
+            "The master gives the trained model's answers, token by token",
+            f"digest over all generated ids{count}",
+            fp8["answers_identical"],
+            _evaluate(content, f"{_artifact(content, 'convert')}/model"),
+        )
+    for mode, name in (("thinking", "Thinking"), ("direct", "Answering directly"), ("direct_one_step", "")):
+        entry = (accuracy or {}).get(mode)
+        if entry is None:
+            continue
+        what = f"{name}, the model solves" if name else "Answering one-step problems directly, it solves"
+        yield _row(
+            "measured",
+            f"{what} {percent(entry['value'])} (95%: {interval(entry)})",
+            f"{entry['n']} test problems that training never saw, greedy decoding, Wilson interval",
+            None,
+            _evaluate(content, f"{_artifact(content, 'train')}/model"),
+        )
+
+
+def _evaluate(content: Content, model: str) -> str:
+    args = f"{{'model': '{model}', 'data': '{_artifact(content, 'label')}', 'task': 'chains'}}"
+    return f'python -c "from ottava.engine.evaluate import evaluate_folder; print(evaluate_folder({args}))"'
+
+
+def _served(content: Content) -> Iterator[dict[str, Any]]:
+    serve = content["serve"]
+    if serve is None:
+        return
+    modes = "with thinking on and off" if serve["thinking_ok"] is not None else "directly (it has no thinking switch)"
+    checks = [serve["thinking_ok"] is not False, serve["direct_ok"], serve["streamed"], serve["drained"]]
+    yield _row(
+        "measured",
+        f"The server answers {modes}, streams the same text, and drains without breaking a stream",
+        "a real server asked by the openai client; SIGTERM in mid-stream",
+        all(checks),
+        f"ottava serve {_artifact(content, 'convert')}/model",
+    )
+
+
+def _rehearsed(content: Content) -> Iterator[dict[str, Any]]:
+    for pool in content["fleet"]:
+        if pool["imitates"] is not None:
+            shows = NO_CHIP if pool["platform"] == "cpu" else "nothing is shown of the chip itself"
+            yield _row("rehearsal", f"The pool {pool['pool']} stands for {pool['imitates']}", f"{really(pool)}; {shows}")
+        elif pool["platform"] == "npu" and pool["chip"] is not None:
+            yield _row("measured", f"The pool {pool['pool']} is {pool['chip']}", "a real NPU: evidence level L4")
+
+
+def really(pool: Content) -> str:
+    """What a pool of the report's fleet is made of, in words."""
+    made = {"cpu": "CPU", "npu": "NPU", "cuda": "GPU"}.get(pool["platform"], pool["platform"])
+    using = f" using {pool['instruction_set']}" if pool["instruction_set"] else ""
+    return f"{pool['workers']} {made} {'process' if pool['workers'] == 1 else 'processes'}{using}"
+
+
+def _priced(content: Content) -> Iterator[dict[str, Any]]:
+    reference = (content["plan"] or {}).get("reference")
+    if reference:
+        yield _row(
+            "extrapolated",
+            f"What the same training costs on the fleet {reference['fleet']}",
+            f"{reference['method']}; not priced: {reference['not_priced']}",
+        )
+
+
+def verdict(content: Content) -> list[str]:
+    """The run in a few sentences, the most important first."""
+    said = [*_trouble(content), *_story(content)]
+    stand_ins = [f"{pool['pool']} for {pool['imitates']}" for pool in content["fleet"] if pool["imitates"]]
+    if stand_ins:
+        said.append(f"A rehearsal: processes stood in, {listed(stand_ins)}. Nothing here ran on those chips.")
+    return said
+
+
+def _trouble(content: Content) -> Iterator[str]:
+    for stage in content["stages"]:
+        message = f": {stage['message']}" if stage["message"] else ""
+        if stage["verdict"] is False:
+            yield f"The stage {stage['name']} says no: {stage['reason'] or 'see its claims below'}."
+        elif stage["status"] == "running":
+            yield f"The run is at {stage['name']} ({stage['progress']:.0%}){message}."
+        elif stage["status"] in ("failed", "interrupted", "altered"):
+            yield f"The stage {stage['name']} is {stage['status']}{message}."
+    if content["status"] == "unfinished":
+        waiting = [stage["name"] for stage in content["stages"] if stage["status"] == "waiting"]
+        yield f"The run is not finished: {listed(waiting)} still to come."
+
+
+def _story(content: Content) -> Iterator[str]:
+    move, fp8, accuracy = content["fallback"], content["fp8"], content["accuracy"]
+    if move is not None:
+        proof = {True: ", and the state that arrived is the state that left", False: ", BUT THE STATE CHANGED ON THE WAY"}
+        yield (
+            f"Training failed on {move['from']} at step {move['at_step']} and went on on {move['to']} with "
+            f"{plural(move['lost_steps'], 'step')} lost{proof.get(move['handoff_identical'], '')}."
+        )
+    if fp8 is not None and fp8["digest_equal"] is not None:
+        yield _bits(fp8)
+    if accuracy is not None:
+        thinking, direct = accuracy["thinking"], accuracy["direct"]
+        yield (
+            f"Thinking, it solves {percent(thinking['value'])} of {thinking['n']} unseen problems "
+            f"(95%: {interval(thinking)}); answering directly, {percent(direct['value'])} ({interval(direct)})."
+        )
+
+
+def _bits(fp8: Content) -> str:
+    if fp8["digest_equal"] is False or fp8["weights_identical"] is False or fp8["answers_identical"] is False:
+        return "What would be served is NOT what was trained: see the claims that do not hold."
+    if fp8["weights_identical"]:
+        return "The weights that are served are the weights that were trained, bit for bit, in UE8M0 FP8."
+    rounded = "" if fp8["on_grid"] else ", rounded from the source"
+    return f"The served weights are UE8M0 FP8{rounded}, with the same values in every layout."
+
+
+def standing(content: Content) -> dict[str, list[str]]:
+    """What is real here, what is a rehearsal, what is extrapolated: sentences by heading."""
+    labels, training = content["labels"], content["training"]
+    real, rehearsal, extrapolated = [], [], []
+    if training is not None:
+        real.append("The training: every step, loss, state and byte, and the model that came out")
+        for fault in training["injected"]:
+            real.append(f"The fault: {fault['kind'].upper()} to worker {fault['rank']} of {fault['pool']}; its timing was planned")
+    if content["fp8"] is not None:
+        real.append("The checkpoint: UE8M0 FP8 bytes in a Hugging Face folder")
+    if content["serve"] is not None:
+        real.append("The server and the openai client that asked it")
+    for pool in content["fleet"]:
+        if pool["imitates"] is not None:
+            rehearsal.append(f"{pool['pool']} stands for {pool['imitates']}: {really(pool)}")
+    if labels is not None:
+        if "oracle" in str(labels["annotator"]):
+            rehearsal.append(f"The audit's annotator: {labels['annotator']}")
+        if labels["teachers"]:
+            rehearsal.append(f"The teachers: {labels['teachers']}")
+    if content["plan"] is not None and content["plan"]["reference"]:
+        extrapolated.append(f"Time and cost on the fleet {content['plan']['reference']['fleet']}")
+    return {"real": real, "rehearsal": rehearsal, "extrapolated": extrapolated}

@@ -1,0 +1,168 @@
+"""What the journal tells of the artifacts that a report speaks of, and of nothing else.
+
+A run's folder may hold several attempts at a stage, killed ones among them, and events of recipes
+that were tried in it before. A report must not mix them: events count only where they belong to the
+key of the stage as the present recipe has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ottava import journal
+from ottava.journal import Event, RunState
+
+KEY = 12  # hex digits of a stage's key in its artifact's name
+KILLED = "the process was killed; the same command goes on where it was"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training step. Losses in nats per target token; direct None: no direct problems in the batch."""
+
+    step: int
+    loss: float
+    direct: float | None
+    pool: str
+    on_grid: bool
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A stretch of work. Seconds from the run's start, with the time left out in which nothing ran."""
+
+    stage: str
+    pool: str | None
+    start: float
+    end: float
+    what: str = ""
+
+
+@dataclass(frozen=True)
+class History:
+    """A run as far as it is of the present recipe. injected: the faults that were planned."""
+
+    state: RunState
+    curve: Sequence[Point] = ()
+    bars: Sequence[Bar] = ()
+    injected: Sequence[Event] = ()
+    peak_memory_mb: float | None = None
+
+
+@dataclass
+class _Attempt:
+    stage: str
+    key: str
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def closed(self) -> bool:
+        return self.events[-1]["event"] in ("stage.done", "stage.failed", "stage.interrupted")
+
+    @property
+    def seconds(self) -> float:
+        """From the first event to the last: what is known of an attempt that said no end."""
+        return round(float(self.events[-1]["t"]) - float(self.events[0]["t"]), 3)
+
+
+def history(events: Iterable[Event], digest: str, alive: bool) -> History:
+    """The story of the recipe `digest`. alive: a process holds the run, so that its open stage is still running."""
+    everything = [dict(event) for event in events]
+    keys = _present_keys(everything, digest)
+    items = _grouped(everything)
+    newest = next((item for item in reversed(items) if isinstance(item, _Attempt)), None)
+    running = newest if alive and newest is not None and not newest.closed else None
+    kept: list[dict[str, Any]] = []
+    attempts: list[_Attempt] = []
+    for item in items:
+        if not isinstance(item, _Attempt):
+            kept += [item] if _belongs(item, digest, keys) else []
+        elif keys.get(item.stage) == item.key:
+            attempts.append(item)
+            kept += item.events if item.closed or item is running else [*item.events, _interrupted(item)]
+    state = journal.fold(kept)
+    if running is not None and running in attempts:
+        stage = state.stages[running.stage]
+        stage.seconds = round(stage.seconds + running.seconds, 3)
+    memory = [float(e["peak_memory_mb"]) for e in kept if e.get("peak_memory_mb") is not None]
+    injected = [e for e in kept if e["event"] == "train.injected"]
+    return History(state, curve(state.steps), bars(attempts), injected, max(memory, default=None))
+
+
+def _present_keys(events: Sequence[Event], digest: str) -> dict[str, str]:
+    """By stage: the key under which the present recipe last met it. Stages not met since are left out."""
+    starts = [n for n, e in enumerate(events) if e["event"] == "run.start" and e.get("digest") != digest]
+    keys = {}
+    for event in events[starts[-1] + 1 if starts else 0 :]:
+        if event["event"] == "stage.start":
+            keys[event["stage"]] = str(event["key"])[:KEY]
+        elif event["event"] == "stage.cached":
+            keys[event["stage"]] = _key_of(event)
+    return keys
+
+
+def _key_of(event: Event) -> str:
+    return str(event.get("artifact", "")).rpartition("-")[2]
+
+
+def _belongs(event: Event, digest: str, keys: Mapping[str, str]) -> bool:
+    if event["event"] == "run.start":
+        return bool(event.get("digest") == digest)
+    return event["event"] != "stage.cached" or keys.get(event["stage"]) == _key_of(event)
+
+
+def _grouped(events: Sequence[dict[str, Any]]) -> list[_Attempt | dict[str, Any]]:
+    """Events in order, those of each attempt at a stage gathered; stages run one at a time."""
+    items: list[_Attempt | dict[str, Any]] = []
+    attempt: _Attempt | None = None
+    for event in events:
+        kind = event["event"]
+        if kind == "stage.start":
+            attempt = _Attempt(event["stage"], str(event["key"])[:KEY], [event])
+            items.append(attempt)
+        elif attempt is None or kind in ("run.start", "run.end", "stage.cached"):
+            attempt = None
+            items.append(event)
+        else:
+            attempt.events.append(event)
+            attempt = None if attempt.closed else attempt
+    return items
+
+
+def _interrupted(attempt: _Attempt) -> dict[str, Any]:
+    last = attempt.events[-1]
+    return {
+        "t": last["t"], "event": "stage.interrupted", "stage": attempt.stage,
+        "seconds": attempt.seconds, "message": KILLED,
+    }  # fmt: skip
+
+
+def curve(steps: Iterable[Event]) -> list[Point]:
+    """The losses of the run itself, without its replay; a step that was taken again counts as it was last."""
+    last = {e["step"]: e for e in steps if e.get("phase", "main") == "main" and e.get("loss") is not None}
+    return [
+        Point(step, float(e["loss"]), e.get("direct_loss"), str(e.get("pool", "")), bool(e.get("on_grid")))
+        for step, e in sorted(last.items())
+    ]
+
+
+def bars(attempts: Sequence[_Attempt]) -> list[Bar]:
+    """What ran when: one bar for each attempt, and within training one for each stretch on a pool."""
+    found: list[Bar] = []
+    offset = 0.0
+    for attempt in attempts:
+        begun = float(attempt.events[0]["t"])
+        pool = attempt.events[0].get("pool")
+        found.append(Bar(attempt.stage, pool, offset, offset + attempt.seconds))
+        stretches: list[list[Any]] = []
+        for event in attempt.events:
+            if event["event"] in ("train.join", "train.step"):
+                name, at = (event.get("phase", "main"), event["pool"]), offset + float(event["t"]) - begun
+                if not stretches or stretches[-1][0] != name:
+                    stretches.append([name, at, at])
+                stretches[-1][2] = at
+        found += [Bar(attempt.stage, name[1], start, end, name[0]) for name, start, end in stretches]
+        offset += attempt.seconds
+    return found

@@ -1,0 +1,344 @@
+"""A run summed up: what was proven, how, and what was a rehearsal. One object for people and programs.
+
+Everything is read from the run's folder, at any moment of the run. Artifacts are checked against
+their manifests first: a report says nothing of bytes that were altered.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ottava import artifact, journal
+from ottava.artifact import Artifact
+from ottava.console.claims import evidence, standing, verdict
+from ottava.console.history import History, history
+from ottava.console.summary import text
+from ottava.errors import ArtifactError, OttavaError, from_os_error
+
+__all__ = ["build", "text", "write"]
+
+LIBRARIES = ("ottava", "torch", "transformers")
+FIGURES = ("value", "n", "low", "high", "correct", "by_steps")
+MODES = ("thinking", "direct", "direct_one_step")
+FINISHED = ("done", "cached")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a report is made from. asked: run.json; artifacts: those of the present recipe, by stage.
+
+    altered: by stage, why its artifact is not believed.
+    """
+
+    folder: Path
+    asked: Mapping[str, Any]
+    history: History
+    artifacts: Mapping[str, Artifact]
+    altered: Mapping[str, str]
+
+    def summary(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage says of its result; None where it is not finished or not in the recipe."""
+        return self.artifacts[stage].summary if stage in self.artifacts else None
+
+    def file(self, stage: str, name: str) -> Any:
+        """A JSON file of a finished stage, or None."""
+        found = self.artifacts.get(stage)
+        return found.json(name) if found is not None and name in found.manifest["files"] else None
+
+
+def build(folder: Path) -> dict[str, Any]:
+    """The report of a run as one JSON object; stages that have not finished give nulls. OttavaError: no run there."""
+    return _content(_read(folder))
+
+
+def write(folder: Path) -> None:
+    """Write report.json (what `--json` prints) and report.html beside the journal, each whole or not at all."""
+    from ottava.console.page import render
+
+    source = _read(folder)
+    content = _content(source)
+    _replace(source.folder / "report.json", json.dumps(content) + "\n")
+    _replace(source.folder / "report.html", render(content, source.history))
+
+
+def _read(folder: Path) -> Source:
+    folder = Path(folder).resolve()
+    try:
+        asked = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        digest, names = str(asked["digest"]), list(asked["stages"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise OttavaError(
+            "this is not the folder of a run: it has no run.json",
+            where=folder,
+            fix="name a folder that `ottava run` made, such as runs/tiny",
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise OttavaError("the run's description cannot be read", where=folder / "run.json", fix="run it again") from None
+    told = history(journal.read(folder / "journal.jsonl"), digest, _at_work(folder))
+    artifacts: dict[str, Artifact] = {}
+    altered: dict[str, str] = {}
+    for name in names:
+        stage = told.state.stages.get(name)
+        if stage is not None and stage.artifact and stage.status in FINISHED:
+            try:
+                artifacts[name] = artifact.load(folder / "artifacts" / stage.artifact)
+            except ArtifactError as error:
+                altered[name] = error.what
+    return Source(folder, asked, told, artifacts, altered)
+
+
+def _at_work(folder: Path) -> bool:
+    """True while a process holds the run's lock; a kill leaves its events open, but never the lock."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _content(source: Source) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "run": str(source.folder),
+        "recipe": source.asked.get("name"),
+        "description": source.asked.get("description", ""),
+        "seed": source.asked.get("seed"),
+        "fleet": _fleet(source),
+        "stages": _stages(source),
+        "qualify": source.summary("qualify"),
+        "plan": _plan(source),
+        "labels": _labels(source),
+        "training": _training(source),
+        "accuracy": _accuracy(source),
+        "accuracy_by_pool": _by_pool(source),
+        "fallback": _fallback(source),
+        "fp8": _fp8(source),
+        "serve": _serve(source),
+        "versions": _versions(source),
+        "peak_memory_mb": source.history.peak_memory_mb,
+    }
+    content["seconds"] = round(sum(stage["seconds"] for stage in content["stages"]), 3)
+    content["status"] = _status(content["stages"])
+    content |= {"verdict": verdict(content), "standing": standing(content), "evidence": evidence(content)}
+    finite: dict[str, Any] = _finite(content)
+    return finite
+
+
+def _stages(source: Source) -> list[dict[str, Any]]:
+    rows = []
+    for name, spec in source.asked["stages"].items():
+        stage = source.history.state.stages.get(name, journal.StageState(name))
+        found = source.artifacts.get(name)
+        altered = name in source.altered
+        rows.append(
+            {
+                "name": name,
+                "status": "altered" if altered else stage.status,
+                "seconds": stage.seconds,
+                "pool": stage.pool,
+                "progress": stage.progress,
+                "message": source.altered.get(name, stage.message if stage.status not in FINISHED else ""),
+                "verdict": None if found is None else found.manifest.get("verdict"),
+                "reason": None if found is None else found.summary.get("reason"),
+                "artifact": f"artifacts/{stage.artifact}" if stage.artifact else None,
+                "budget_s": spec.get("budget_s"),
+            }
+        )
+    return rows
+
+
+def _status(stages: list[dict[str, Any]]) -> str:
+    """done, refused (a stage says no), or that of the first stage which is not done."""
+    if any(stage["verdict"] is False for stage in stages):
+        return "refused"
+    open_ones = [stage["status"] for stage in stages if stage["status"] not in FINISHED]
+    active = [status for status in open_ones if status != "waiting"]
+    return active[0] if active else "unfinished" if open_ones else "done"
+
+
+def _fleet(source: Source) -> list[dict[str, Any]]:
+    """The pools, and what each really is. imitates: the chip that a rehearsal stands for."""
+    measured = (source.file("qualify", "qualification.json") or {}).get("pools", {})
+    rows = []
+    for pool in source.asked.get("fleet", {}).get("pools", ()):
+        about = (measured.get(pool["name"]) or {}).get("describe") or {}
+        rows.append(
+            {
+                "pool": pool["name"],
+                "platform": pool.get("platform"),
+                "workers": pool.get("workers"),
+                "imitates": pool.get("stands_for"),
+                "chip": about.get("chip"),
+                "instruction_set": about.get("instruction_set"),
+            }
+        )
+    return rows
+
+
+def _plan(source: Source) -> dict[str, Any] | None:
+    """What was planned beside what was: rows by stage. The plan speaks of the stages after itself."""
+    plan = source.file("plan", "plan.json")
+    if plan is None:
+        return None
+    actual = {stage["name"]: stage for stage in _stages(source)}
+    rows = []
+    for row in plan["stages"]:
+        stage = actual.get(row["name"], {})
+        seconds = stage.get("seconds") if stage.get("status") in FINISHED else None
+        inside = None if seconds is None else row["low"] <= seconds <= row["high"]
+        keep = ("pool", "low", "high", "start_s", "end_s", "usd", "reason", "basis")
+        rows.append(
+            {
+                "stage": row["name"],
+                "planned_s": row["seconds"],
+                "actual_s": seconds,
+                "inside": inside,
+                **{key: row.get(key) for key in keep},
+            }
+        )
+    return {
+        "rows": rows,
+        "makespan_s": plan.get("makespan_s"),
+        "usd": plan.get("usd"),
+        "unavailable": plan.get("unavailable", {}),
+        "reference": plan.get("reference"),
+    }
+
+
+def _labels(source: Source) -> dict[str, Any] | None:
+    summary = source.summary("label")
+    certificate = source.file("label", "certificate.json") or {}
+    keep = ("audited", "errors", "error_upper_95", "annotator", "teachers", "cold_start", "answers", "test", "disjoint")
+    more = ("rejected", "duplicates_removed", "contaminated_removed")
+    if summary is None:
+        return None
+    return {key: summary.get(key) for key in (*keep, *more)} | {
+        key: certificate.get(key) for key in ("population", "sampling", "bound", "max_error")
+    }
+
+
+def _training(source: Source) -> dict[str, Any] | None:
+    """Steps and faults as the journal has them; the rest once the stage is done."""
+    state, points = source.history.state, source.history.curve
+    if "train" not in source.asked["stages"]:
+        return None
+    summary, proof = source.summary("train") or {}, source.file("train", "proof.json") or {}
+    return {
+        "steps": points[-1].step if points else 0,
+        "of": source.asked["stages"]["train"].get("steps"),
+        "parameters": summary.get("parameters"),
+        "on_grid_from_step": summary.get("on_grid_from_step"),
+        "segments": proof.get("segments"),
+        "faults": [{k: e.get(k) for k in ("phase", "pool", "kind", "step", "message")} for e in state.faults],
+        "injected": [{k: e.get(k) for k in ("pool", "kind", "rank", "step")} for e in source.history.injected],
+        "numerics_classes": proof.get("classes"),
+        "final_state": proof.get("final"),
+        "replayed_state": proof.get("replay"),
+        "replay_identical": proof.get("replay_identical"),
+    }
+
+
+def _entry(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if entry is None else {key: entry.get(key) for key in FIGURES}
+
+
+def _accuracy(source: Source) -> dict[str, Any] | None:
+    found = (source.summary("train") or {}).get("accuracy")
+    return None if found is None else {mode: _entry(found.get(mode)) for mode in MODES}
+
+
+def _by_pool(source: Source) -> dict[str, Any] | None:
+    """The same model, evaluated on every pool."""
+    pools = (source.file("train", "evaluation.json") or {}).get("pools")
+    return pools and {pool: {mode: _entry(found.get(mode)) for mode in MODES} for pool, found in pools.items()}
+
+
+def _fallback(source: Source) -> dict[str, Any] | None:
+    """The move between pools: proven once training is done, told by the journal before."""
+    keep = (
+        "from", "to", "at_step", "lost_steps", "seconds_without_a_step", "before", "after", "handoff_identical",
+        "replay_identical", "one_worker_identical", "drift", "envelope", "inside", "window", "replicas",
+    )  # fmt: skip
+    told = [event for event in source.history.state.fallbacks if event.get("phase", "main") == "main"]
+    found = (source.summary("train") or {}).get("fallback")
+    if found is None and told and source.summary("train") is None:
+        event = told[-1]
+        found = {"from": event["source"], "to": event["target"], "before": event.get("digest")}
+        found |= {key: event.get(key) for key in ("at_step", "lost_steps")}
+    return None if found is None else {key: found.get(key) for key in keep}
+
+
+def _fp8(source: Source) -> dict[str, Any] | None:
+    converted, verified = source.summary("convert"), source.summary("verify") or {}
+    if converted is None:
+        return None
+    accuracy = verified.get("accuracy") or {}
+    return {
+        "digest": converted.get("digest"),
+        "digest_equal": verified.get("digest_equal"),
+        "on_grid": converted.get("on_grid"),
+        "label": converted.get("label"),
+        "accuracy": _entry(accuracy.get("thinking")),
+        "layouts": verified.get("layouts"),
+        "weights_identical": verified.get("weights_identical"),
+        "answers_identical": verified.get("answers_identical"),
+        "divergence": verified.get("divergence"),
+        "sqnr_db": converted.get("sqnr_db"),
+        "bytes": converted.get("bytes"),
+    }
+
+
+def _serve(source: Source) -> dict[str, Any] | None:
+    summary = source.summary("serve")
+    if summary is None:
+        return None
+    model = source.artifacts["convert"].path / "model" if "convert" in source.artifacts else Path(summary["model_dir"])
+    keep = ("example", "thinking_ok", "direct_ok", "streamed", "drained", "correct")
+    there = model.is_dir()
+    return {"model_dir": str(model.resolve()) if there else None, **{key: summary.get(key) for key in keep}}
+
+
+def _versions(source: Source) -> dict[str, Any]:
+    """Those that qualify met in its workers; where it did not run, those installed where the report is made."""
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    for pool in ((source.file("qualify", "qualification.json") or {}).get("pools") or {}).values():
+        about = pool.get("describe") or {}
+        versions |= {k: v for k, v in {"python": about.get("python"), **about.get("libraries", {})}.items() if v}
+    return versions
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: such numbers become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path: Path, content: str) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(content, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise from_os_error(error, f"writing {path.name}") from error

@@ -1,0 +1,134 @@
+"""The report in the terminal: a screen of plain text, aligned, at most 80 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ottava.console.words import listed, percent, plural, scientific, seconds, short
+
+Content = Mapping[str, Any]
+WIDTH = 79
+MARGIN = 12  # columns of the headings
+MODES = {"thinking": "thinking", "direct": "direct", "direct_one_step": "direct, 1 step"}
+
+
+def text(content: Content) -> str:
+    """A run's report as text for the terminal."""
+    head = f"{content['recipe']}: {content['status']}, {seconds(content['seconds'])} of work, seed {content['seed']}"
+    blocks = (
+        ("accuracy", _accuracy), ("fallback", _fallback), ("weights", _weights), ("labels", _labels),
+        ("served", _served), ("rehearsal", _rehearsal), ("claims", _claims),
+    )  # fmt: skip
+    lines = [head, "", *(line for said in content["verdict"] for line in textwrap.wrap(said, WIDTH)), ""]
+    lines += _block("stages", [_stages(content)])
+    for heading, write in blocks:
+        lines += _block(heading, list(write(content)))
+    return "\n".join(lines)
+
+
+def _block(heading: str, said: list[str]) -> list[str]:
+    lines = []
+    for number, sentence in enumerate(said):
+        first = (heading if number == 0 else "").ljust(MARGIN)
+        wrapped = textwrap.wrap(
+            sentence, WIDTH, initial_indent=first, subsequent_indent=" " * (MARGIN + 2), break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+        lines += wrapped
+    return lines
+
+
+def _stages(content: Content) -> str:
+    marks = {"done": "", "cached": ""}
+    parts = []
+    for stage in content["stages"]:
+        status = "says no" if stage["verdict"] is False else marks.get(stage["status"], stage["status"])
+        took = seconds(stage["seconds"]) if stage["seconds"] or not status else ""
+        parts.append(" ".join(part for part in (stage["name"], status, took) if part))
+    return " | ".join(parts)
+
+
+def _accuracy(content: Content) -> Iterator[str]:
+    for mode, name in MODES.items():
+        entry = (content["accuracy"] or {}).get(mode)
+        if entry is not None:
+            yield (
+                f"{name:<16}{percent(entry['value']):>6}  [{percent(entry['low'])}, {percent(entry['high'])}]  "
+                f"n {entry['n']}"
+            )
+
+
+def _fallback(content: Content) -> Iterator[str]:
+    move = content["fallback"]
+    if move is None:
+        return
+    gap = move["seconds_without_a_step"]
+    pause = "" if gap is None else f", {seconds(gap)} without a step"
+    yield f"{move['from']} -> {move['to']} at step {move['at_step']}: {plural(move['lost_steps'], 'step')} lost{pause}"
+    if move["handoff_identical"] is not None:
+        yield f"state before and after    {short(move['before'])}  {_same(move['handoff_identical'])}"
+        yield f"replay without the fault  {_same(move['replay_identical'])}"
+        inside = "inside" if move["inside"] else "OUTSIDE"
+        yield (
+            f"drift after {plural(move['window'], 'step')}      {scientific(move['drift'])}, {inside} the envelope "
+            f"{scientific(move['envelope'])}"
+        )
+
+
+def _weights(content: Content) -> Iterator[str]:
+    fp8 = content["fp8"]
+    if fp8 is None:
+        return
+    yield f"UE8M0 FP8, {fp8['label']}: {short(fp8['digest'])}"
+    if fp8["digest_equal"] is not None:
+        yield f"{listed(list(fp8['layouts'] or ()))}: {_same(fp8['digest_equal'])}"
+    if fp8["answers_identical"] is not None:
+        yield f"answers of the trained model and of the master: {_same(fp8['answers_identical'])}"
+    if fp8["divergence"] is not None:
+        found = fp8["divergence"]
+        yield (
+            f"against its source: top-1 agreement {percent(found['top1'])}, KL {scientific(found['kl'])} nats, "
+            f"{found['positions']:,} positions"
+        )
+
+
+def _labels(content: Content) -> Iterator[str]:
+    labels = content["labels"]
+    if labels is not None:
+        yield (
+            f"{labels['audited']} of {labels['cold_start']} traces audited, {plural(labels['errors'], 'error')}: "
+            f"at most {percent(labels['error_upper_95'])} wrong (95%)"
+        )
+
+
+def _served(content: Content) -> Iterator[str]:
+    serve = content["serve"]
+    if serve is None:
+        return
+    example = serve["example"]
+    yield f"asked     {example['question']}"
+    if example.get("thinking"):
+        yield f"thinking  {example['thinking']['reasoning']} -> {example['thinking']['content']}"
+    yield f"direct    {example['direct']['content']}"
+    broken = [name for name in ("thinking_ok", "direct_ok", "streamed", "drained") if serve[name] is False]
+    yield f"NOT: {listed(broken)}" if broken else "streamed as it was answered, drained when it was stopped"
+
+
+def _rehearsal(content: Content) -> Iterator[str]:
+    yield from content["standing"]["rehearsal"]
+
+
+def _claims(content: Content) -> Iterator[str]:
+    rows = content["evidence"]
+    counts = {level: sum(row["level"] == level for row in rows) for level in ("proven", "measured", "rehearsal")}
+    if rows:
+        yield ", ".join(f"{count} {level}" for level, count in counts.items())
+    for row in rows:
+        if row["holds"] is False:
+            yield f"DOES NOT HOLD: {row['claim']} ({row['how']})"
+
+
+def _same(equal: bool) -> str:
+    return "identical" if equal else "DIFFERENT"

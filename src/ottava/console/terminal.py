@@ -1,0 +1,106 @@
+"""Progress on stderr: a bar with time left where there is a terminal, one line a stage elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Terminal:
+    """Draws a run's progress. Use as a context manager, so that the bar is taken away at the end."""
+
+    def __init__(self, stages: list[str], quiet: bool = False):
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._stages = stages
+        self._bars = Progress(
+            TextColumn("{task.fields[stage]:>9}", style="bold"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[message]}", style="dim"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._begun = time.monotonic()
+
+    def __enter__(self) -> Terminal:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def start(self, stage: str, pool: str, budget_s: float) -> None:
+        self._clear()
+        self._task = self._bars.add_task("", total=1.0, stage=stage, message=f"on {pool}, planned {budget_s:.0f} s")
+        if not self.console.is_terminal:
+            self.console.print(f"{self._number(stage)} {stage:<8} on {pool} ...")
+
+    def progress(self, stage: str, fraction: float, message: str) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, completed=fraction, message=message)
+
+    def done(self, stage: str, seconds: float, cached: bool, summary: Mapping[str, Any]) -> None:
+        self._clear()
+        took = "  done before" if cached else f"{seconds:9.1f} s  "
+        self.console.print(f"{self._number(stage)} [bold]{stage:<8}[/] [green]ok[/] {took}", end=" ")
+        self.console.print(headline(stage, summary), style="dim", markup=False)
+
+    def failed(self, stage: str, message: str) -> None:
+        self._clear()
+        self.console.print(f"{self._number(stage)} [bold]{stage:<8}[/] [red]failed[/]", end=" ")
+        self.console.print(message, markup=False)
+
+    def _number(self, stage: str) -> str:
+        return f"{self._stages.index(stage) + 1}/{len(self._stages)}"
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+
+
+def headline(stage: str, summary: Mapping[str, Any]) -> str:
+    """What a stage's summary comes to, in a line; empty for a stage without one."""
+    writer = HEADLINES.get(stage)
+    return writer(summary) if writer else ""
+
+
+def percent(entry: Mapping[str, Any]) -> str:
+    """An accuracy with its interval and size."""
+    return f"{entry['value']:.1%} [{entry['low']:.1%}, {entry['high']:.1%}], n {entry['n']}"
+
+
+def _train(summary: Mapping[str, Any]) -> str:
+    thinking = f"thinking {percent(summary['accuracy']['thinking'])}"
+    fallback = summary["fallback"]
+    if fallback is None:
+        return thinking
+    moved = f"{fallback['from']} -> {fallback['to']} at step {fallback['at_step']}"
+    return f"{thinking}; {moved}, {fallback['lost_steps']} steps lost"
+
+
+def _serve(summary: Mapping[str, Any]) -> str:
+    example = summary["example"]
+    thinking = example.get("thinking") or {}
+    answer = thinking.get("content") or example["direct"]["content"]
+    return f"asked {example['question']!r}, answered {answer!r}"
+
+
+HEADLINES = {
+    "plan": lambda s: f"{s['makespan_s']:.0f} s in all" if "makespan_s" in s else "",
+    "qualify": lambda s: f"passed: {', '.join(s['passed'])}",
+    "label": lambda s: f"{s['cold_start']} traces, error of labels < {s['error_upper_95']:.1%} (95%)",
+    "train": _train,
+    "convert": lambda s: f"{s['label']}, digest {s['digest'][:12]}",
+    "verify": lambda s: f"{len(s['layouts'])} layouts, {'equal' if s['digest_equal'] else 'NOT equal'}",
+    "serve": _serve,
+}

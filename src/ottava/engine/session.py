@@ -1,0 +1,268 @@
+"""One model serving many requests, each exactly as if it were alone.
+
+Active requests take turns, a token each, with a cache of their own: the ids of an answer never depend
+on who else is asking, so a stream and a plain answer to the same request are the same text. Admission
+is bounded: a request beyond the bound is refused at once, not kept waiting for ever.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ottava.engine.generate import ThinkBudget, choose, step, uniform
+from ottava.errors import DataError, ResourceError
+from ottava.models.chat import Chat, Detokeniser
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose ids. max_new: at most so many; temperature 0: greedy; seed None: a fresh one; top: alternatives."""
+
+    max_new: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    think: ThinkBudget | None = None
+    top: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated id with its log-probability under the model (temperature 1), and the `top` likeliest ids."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of one part of a reply, and the tokens of content that it finishes."""
+
+    part: Literal["reasoning", "content"]
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+class Reader:
+    """Turns the tokens of one reply into pieces of reasoning and content as they arrive.
+
+    stop: texts that end the content and are not part of it; text that may become one is held back.
+    finish: "stop" once the model or a stop text ended the reply, else "length". thought: the reply has reasoning.
+    """
+
+    def __init__(self, chat: Chat, thinking: bool, stop: Sequence[str] = ()):
+        self.finish: Literal["stop", "length"] = "length"
+        self.total = self.reasoning = 0  # ids so far; of these, before </think>
+        self.thought = thinking and chat.think_end is not None
+        self._chat, self._stop, self._text, self._held = chat, stop, Detokeniser(chat), ""
+        self._tokens: list[Token] = []
+        self._thinking = self.thought
+
+    def add(self, token: Token) -> list[Piece]:
+        """The text that this token completes: no piece, or one."""
+        self.total += 1
+        if token.id in self._chat.stop_ids:
+            self.finish = "stop"
+            return self.end()
+        if not self._thinking:
+            self._tokens.append(token)
+            return self._content(self._text.add(token.id), final=False)
+        if token.id == self._chat.think_end:
+            rest = self.end()
+            self._thinking, self._text = False, Detokeniser(self._chat)
+            return rest
+        self.reasoning += 1
+        return _piece("reasoning", self._text.add(token.id))
+
+    def end(self) -> list[Piece]:
+        """What was held back; to be called once after the last token."""
+        rest = self._text.end()
+        return _piece("reasoning", rest) if self._thinking else self._content(rest, final=True)
+
+    def _content(self, text: str, *, final: bool) -> list[Piece]:
+        self._held += text
+        cuts = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if cuts:
+            self.finish, keep = "stop", len(self._held) - min(cuts)
+        else:
+            open_ends = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+            keep = 0 if final else max(open_ends, default=0)
+        out, self._held = self._held[: len(self._held) - keep], "" if cuts else self._held[len(self._held) - keep :]
+        pieces = _piece("content", out, tuple(self._tokens))
+        if pieces:
+            self._tokens = []
+        return pieces
+
+
+def _piece(part: Literal["reasoning", "content"], text: str, tokens: tuple[Token, ...] = ()) -> list[Piece]:
+    return [Piece(part, text, tokens)] if text else []
+
+
+class QueueFull(ResourceError):
+    """As many requests are waiting as may wait."""
+
+
+Deliver = Callable[[Token | Exception | None], None]
+
+
+@dataclass
+class Job:
+    """A request in the engine. cancel() may be called from any thread, at any time."""
+
+    ids: Sequence[int]
+    sampling: Sampling
+    deliver: Deliver
+    seed: int
+    cache: DynamicCache
+    produced: list[int] = field(default_factory=list)
+    thinking: bool = False
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Stop generating; what was not yet generated never is."""
+        self.cancelled = True
+
+
+class Engine:
+    """A model, its chat, and the one thread that runs it. slots: requests that take turns; queue: that may wait."""
+
+    def __init__(self, model: nn.Module, chat: Chat, *, slots: int = 4, queue: int = 16):
+        self.model, self.chat, self.slots, self.queue = model.eval(), chat, slots, queue
+        config: Any = model.config
+        self.context = int(config.max_position_embeddings)
+        self._waiting: deque[Job] = deque()
+        self._active: list[Job] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(cls, folder: Path | str, *, slots: int = 4, queue: int = 16) -> Engine:
+        """Load a Hugging Face folder. Raises CheckpointError."""
+        from ottava.models.load import load
+
+        return cls(load(Path(folder)), Chat.load(folder), slots=slots, queue=queue)
+
+    def submit(self, ids: Sequence[int], sampling: Sampling, deliver: Deliver) -> Job:
+        """Queue a request. `deliver` gets every Token on the engine's thread, then None, or the exception.
+
+        The stop id is delivered too. Raises DataError where the prompt fills the context, QueueFull.
+        """
+        if not ids:
+            raise DataError("the prompt is empty")
+        if len(ids) >= self.context:
+            raise DataError(f"the prompt has {len(ids)} tokens, the model's context holds {self.context}")
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        cache = DynamicCache(config=self.model.config)
+        job = Job(ids, sampling, deliver, seed, cache, thinking=sampling.think is not None)
+        with self._changed:
+            self._waiting = deque(other for other in self._waiting if not other.cancelled)
+            if self._closed:
+                raise ResourceError("the engine is closed")
+            if self.load_now >= self.slots + self.queue:
+                raise QueueFull(f"{self.queue} requests are waiting already", fix="try again in a second")
+            self._waiting.append(job)
+            self._changed.notify()
+        return job
+
+    def stream(self, ids: Sequence[int], sampling: Sampling) -> Generator[Token, None, None]:
+        """Generate; leaving the iterator early cancels the request."""
+        arrived: SimpleQueue[Token | Exception | None] = SimpleQueue()
+        job = self.submit(ids, sampling, arrived.put)
+        try:
+            while (item := arrived.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            job.cancel()
+
+    @property
+    def load_now(self) -> int:
+        """Requests that are generating or waiting."""
+        return len(self._active) + len(self._waiting)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread can still answer."""
+        return self._thread.is_alive() and not self._closed
+
+    def close(self) -> None:
+        """Cancel everything and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while self._admit():
+            self._active = [job for job in self._active if self._advance(job)]
+        for job in [*self._active, *self._waiting]:
+            _give(job, ResourceError("the engine was closed"))
+
+    def _admit(self) -> bool:
+        """Fill free slots in order of arrival; sleeps while there is nothing to do. False: closed."""
+        with self._changed:
+            while not (self._active or self._waiting or self._closed):
+                self._changed.wait()
+            while self._waiting and len(self._active) < self.slots:
+                self._active.append(self._waiting.popleft())
+            return not self._closed
+
+    def _advance(self, job: Job) -> bool:
+        """Generate one token of a request; False when it is over."""
+        if job.cancelled:
+            return _give(job, None)
+        try:
+            token = self._next(job)
+        except Exception as error:
+            return _give(job, error)
+        job.produced.append(token.id)
+        alive = _give(job, token)
+        limit = min(job.sampling.max_new, self.context - len(job.ids))
+        if token.id in self.chat.stop_ids or len(job.produced) >= limit:
+            return _give(job, None)
+        return alive
+
+    def _next(self, job: Job) -> Token:
+        how, position = job.sampling, len(job.produced)
+        fresh = job.produced[-1:] or list(job.ids)
+        device = next(self.model.parameters()).device
+        logits = step(self.model, torch.tensor([fresh], device=device), job.cache)
+        draws = uniform(job.seed, [0], position) if how.temperature else None
+        chosen = int(choose(logits, how.temperature, how.top_p, draws))
+        if job.thinking and how.think is not None:
+            if position >= how.think.tokens:
+                chosen = how.think.end
+            job.thinking = chosen != how.think.end
+        return _token(chosen, logits[0], how.top)
+
+
+def _token(chosen: int, logits: Tensor, top: int) -> Token:
+    logprobs = torch.log_softmax(logits.float(), -1)
+    best = torch.topk(logprobs, min(top, len(logprobs)))
+    alternatives = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Token(chosen, float(logprobs[chosen]), alternatives)
+
+
+def _give(job: Job, item: Token | Exception | None) -> bool:
+    """Deliver; True while the job goes on. A receiver that is gone (its event loop has closed) ends it."""
+    with suppress(RuntimeError):
+        job.deliver(item)
+        return isinstance(item, Token)
+    return False

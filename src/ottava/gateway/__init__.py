@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server for one hybrid model: one decision on thinking, bounded, and drained on SIGTERM."""

@@ -1,0 +1,63 @@
+"""The few lines that `ottava chat` needs to talk to a server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import httpx
+
+from ottava.errors import DataError, ResourceError
+
+Part = Literal["reasoning", "content"]
+
+
+def ask(
+    url: str, text: str, thinking: bool | None = None, *, earlier: Sequence[dict[str, Any]] = ()
+) -> Iterator[tuple[Part, str]]:
+    """Ask a server and yield (part, text) as the answer comes.
+
+    url: the server's root, as http://127.0.0.1:8000. thinking None: the server's default. earlier: the
+    turns before this one. Raises DataError where the request is refused, ResourceError where nobody answers.
+    """
+    body: dict[str, Any] = {"messages": [*earlier, {"role": "user", "content": text}], "stream": True}
+    if thinking is not None:
+        body["thinking"] = {"type": "enabled" if thinking else "disabled"}
+    where = f"{url.rstrip('/')}/v1/chat/completions"
+    try:
+        with (
+            httpx.Client(trust_env=False, timeout=httpx.Timeout(10.0, read=None)) as client,
+            client.stream("POST", where, json=body) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                raise _refusal(response, where)
+            yield from _deltas(response.iter_lines(), where)
+    except httpx.ConnectError:
+        raise ResourceError("no server answers", where=where, fix="start one with: ottava serve DIR") from None
+    except httpx.HTTPError as error:
+        raise ResourceError(f"the connection broke: {error}", where=where, fix="ask again") from None
+
+
+def _deltas(lines: Iterator[str], where: str) -> Iterator[tuple[Part, str]]:
+    parts: tuple[Part, ...] = ("reasoning", "content")
+    for line in lines:
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            raise ResourceError(event["error"]["message"], where=where)
+        for choice in event["choices"]:
+            for part in parts:
+                if choice["delta"].get(part):
+                    yield part, choice["delta"][part]
+
+
+def _refusal(response: httpx.Response, where: str) -> DataError | ResourceError:
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = f"the server answered {response.status_code}"
+    kind = ResourceError if response.status_code >= 500 else DataError
+    return kind(str(message), where=where)

@@ -1,0 +1,97 @@
+"""The server process: takes its port before it loads anything, says when it listens, drains on SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from ottava.artifact import write_json
+from ottava.engine.session import Engine
+from ottava.errors import from_os_error
+from ottava.gateway.app import Gateway
+
+LOOPBACK = "127.0.0.1"
+
+
+def serve(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Serve a model folder until SIGTERM or SIGINT, then let running requests finish.
+
+    args: model (folder); name (default: the folder's name); port (default 8000; 0 picks a free one);
+    host (default loopback); slots, queue (see Engine); max_body (bytes); drain_s (default 60: what
+    still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens.
+    Returns {"port", "drained"}; drained False: something was cut off. Raises ResourceError where the port is in use, before loading.
+    """
+    listener = _listen(args.get("host", LOOPBACK), int(args.get("port", 8000)))
+    with listener:
+        port = listener.getsockname()[1]
+        folder = Path(args["model"])
+        engine = Engine.load(folder, slots=args.get("slots", 4), queue=args.get("queue", 16))
+        gateway = Gateway(engine, args.get("name") or folder.resolve().name, args.get("max_body", 1 << 20))
+        server = _Server(gateway, args.get("ready"), port, float(args.get("drain_s", 60.0)))
+        try:
+            server.run(sockets=[listener])
+        finally:
+            engine.close()
+    return {"port": port, "drained": not server.cut}
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; clients that come early wait in its backlog."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise from_os_error(error, f"listening on {host}:{port}") from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, with a drain that answers newcomers instead of closing the door on them.
+
+    The first signal ends admission; the listener closes once nothing runs, or at the deadline.
+    A second signal ends the process at once.
+    """
+
+    def __init__(self, gateway: Gateway, ready: str | None, port: int, drain_s: float):
+        config = uvicorn.Config(
+            gateway.app(),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            timeout_graceful_shutdown=1,
+        )
+        super().__init__(config)
+        self._gateway, self._ready, self._port, self._drain_s = gateway, ready, port, drain_s
+        self._deadline: float | None = None
+        self.cut = False  # the deadline came before the last request was done
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._ready:
+            write_json(Path(self._ready), {"port": self._port, "pid": os.getpid()})
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._gateway.draining:
+            super().handle_exit(sig, frame)
+            self.force_exit = True
+        self._gateway.draining = True
+        self._deadline = time.monotonic() + self._drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._deadline is not None and (not self._gateway.running or time.monotonic() > self._deadline):
+            self.should_exit, self.cut = True, self._gateway.running > 0
+        return await super().on_tick(counter)

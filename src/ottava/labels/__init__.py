@@ -1,0 +1,1 @@
+"""Labels with a certificate: proposed by imperfect teachers, checked, cleaned, and audited blind."""

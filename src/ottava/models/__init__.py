@@ -1,0 +1,1 @@
+"""Hugging Face model classes, their published tensors, and the chat template with its thinking switch."""

@@ -1,0 +1,325 @@
+"""The one place where conversations become token ids and back, with the thinking switch.
+
+A prompt that differs by one token between training and serving spoils a model without an error, and
+a switch sent under the wrong name is ignored in silence: the answer then lands in `reasoning` and
+`content` is null. So the trainer, the evaluation and the gateway all render through this class, with
+the template that lies beside the weights and the one key that this template reads.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from ottava.errors import CheckpointError, DataError, from_os_error
+
+THINKING_KEYS = ("thinking", "enable_thinking")
+THINK_START, THINK_END = "<think>", "</think>"
+TINY_SPECIAL = ("<|pad|>", "<|end|>", "<|User|>", "<|Assistant|>", THINK_START, THINK_END)
+TINY_TEMPLATE = """\
+{#- Turns of the tiny model. `thinking` is its only switch; a system message is left out: it knows no such words. -#}
+{%- if thinking is not defined %}{% set thinking = false %}{% endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+<|User|>{{ message.content }}
+{%- elif message.role == 'assistant' -%}
+<|Assistant|></think>{{ (message.content or '').split('</think>')[-1] }}<|end|>
+{%- elif message.role != 'system' -%}
+{{ raise_exception('this model knows no ' ~ message.role ~ ' messages') }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|Assistant|>{{ '<think>' if thinking else '</think>' }}
+{%- endif -%}
+"""
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A model folder's tokenizer and template.
+
+    thinking_key: the template variable that switches thinking, None where it has none.
+    stop_ids: ids that end a reply, the usual one first. think_end: the id of </think> or None.
+    """
+
+    tokenizer: Tokenizer
+    template: jinja2.Template
+    words: Mapping[str, str]  # the special tokens under the names that templates use: bos_token, eos_token, ...
+    thinking_key: str | None
+    stop_ids: tuple[int, ...]
+    think_start: int | None
+    think_end: int | None
+    control: Mapping[str, int]  # texts that the tokenizer turns into control tokens wherever they stand, and their ids
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Chat:
+        """Read tokenizer.json, the template and the stop ids of a Hugging Face folder. Raises CheckpointError."""
+        folder = Path(folder)
+        config = _json(folder / "tokenizer_config.json", {})
+        tokenizer = _tokenizer(folder / "tokenizer.json")
+        words = _special_words(config | _json(folder / "special_tokens_map.json", {}))
+        source, where = _template_source(folder, config)
+        template, key = _compile(source, words, where)
+        added = tokenizer.get_added_tokens_decoder().items()
+        control = {t.content: i for i, t in added if t.special or t.content in (THINK_START, THINK_END)}
+        return cls(
+            tokenizer,
+            template,
+            words,
+            key,
+            _stop_ids(folder, tokenizer, words),
+            tokenizer.token_to_id(THINK_START),
+            tokenizer.token_to_id(THINK_END),
+            control,
+        )
+
+    @property
+    def stop(self) -> int:
+        """The id that usually ends a reply."""
+        return self.stop_ids[0]
+
+    def text(self, messages: Sequence[Message], thinking: bool = False) -> str:
+        """The prompt as text, up to where the assistant begins.
+
+        Raises DataError where the template refuses, where a message holds a control token (it could
+        end the turn and speak for another role), or where thinking is asked of a model without the switch.
+        """
+        if thinking and self.thinking_key is None:
+            raise DataError("this model has no thinking switch", fix="ask without thinking")
+        for number, message in enumerate(messages):
+            self._refuse_control(message, number)
+        switch = {} if self.thinking_key is None else {self.thinking_key: thinking}
+        return _render(self.template, messages, {**self.words, **switch})
+
+    def render(self, messages: Sequence[Message], thinking: bool = False) -> list[int]:
+        """Token ids of the prompt. Raises DataError, also for a word that the vocabulary lacks."""
+        return self.encode(self.text(messages, thinking))
+
+    def prompts(self, questions: Sequence[str], thinking: bool = False) -> list[list[int]]:
+        """Token ids for many single questions at once: 20,000 short ones take about a second."""
+        texts = [self.text([{"role": "user", "content": question}], thinking) for question in questions]
+        try:
+            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception:
+            for text in texts:
+                self.encode(text)
+            raise
+
+    def reply(self, content: str, reasoning: str | None = None) -> list[int]:
+        """The ids that a model should produce: reasoning, </think>, content, end; or content, end."""
+        if reasoning is None:
+            return [*self.encode(content), self.stop]
+        if self.think_end is None:
+            raise DataError("this model has no </think> token, so no reasoning can be written for it")
+        return [*self.encode(reasoning), self.think_end, *self.encode(content), self.stop]
+
+    def split(self, ids: Sequence[int], thinking: bool | None = None) -> tuple[str | None, str]:
+        """(reasoning, content) of generated ids, parted at the first </think>.
+
+        thinking True: without a </think> all is reasoning, as it was cut off. False: all is content.
+        None: reasoning only where there is a </think>.
+        """
+        ids = list(ids)
+        if thinking is False or self.think_end is None or (thinking is None and self.think_end not in ids):
+            return None, self.decode(ids)
+        end = ids.index(self.think_end) if self.think_end in ids else len(ids)
+        return self.decode(ids[:end]), self.decode(ids[end + 1 :])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, nothing added. Raises DataError naming a word that the vocabulary lacks."""
+        try:
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # the library raises bare Exception
+            self._refuse_unknown(text, error)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control tokens are left out."""
+        silent = (self.think_start, self.think_end)
+        return str(self.tokenizer.decode([i for i in ids if i not in silent], skip_special_tokens=True))
+
+    def _refuse_control(self, message: Message, number: int) -> None:
+        content = message.get("content")
+        if not isinstance(content, str):
+            return
+        allowed = (THINK_START, THINK_END) if message.get("role") == "assistant" else ()
+        for word in self.control:
+            if word in content and word not in allowed:
+                raise DataError(f"the control token {word!r} may not stand in a message", where=f"messages[{number}]")
+
+    def _encodes(self, word: str) -> bool:
+        try:
+            self.tokenizer.encode(word, add_special_tokens=False)
+        except Exception:  # the library raises bare Exception
+            return False
+        return True
+
+    def _refuse_unknown(self, text: str, error: Exception) -> NoReturn:
+        for word in self.control:
+            text = text.replace(word, " ")
+        known = self.tokenizer.get_vocab(with_added_tokens=False)
+        for word in text.split():
+            if word not in known and not self._encodes(word):
+                some = ", ".join(sorted(set(known) - set(self.control))[:60])
+                raise DataError(f"the model does not know the word {word!r}", fix=f"it knows: {some}") from None
+        raise DataError(f"the text cannot be turned into tokens: {error}") from None
+
+
+class Detokeniser:
+    """Text from ids as they arrive, so that the pieces joined are the text of all of them.
+
+    A character may be spread over several ids, so text that ends in the replacement character is held
+    back; and the ids of the last piece stay as context, as some decoders join or strip at the beginning.
+    """
+
+    def __init__(self, chat: Chat):
+        self._chat, self._context, self._new = chat, list[int](), list[int]()
+
+    def add(self, token: int) -> str:
+        """The text that this id completes, or nothing yet."""
+        self._new.append(token)
+        text = self._pending()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._context, self._new = self._new, []
+        return text
+
+    def end(self) -> str:
+        """What is still held back: nothing, or a character that was cut off."""
+        text, self._new = self._pending(), []
+        return text
+
+    def _pending(self) -> str:
+        return self._chat.decode([*self._context, *self._new])[len(self._chat.decode(self._context)) :]
+
+
+def write_tiny(folder: Path | str, vocabulary: Sequence[str]) -> None:
+    """Write the tiny chain model's tokenizer, template and generation settings into `folder`.
+
+    vocabulary: the task's words; their ids follow the six special tokens. A word is a token; there is
+    no unknown token, so an unknown word is refused. Raises DataError on words that cannot be told apart.
+    """
+    words = [*TINY_SPECIAL, *vocabulary]
+    bad = [word for i, word in enumerate(words) if word.split() != [word] or word in words[:i]]
+    if bad:
+        raise DataError(f"{bad[0]!r} cannot be a word of the vocabulary: empty, with a space, or twice there")
+    folder = Path(folder)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in TINY_SPECIAL])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": TINY_SPECIAL[0],
+        "eos_token": TINY_SPECIAL[1],
+        "clean_up_tokenization_spaces": False,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (folder / "chat_template.jinja").write_text(TINY_TEMPLATE)
+        settings = {"pad_token_id": 0, "eos_token_id": 1}
+        (folder / "generation_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    except OSError as error:
+        raise from_os_error(error, "writing the tokenizer") from error
+
+
+def _json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object in a file; `default` where there is no such file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=path) from None
+    if not isinstance(data, dict):
+        raise CheckpointError("expected a JSON object", where=path)
+    return data
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise CheckpointError("the model folder has no tokenizer.json", where=path)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"the tokenizer cannot be read: {error}", where=path) from None
+
+
+def _special_words(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, ...: each is a string, or an object with its `content`."""
+    found = {}
+    for key, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            found[key] = text
+    return found
+
+
+def _template_source(folder: Path, config: Mapping[str, Any]) -> tuple[str, Path]:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), path
+    inline = config.get("chat_template")
+    if isinstance(inline, str):
+        return inline, folder / "tokenizer_config.json"
+    raise CheckpointError(
+        "the model has no chat template", where=path, fix="a base model cannot chat; use its instruct form"
+    )
+
+
+def _compile(source: str, words: Mapping[str, str], where: Path) -> tuple[jinja2.Template, str | None]:
+    """The template and its thinking key: a variable that it reads and whose value changes the prompt."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals.update(raise_exception=_raise, strftime_now=lambda form: time.strftime(form))
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        template = environment.from_string(source)
+        names = {node.name for node in environment.parse(source).find_all(jinja2.nodes.Name)}
+    except jinja2.TemplateSyntaxError as error:
+        where_line = f"{where}:{error.lineno}"
+        raise CheckpointError(f"the chat template is not valid: {error.message}", where=where_line) from None
+    probe = [{"role": "user", "content": "1"}]
+    for key in THINKING_KEYS:
+        if key in names:
+            on, off = (_render(template, probe, {**words, key: value}) for value in (True, False))
+            if on != off:
+                return template, key
+    return template, None
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _render(template: jinja2.Template, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+    try:
+        return template.render(messages=messages, add_generation_prompt=True, **variables)
+    except jinja2.TemplateError as error:
+        raise DataError(f"the chat template refuses these messages: {error.message}") from None
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise DataError(f"the chat template cannot render these messages: {error}") from None
+
+
+def _stop_ids(folder: Path, tokenizer: Tokenizer, words: Mapping[str, str]) -> tuple[int, ...]:
+    """From generation_config.json, else config.json (each an int or a list), else the tokenizer's eos_token."""
+    for name in ("generation_config.json", "config.json"):
+        ids = _json(folder / name, {}).get("eos_token_id")
+        ids = [ids] if isinstance(ids, int) else ids
+        if isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
+            return tuple(ids)
+    found = tokenizer.token_to_id(words.get("eos_token", ""))
+    if found is None:
+        raise CheckpointError("the model names no token that ends a reply", where=folder / "generation_config.json")
+    return (found,)

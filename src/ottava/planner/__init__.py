@@ -1,0 +1,1 @@
+"""Which job on which chips, when, and at what cost: figures with sources, pure arithmetic, and a schedule."""

@@ -1,0 +1,166 @@
+"""What to make and what there is to make it on: recipes and fleets, frozen once read.
+
+A recipe names its stages and its fleet; each stage file defines the Spec that its section must
+satisfy. Recipes are checked whole before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ottava.artifact import digest_of
+from ottava.document import Document, read, suggest
+from ottava.errors import RecipeError
+
+
+class Frozen(BaseModel):
+    """The base of everything read from a file: immutable, and unknown keys are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Spec(Frozen):
+    """The base of every stage's section. budget_s: wall seconds the stage may take on the reference machine."""
+
+    budget_s: Annotated[float, Field(gt=0, description="wall seconds planned for this stage")] = 60.0
+    pool: Annotated[str | None, Field(description="overrides where the plan puts the stage")] = None
+
+
+class Sourced(Frozen):
+    """A figure with where it is from and when it was read."""
+
+    value: float
+    source: str
+    date: str
+
+
+class Pool(Frozen):
+    """Workers of one kind. env is set in each of its processes; stands_for names the chip a rehearsal imitates."""
+
+    name: str
+    platform: str = "cpu"
+    workers: Annotated[int, Field(ge=1)] = 1
+    stands_for: str | None = None
+    chip: str | None = None
+    env: dict[str, str] = {}
+    usd_per_worker_hour: Sourced | None = None
+
+    @property
+    def rehearsal(self) -> bool:
+        """True where a process stands in for a chip that is not there."""
+        return self.stands_for is not None
+
+    @model_validator(mode="after")
+    def _power_of_two(self) -> Pool:
+        if self.workers & (self.workers - 1):
+            raise ValueError("workers must be a power of two: gradients are summed in a binary tree")
+        return self
+
+
+class Fleet(Frozen):
+    """Pools, in the order in which a run prefers them when the plan does not say."""
+
+    name: str
+    description: str = ""
+    pools: Annotated[tuple[Pool, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Fleet:
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) != len(names):
+            raise ValueError("two pools have the same name")
+        return self
+
+    def pool(self, name: str) -> Pool:
+        """The pool called `name`; RecipeError where there is none."""
+        for pool in self.pools:
+            if pool.name == name:
+                return pool
+        raise RecipeError(
+            f"the fleet {self.name!r} has no pool {name!r}", fix=suggest(name, [p.name for p in self.pools])
+        )
+
+
+class _Head(Frozen):
+    name: str
+    description: str = ""
+    seed: int = 0
+    fleet: str
+    stages: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: its stages' specs in the order they run, and its fleet."""
+
+    path: Path
+    name: str
+    description: str
+    seed: int
+    fleet: Fleet
+    stages: Mapping[str, Spec]
+    digest: str
+
+
+def load_fleet(path: Path) -> Fleet:
+    """Read and check a fleet file."""
+    return read(path).parse(Fleet)
+
+
+def load_recipe(path: Path | str, specs: Mapping[str, type[Spec]], sets: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and its fleet, and check all of both.
+
+    specs: the Spec of every known stage, in the order in which stages run. sets: `a.b=c`
+    assignments; a first part that names a stage may leave out `stages.`. Raises RecipeError.
+    """
+    document = read(path)
+    for assignment in sets:
+        head = assignment.split("=", 1)[0].split(".", 1)[0]
+        document.set(f"stages.{assignment}" if head in specs else assignment)
+    head_model = document.parse(_Head)
+    _check_stage_names(document, head_model.stages, specs)
+    stages = {name: document.parse(specs[name], ("stages", name)) for name in specs if name in head_model.stages}
+    fleet_path = _find_fleet(document, head_model.fleet, Path(path))
+    fleet = load_fleet(fleet_path)
+    for name, spec in stages.items():
+        if spec.pool is not None and spec.pool not in [p.name for p in fleet.pools]:
+            raise RecipeError(
+                f"the fleet {fleet.name!r} has no pool {spec.pool!r}",
+                where=document.where(("stages", name, "pool")),
+                fix=suggest(spec.pool, [p.name for p in fleet.pools]),
+            )
+    content = {
+        "head": head_model.model_dump(exclude={"stages"}),
+        "stages": {name: spec.model_dump(mode="json") for name, spec in stages.items()},
+        "fleet": fleet.model_dump(mode="json"),
+    }
+    return Recipe(
+        Path(path), head_model.name, head_model.description, head_model.seed, fleet, stages, digest_of(content)
+    )
+
+
+def _check_stage_names(document: Document, stages: Mapping[str, Any], specs: Mapping[str, type[Spec]]) -> None:
+    if not stages:
+        raise RecipeError("the recipe has no stages", where=document.where(()), fix=f"known: {', '.join(specs)}")
+    for name in stages:
+        if name not in specs:
+            raise RecipeError(
+                f"unknown stage {name!r}",
+                where=document.where(("stages", name), key=True),
+                fix=suggest(name, list(specs)),
+            )
+
+
+def _find_fleet(document: Document, name: str, recipe: Path) -> Path:
+    """A fleet is looked for beside the recipe, in ../fleets, and in the working folder."""
+    places = [recipe.parent / name, recipe.parent.parent / "fleets" / name, Path(name), Path("fleets") / name]
+    for place in places:
+        for candidate in (place, place.with_name(place.name + ".yaml")):
+            if candidate.is_file():
+                return candidate
+    raise RecipeError(f"no such fleet {name!r}", where=document.where(("fleet",)), fix="name a file in fleets/")

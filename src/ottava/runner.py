@@ -1,0 +1,288 @@
+"""Walks a recipe's stages, each where the plan put it, and skips what its key says is done.
+
+A run is a folder: `journal.jsonl`, `artifacts/STAGE-KEY/`, `work/STAGE/`. Stopped at any moment it
+goes on where it was: finished stages are found by their keys, a stage in the middle finds its own
+work folder. Nothing else remembers anything.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ottava import artifact, stages
+from ottava.artifact import Artifact, digest_of, write_json
+from ottava.context import Context, Launcher
+from ottava.errors import ArtifactError, Busy, OttavaError, RecipeError, Verdict, from_os_error
+from ottava.journal import Journal
+from ottava.recipe import Pool, Recipe, Spec
+
+NOT_KEYED = {"budget_s", "pool"}  # they say when and where, not what
+
+
+class Reporter(Protocol):
+    """Told of a run's progress; draws bars or nothing."""
+
+    def start(self, stage: str, pool: str, budget_s: float) -> None: ...
+    def progress(self, stage: str, fraction: float, message: str) -> None: ...
+    def done(self, stage: str, seconds: float, cached: bool, summary: Mapping[str, Any]) -> None: ...
+    def failed(self, stage: str, message: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a stage runs: its pool and, in order, those it may fall back to."""
+
+    pool: Pool
+    fallback: tuple[Pool, ...]
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    launcher: Callable[[], Any],
+    reporter: Reporter,
+    *,
+    only: str | None = None,
+    until: str | None = None,
+) -> dict[str, Artifact]:
+    """Carry out a recipe's stages in `folder`; the artifacts by stage.
+
+    launcher: makes the context manager that starts processes. only: just this stage, its inputs must
+    be there; until: stop after this one. Raises OttavaError; Verdict where a stage says no.
+    """
+    names = _selected(recipe, only, until)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, "making the run's folder") from error
+    with locked(folder), launcher() as processes:
+        journal = Journal(folder / "journal.jsonl")
+        _remember(recipe, folder)
+        journal.append("run.start", recipe=recipe.name, digest=recipe.digest, stages=list(recipe.stages))
+        walk = Walk(recipe, folder, journal, processes, reporter)
+        for name in recipe.stages:
+            if name in names:
+                walk.stage(name)
+            elif only is not None:
+                walk.find(name)
+        journal.append("run.end")
+        return walk.done
+
+
+@dataclass
+class Walk:
+    """One pass over a recipe's stages."""
+
+    recipe: Recipe
+    folder: Path
+    journal: Journal
+    launcher: Launcher
+    reporter: Reporter
+
+    def __post_init__(self) -> None:
+        self.done: dict[str, Artifact] = {}
+
+    def stage(self, name: str) -> None:
+        """Do one stage, or find it done."""
+        place = self._place(name)
+        key, destination = self._address(name, place)
+        found = self._existing(destination)
+        begun = time.monotonic()
+        if found is None:
+            found = self._do(name, place, key, destination)
+        else:
+            self.journal.append(
+                "stage.cached", stage=name, pool=place.pool.name, artifact=destination.name,
+                seconds=found.manifest.get("seconds", 0.0),
+            )  # fmt: skip
+            self.reporter.done(name, time.monotonic() - begun, True, found.summary)
+        self.done[name] = found
+        if found.manifest.get("verdict") is False:
+            raise Verdict(f"the stage {name!r} says no: {_reason(found)}", where=found.path)
+
+    def find(self, name: str) -> None:
+        """Take a stage's artifact if it is there."""
+        try:
+            _, destination = self._address(name, self._place(name))
+        except ArtifactError:
+            return
+        if (found := self._existing(destination)) is not None:
+            self.done[name] = found
+
+    def _do(self, name: str, place: Placement, key: str, destination: Path) -> Artifact:
+        module, spec = stages.load(name), self.recipe.stages[name]
+        work = self.folder / "work" / name
+        self._prepare(work, key)
+        self.journal.append("stage.start", stage=name, pool=place.pool.name, key=key)
+        self.reporter.start(name, place.pool.name, spec.budget_s)
+        begun = time.monotonic()
+        before = _spent(work)
+        inputs = self._inputs(name)
+        meta = {
+            "stage": name, "key": key, "version": module.VERSION,
+            "inputs": {n: a.digest for n, a in inputs.items()}, "spec": spec.model_dump(mode="json"),
+            "recipe": self.recipe.name, "seed": self.recipe.seed,
+        }  # fmt: skip
+        ctx = Context(
+            name, self.recipe.seed, self.recipe.name, self.recipe.fleet, place.pool, place.fallback,
+            self.recipe.stages, work / "out", work / "work", self.journal, self.launcher, destination, meta,
+            lambda fraction, message: self.reporter.progress(name, fraction, message),
+        )  # fmt: skip
+        try:
+            result = module.run(spec, inputs, ctx)
+        except KeyboardInterrupt:
+            self._ended(name, work, before, begun, "interrupted", "stopped by the user")
+            raise
+        except OSError as error:
+            mended = from_os_error(error, f"running the stage {name!r}")
+            self._ended(name, work, before, begun, "failed", mended.what)
+            raise mended from error
+        except BaseException as error:
+            message = error.what if isinstance(error, OttavaError) else repr(error)
+            self._ended(name, work, before, begun, "failed", message)
+            raise
+        seconds = time.monotonic() - begun
+        self.journal.append("stage.done", stage=name, seconds=round(seconds, 3), artifact=destination.name)
+        self.reporter.done(name, before + seconds, False, result.summary)
+        shutil.rmtree(work)
+        return result
+
+    def _ended(self, name: str, work: Path, before: float, begun: float, how: str, message: str) -> None:
+        seconds = time.monotonic() - begun
+        _write_spent(work, before + seconds)
+        self.journal.append(f"stage.{how}", stage=name, seconds=round(seconds, 3), message=message)
+        if how == "failed":
+            self.reporter.failed(name, message)
+
+    def _prepare(self, work: Path, key: str) -> None:
+        """A stage's work folder is kept only while the stage's key is the same; its scratch never is."""
+        mark = work / "key"
+        if work.exists() and (not mark.exists() or mark.read_text() != key):
+            shutil.rmtree(work)
+        shutil.rmtree(work / "out", ignore_errors=True)
+        (work / "out").mkdir(parents=True)
+        (work / "work").mkdir(exist_ok=True)
+        mark.write_text(key)
+
+    def _existing(self, destination: Path) -> Artifact | None:
+        return artifact.load(destination) if destination.exists() else None
+
+    def _address(self, name: str, place: Placement) -> tuple[str, Path]:
+        """The key of a stage: what it is asked, of what, by which version, on which pools."""
+        spec: Spec = self.recipe.stages[name]
+        pools = [pool.model_dump(mode="json") for pool in (place.pool, *place.fallback)]
+        content: dict[str, Any] = {
+            "stage": name, "version": stages.load(name).VERSION, "seed": self.recipe.seed, "pools": pools,
+            "spec": spec.model_dump(mode="json", exclude=NOT_KEYED),
+            "inputs": {n: a.digest for n, a in self._inputs(name).items()},
+        }  # fmt: skip
+        if name in ("plan", "qualify"):  # they look at the whole recipe
+            content["recipe"] = self.recipe.digest
+        key = digest_of(content)
+        return key, self.folder / "artifacts" / f"{name}-{key[:12]}"
+
+    def _inputs(self, name: str) -> dict[str, Artifact]:
+        inputs = {}
+        for wanted in stages.load(name).INPUTS:
+            optional, plain = wanted.startswith("?"), wanted.removeprefix("?")
+            if plain in self.done:
+                inputs[plain] = self.done[plain]
+            elif not optional and plain in self.recipe.stages:
+                raise ArtifactError(
+                    f"the stage {name!r} needs the artifact of {plain!r}, which is not there",
+                    where=self.folder,
+                    fix=f"run without --only first, or --only {plain}",
+                )
+            elif not optional:
+                raise RecipeError(
+                    f"the stage {name!r} needs {plain!r}, which the recipe does not have", where=self.recipe.path
+                )
+        return inputs
+
+    def _place(self, name: str) -> Placement:
+        """The recipe's word, else the plan's, else the fleet's order; pools that failed to qualify are left out."""
+        fleet, spec = self.recipe.fleet, self.recipe.stages[name]
+        order = list(fleet.pools)
+        if name not in ("plan", "qualify"):
+            order = [fleet.pool(pool) for pool in self._planned(name)] or order
+            if spec.pool is not None:
+                order.sort(key=lambda pool: pool.name != spec.pool)
+            if "qualify" in self.done:
+                passed = self.done["qualify"].summary["passed"]
+                order = [pool for pool in order if pool.name in passed]
+        if not order:
+            raise Verdict(f"no qualified pool is left for the stage {name!r}", where=self.folder)
+        return Placement(order[0], tuple(order[1:]))
+
+    def _planned(self, name: str) -> list[str]:
+        if "plan" not in self.done:
+            return []
+        rows = {row["name"]: row for row in self.done["plan"].json("plan.json")["stages"]}
+        return [rows[name]["pool"], *rows[name]["fallback"]] if name in rows else []
+
+
+def _selected(recipe: Recipe, only: str | None, until: str | None) -> list[str]:
+    names = list(recipe.stages)
+    for option, value in (("--only", only), ("--until", until)):
+        if value is not None and value not in names:
+            raise RecipeError(f"{option} names no stage of the recipe: {value!r}", fix=f"it has: {', '.join(names)}")
+    if only is not None:
+        return [only]
+    return names if until is None else names[: names.index(until) + 1]
+
+
+def _remember(recipe: Recipe, folder: Path) -> None:
+    """Keep what was asked beside the journal, for the report."""
+    content = {
+        "name": recipe.name,
+        "description": recipe.description,
+        "seed": recipe.seed,
+        "digest": recipe.digest,
+        "fleet": recipe.fleet.model_dump(mode="json"),
+        "stages": {name: spec.model_dump(mode="json") for name, spec in recipe.stages.items()},
+    }
+    write_json(folder / "run.json", content)
+
+
+def _reason(found: Artifact) -> str:
+    return str(found.summary.get("reason") or json.dumps(found.summary)[:300])
+
+
+def _spent(work: Path) -> float:
+    try:
+        return float((work / "seconds").read_text())
+    except (FileNotFoundError, ValueError):
+        return 0.0
+
+
+def _write_spent(work: Path, seconds: float) -> None:
+    try:
+        (work / "seconds").write_text(f"{seconds:.3f}")
+    except OSError:
+        return  # a full disk must not hide the error that is being reported
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process. Raises Busy where another has it."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise Busy(
+            "another process is at work in this run's folder", where=folder, fix="wait for it or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)

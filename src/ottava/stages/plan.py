@@ -1,0 +1,302 @@
+"""Which stage runs on which pool, when, for how long and at what cost; and what the same work costs elsewhere.
+
+Speed is measured on the pools for a moment, never looked up; where a stage goes is decided by rules
+that are data in the recipe; every decision carries its reason. Later stages run where plan.json
+puts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ottava import recipe
+from ottava.artifact import Artifact, write_json
+from ottava.context import Context
+from ottava.errors import PlatformError
+from ottava.planner import chips, cost
+from ottava.planner.chips import Catalogue
+from ottava.planner.cost import Estimate
+from ottava.planner.schedule import Job, Placement, makespan, schedule
+from ottava.recipe import Fleet, Frozen, Pool
+
+VERSION = "1"
+INPUTS: tuple[str, ...] = ()
+
+
+class Rule(Frozen):
+    """Where a stage goes. The first rule that fits decides."""
+
+    stage: Annotated[str, Field(description="the stage's name, or * for any")] = "*"
+    max_parameters: Annotated[float | None, Field(description="fits only models known to be this small")] = None
+    prefer: Annotated[tuple[str, ...], Field(description="vendors in order; empty: where it ends first")] = ()
+    everywhere: Annotated[bool, Field(description="the stage occupies every pool")] = False
+    reason: str
+
+    def fits(self, stage: str, parameters: float | None) -> bool:
+        """True where the rule speaks of this stage and of a model of this size (None: unknown)."""
+        small = self.max_parameters is None or (parameters is not None and parameters <= self.max_parameters)
+        return self.stage in ("*", stage) and small
+
+
+RULES = (
+    Rule(stage="qualify", everywhere=True, reason="every pool is checked, one after the other"),
+    Rule(
+        stage="train",
+        max_parameters=10e9,
+        prefer=("Huawei", "NVIDIA"),
+        reason="small and medium models train on domestic chips first; the other pool is the fallback",
+    ),
+    Rule(stage="train", prefer=("NVIDIA", "Huawei"), reason="large models train where such runs are known to complete"),
+    Rule(stage="serve", prefer=("Huawei", "NVIDIA"), reason="domestic chips carry the inference"),
+    Rule(prefer=("NVIDIA", "Huawei"), reason="domestic chips are kept free for training and serving"),
+)
+
+
+class Workload(Frozen):
+    """A training run to price: active parameters and tokens."""
+
+    parameters: Annotated[float, Field(gt=0)] = 8e9
+    tokens: Annotated[float, Field(gt=0)] = 160e9
+    flops_per_token: Annotated[float | None, Field(description="default: 6 per parameter")] = None
+
+    def flops(self) -> float:
+        """Training FLOPs of the whole run."""
+        per_token = self.flops_per_token or cost.flops_per_token(self.parameters)
+        return per_token * self.tokens
+
+
+class Spec(recipe.Spec):
+    """How to plan."""
+
+    rules: tuple[Rule, ...] = RULES
+    chips: Annotated[str, Field(description="file of chips' figures")] = "chips.json"
+    reference: Annotated[str, Field(description="fleet on which the same work is priced")] = "reference"
+    at_scale: Annotated[Workload | None, Field(description="a run of a size worth pricing there")] = Workload()
+    reference_gflops: dict[str, float] = Field(
+        {"AVX512": 155.0, "AVX2": 92.0}, description="by ISA: matmul speed of a worker where the budgets were set"
+    )
+    probe_s: Annotated[float, Field(gt=0, description="seconds of one speed measurement")] = 0.04
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured on a pool. gflops: its slowest worker's; step_seconds: of training, None without a train stage.
+
+    steps: those the train stage will do; tokens_per_step: of all workers; parameters: total and active.
+    """
+
+    gflops: float
+    instruction_set: str
+    step_seconds: float | None = None
+    steps: int = 0
+    tokens_per_step: float = 0.0
+    parameters: float | None = None
+    active_parameters: float = 0.0
+    flops_per_token: float = 0.0
+
+
+def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
+    """Measure, predict, place, price. Artifact: plan.json. Raises PlatformError where no pool can be used."""
+    catalogue = chips.load(chips.locate(spec.chips))
+    reference = recipe.load_fleet(chips.locate(spec.reference))
+    stages = {name: stage for name, stage in ctx.stages.items() if name != "plan"}
+    speeds, missing = _measure(spec, stages, ctx)
+    plan = make(spec, stages, ctx.fleet, catalogue, speeds, missing)
+    work = _train_work(speeds)
+    plan["reference"] = price(reference, catalogue, {"train": work, "at_scale": spec.at_scale})
+    write_json(ctx.out / "plan.json", plan)
+    short = ("name", "pool", "seconds", "low", "high", "usd")
+    return ctx.commit(
+        {
+            "makespan_s": plan["makespan_s"],
+            "usd": plan["usd"],
+            "over_budget": plan["over_budget"],
+            "unavailable": missing,
+            "stages": [{key: stage[key] for key in short} for stage in plan["stages"]],
+            "reference": plan["reference"],
+        }
+    )
+
+
+def _measure(spec: Spec, stages: Mapping[str, recipe.Spec], ctx: Context) -> tuple[dict[str, Speed], dict[str, str]]:
+    """The speed of each pool that can be used, and why each other one cannot."""
+    speeds: dict[str, Speed] = {}
+    missing: dict[str, str] = {}
+    for number, pool in enumerate(ctx.fleet.pools):
+        ctx.progress(number / len(ctx.fleet.pools), f"measuring {pool.name}")
+        try:
+            speeds[pool.name] = _measure_pool(spec, stages.get("train"), pool, ctx)
+        except PlatformError as error:
+            missing[pool.name] = error.what
+    if not speeds:
+        raise PlatformError(f"no pool of the fleet {ctx.fleet.name!r} can be used: {missing}", fix="try another fleet")
+    return speeds, missing
+
+
+def _measure_pool(spec: Spec, train: recipe.Spec | None, pool: Pool, ctx: Context) -> Speed:
+    """A short matmul loop, and a few steps of the model to be trained where there is one."""
+    args = {"platform": pool.platform, "seconds": spec.probe_s, "repeats": 3}
+    loops = ctx.call("ottava.platforms.probe:throughput", args, pool=pool, workers=pool.workers)
+    gflops, instruction_set = min(r["together_gflops"] for r in loops), str(loops[0]["instruction_set"])
+    if train is None:
+        return Speed(gflops, instruction_set)
+    model = {"spec": train.model_dump(mode="json")}
+    probes = ctx.call("ottava.trainer.probe:throughput", model, pool=pool, workers=pool.workers)
+    probe = probes[0]
+    return Speed(
+        gflops,
+        instruction_set,
+        step_seconds=max(r["step_seconds"] for r in probes),
+        steps=int(probe.get("steps", getattr(train, "steps", 0))),
+        tokens_per_step=probe["tokens_per_step"],
+        parameters=probe["parameters"],
+        active_parameters=probe["active_parameters"],
+        flops_per_token=probe["flops_per_token"],
+    )
+
+
+def make(
+    spec: Spec,
+    stages: Mapping[str, recipe.Spec],
+    fleet: Fleet,
+    catalogue: Catalogue,
+    speeds: Mapping[str, Speed],
+    missing: Mapping[str, str] = {},
+) -> dict[str, Any]:
+    """The plan as JSON, from what was measured. Pure. PlatformError where a stage is pinned to a missing pool."""
+    parameters = next((s.parameters for s in speeds.values() if s.parameters is not None), None)
+    predicted = {name: {pool: predict(spec, name, stages[name], s) for pool, s in speeds.items()} for name in stages}
+    jobs: list[Job] = []
+    reasons: dict[str, str] = {}
+    before: tuple[str, ...] = ()
+    for name, stage in stages.items():
+        if stage.pool is not None and stage.pool in missing:
+            raise PlatformError(f"{name} is pinned to the pool {stage.pool!r}: {missing[stage.pool]}")
+        prefer, everywhere, reason = decide(spec, name, stage.pool, parameters, fleet, catalogue)
+        reasons[name] = reason + "".join(f"; {pool} cannot be used" for pool in prefer if pool in missing)
+        seconds = {pool: estimate.mid or estimate.low for pool, (estimate, _) in predicted[name].items()}
+        if everywhere:
+            seconds = dict.fromkeys(seconds, max(seconds.values()))
+        jobs.append(Job(name, seconds, before, prefer, everywhere))
+        before = (name,)
+    placements = schedule(jobs, list(speeds))
+    entries = [
+        _entry(p, *predicted[p.name][p.pool], reasons[p.name], [pool for pool in fleet.pools if p.occupies(pool.name)])
+        for p in placements
+    ]
+    prices = [entry["usd"] for entry in entries]
+    return {
+        "fleet": fleet.name,
+        "stages": entries,
+        "makespan_s": round(makespan(placements), 3),
+        "usd": None if None in prices else float(f"{sum(prices):.6g}"),
+        "over_budget": [e["name"] for e in entries if e["low"] > stages[e["name"]].budget_s],
+        "gantt": [
+            {"pool": pool, "stage": p.name, "start_s": round(p.start, 3), "end_s": round(p.end, 3)}
+            for pool in speeds
+            for p in placements
+            if p.occupies(pool)
+        ],
+        "measured": {pool: vars(speed) for pool, speed in speeds.items()},
+        "unavailable": dict(missing),
+    }
+
+
+def predict(spec: Spec, name: str, stage: recipe.Spec, speed: Speed) -> tuple[Estimate, str]:
+    """A stage's wall seconds on a pool and what they rest on: measured steps, or the budget at this machine's speed."""
+    if name == "train" and speed.step_seconds is not None and speed.steps:
+        estimate = cost.measured_seconds(speed.steps, speed.step_seconds)
+        return estimate, f"{speed.steps} steps of {1000 * speed.step_seconds:.1f} ms, measured"
+    expected = spec.reference_gflops.get(speed.instruction_set)
+    if expected is None:
+        return cost.measured_seconds(1, stage.budget_s), "its budget"
+    slowness = expected / speed.gflops
+    return cost.measured_seconds(slowness, stage.budget_s), f"its budget x {slowness:.2f}, this machine's slowness"
+
+
+def decide(
+    spec: Spec, name: str, pinned: str | None, parameters: float | None, fleet: Fleet, catalogue: Catalogue
+) -> tuple[tuple[str, ...], bool, str]:
+    """(pools in order of preference, whether the stage takes every pool, the reason in words)."""
+    rule = next((r for r in spec.rules if r.fits(name, parameters)), Rule(reason="no rule speaks of it"))
+    vendors = {pool.name: catalogue.chip(pool.chip).vendor for pool in fleet.pools if pool.chip is not None}
+    order = tuple(pool for vendor in rule.prefer for pool, made_by in vendors.items() if made_by == vendor)
+    if pinned is not None:
+        return (pinned, *(pool for pool in order if pool != pinned)), False, "the recipe puts it there"
+    size = f" ({parameters:,.0f} parameters)" if rule.max_parameters is not None else ""
+    where = "" if order or rule.everywhere else "; it ends first there"
+    return order, rule.everywhere, rule.reason + size + where
+
+
+def _entry(p: Placement, estimate: Estimate, basis: str, reason: str, busy: list[Pool]) -> dict[str, Any]:
+    """One stage of plan.json. busy: the pools it occupies, all of which are paid for."""
+    seconds = Estimate(estimate.low, p.end - p.start, estimate.high)
+    costs = [_usd(seconds, pool) for pool in busy]
+    return {
+        "name": p.name,
+        "pool": p.pool,
+        "fallback": list(p.fallback),
+        "start_s": round(p.start, 3),
+        "end_s": round(p.end, 3),
+        "seconds": round(p.end - p.start, 3),
+        "low": round(estimate.low, 3),
+        "high": round(estimate.high or estimate.low, 3),
+        "usd": None if None in costs else float(f"{sum(c for c in costs if c is not None):.6g}"),
+        "reason": reason,
+        "basis": basis,
+    }
+
+
+def _usd(seconds: Estimate, pool: Pool) -> float | None:
+    if pool.usd_per_worker_hour is None:
+        return None
+    price = pool.usd_per_worker_hour.value
+    return cost.usd(seconds, pool.workers, Estimate(price, price, price)).mid
+
+
+def _train_work(speeds: Mapping[str, Speed]) -> Workload | None:
+    """The training run of this recipe, as a workload."""
+    for speed in speeds.values():
+        if speed.active_parameters and speed.steps and speed.tokens_per_step:
+            tokens = speed.steps * speed.tokens_per_step
+            return Workload(parameters=speed.active_parameters, tokens=tokens, flops_per_token=speed.flops_per_token)
+    return None
+
+
+def price(fleet: Fleet, catalogue: Catalogue, works: Mapping[str, Workload | None]) -> dict[str, Any]:
+    """What training costs on each pool of a fleet that is not here. An extrapolation, and it says so."""
+    return {
+        "fleet": fleet.name,
+        "works": {name: work.model_dump() | {"flops": work.flops()} for name, work in works.items() if work},
+        "pools": [
+            {
+                "pool": pool.name,
+                "chip": pool.chip,
+                "workers": pool.workers,
+                **{name: _price_on(pool, catalogue, work) for name, work in works.items() if work},
+            }
+            for pool in fleet.pools
+            if pool.chip is not None
+        ],
+        "method": "extrapolation from published training runs; low end: nothing lost to links, memory or faults",
+        "not_priced": "every stage but training: no model of serving or evaluation on these chips is good enough",
+    }
+
+
+def _price_on(pool: Pool, catalogue: Catalogue, work: Workload) -> dict[str, Any]:
+    assert pool.chip is not None
+    chip = catalogue.chip(pool.chip)
+    family, rent = catalogue.family(chip), chip.usd_per_hour
+    seconds = cost.reference_seconds(work.flops(), work.parameters, chip, family, pool.workers)
+    mid = pool.usd_per_worker_hour.value if pool.usd_per_worker_hour else rent.mid
+    usd = cost.usd(seconds, pool.workers, Estimate(min(rent.low, mid), mid, max(rent.high, mid)))
+    sizes = f"published runs span {family.parameters.low:.3g} to {family.parameters.high:.3g} active parameters"
+    return {
+        "hours": seconds.map(lambda s: s / 3600).json(),
+        "usd": usd.json(),
+        "claim": f"{'lower bound only' if seconds.mid is None else 'interval'}: {sizes}",
+    }

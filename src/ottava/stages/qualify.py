@@ -1,0 +1,168 @@
+"""Whether a fleet can carry a run at all, asked before anything is spent on it.
+
+Each pool shows its bits, its accuracy, its links and its speed. What is measured here is what a
+run later relies on: one numerics class per pool, sums that are exact on integers, no worker that
+holds the others up.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ottava import recipe
+from ottava.artifact import Artifact, write_json
+from ottava.context import Context
+from ottava.errors import OttavaError
+from ottava.recipe import Pool
+
+VERSION = "1"
+INPUTS: tuple[str, ...] = ()
+
+Positive = Annotated[float, Field(gt=0)]
+Results = Sequence[Mapping[str, Any]]
+
+
+class Spec(recipe.Spec):
+    """What a pool must show."""
+
+    straggler_factor: Annotated[float, Field(gt=1, description="slowest worker against the pool's median")] = 1.5
+    attempts: Annotated[int, Field(ge=1, description="a straggler is one that is slow every time")] = 3
+    min_bandwidth_gb_s: Annotated[float, Field(ge=0, description="all_reduce, 1e9 bytes per second")] = 0.05
+    min_free_disk_gb: Annotated[float, Field(ge=0)] = 1.0
+    min_free_memory_gb: Annotated[float, Field(ge=0, description="per worker")] = 0.5
+    probe_s: Annotated[float, Field(gt=0, description="seconds of one speed measurement")] = 0.04
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question put to a pool. bound: what the value was held against, in words."""
+
+    name: str
+    passed: bool
+    value: Any
+    bound: str
+    reason: str = ""
+
+
+def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
+    """Check every pool of the fleet. Artifact: qualification.json. The verdict is false where no pool passes."""
+    pools: dict[str, dict[str, Any]] = {}
+    for number, pool in enumerate(ctx.fleet.pools):
+        ctx.progress(number / len(ctx.fleet.pools), f"checking {pool.name}")
+        pools[pool.name] = check_pool(spec, pool, ctx)
+    passed = [name for name, report in pools.items() if report["passed"]]
+    classes = {report["numerics_class"] for report in pools.values() if report["numerics_class"] is not None}
+    reasons = [f"{name}: {reason}" for name, report in pools.items() for reason in report["reasons"]]
+    write_json(
+        ctx.out / "qualification.json",
+        {"pools": pools, "passed": passed, "classes_differ": len(classes) > 1, "bounds": spec.model_dump(mode="json")},
+    )
+    shown = ("passed", "rehearsal", "numerics_class", "matmul_max_error", "bandwidth_gb_s", "straggler_ratio")
+    summary = {
+        "pools": {name: {key: report[key] for key in shown} for name, report in pools.items()},
+        "passed": passed,
+        "classes_differ": len(classes) > 1,
+        "reasons": reasons,
+    }
+    return ctx.commit(summary, verdict=bool(passed))
+
+
+def check_pool(spec: Spec, pool: Pool, ctx: Context) -> dict[str, Any]:
+    """All checks of one pool. A check that cannot be run has failed, with its error as the reason."""
+    free_disk = shutil.disk_usage(ctx.out).free
+    args = {"platform": pool.platform, "seconds": spec.probe_s}
+
+    def ask(function: str, judge: Callable[[Results], Check]) -> Check:
+        try:
+            return judge(ctx.call(f"ottava.platforms.probe:{function}", args, pool=pool, workers=pool.workers))
+        except OttavaError as error:
+            return Check(function, False, None, "the check can be run", error.what)
+
+    described: list[Mapping[str, Any]] = []
+
+    def bits(results: Results) -> Check:
+        described.append(results[0]["describe"])
+        return judge_bits(results)
+
+    checks = {
+        "numerics_class": ask("numerics_class", bits),
+        "matmul": ask("matmul_error", judge_matmul),
+        "collectives": ask("collectives", lambda results: judge_collectives(results, spec.min_bandwidth_gb_s)),
+        "resources": ask("resources", lambda results: judge_resources(results, free_disk, spec)),
+    }
+    for _ in range(spec.attempts):
+        checks["straggler"] = ask("throughput", lambda results: judge_speed(results, spec.straggler_factor))
+        if checks["straggler"].passed:
+            break
+    return {
+        "passed": all(check.passed for check in checks.values()),
+        "rehearsal": pool.stands_for,
+        "numerics_class": checks["numerics_class"].value if checks["numerics_class"].passed else None,
+        "matmul_max_error": checks["matmul"].value,
+        "bandwidth_gb_s": checks["collectives"].value,
+        "straggler_ratio": checks["straggler"].value,
+        "reasons": [f"{name}: {check.reason}" for name, check in checks.items() if not check.passed],
+        "checks": {name: asdict(check) for name, check in checks.items()},
+        "workers": pool.workers,
+        "describe": described[0] if described else None,
+    }
+
+
+def judge_bits(results: Results) -> Check:
+    """All workers of a pool must be of one numerics class. value: its first 12 hex digits."""
+    classes = [result["numerics_class"] for result in results]
+    same = len(set(classes)) == 1
+    reason = "" if same else f"the workers round differently: {', '.join(c[:12] for c in classes)}"
+    return Check("numerics_class", same, classes[0][:12], "equal on all workers", reason)
+
+
+def judge_matmul(results: Results) -> Check:
+    """Every worker's products must lie inside the a-priori error bound. value: largest relative float32 error."""
+    worst = max(results, key=lambda result: result["max_ratio"])
+    value = max(result["max_error"] for result in results)
+    reason = "" if worst["ok"] else f"a product is {worst['max_ratio']:.3g} times its error bound away from float64"
+    return Check("matmul", all(result["ok"] for result in results), value, "k u / (1 - k u) of |A||B|", reason)
+
+
+def judge_collectives(results: Results, floor: float) -> Check:
+    """Sums over workers must be exact, and not slower than the floor. value: GB/s of the slowest worker, or None."""
+    wrong = [result["rank"] for result in results if not result["exact"]]
+    speeds = [result["bandwidth_gb_s"] for result in results if result["bandwidth_gb_s"] is not None]
+    slowest = min(speeds, default=None)
+    slow = slowest is not None and slowest < floor
+    reason = f"all_reduce gave wrong sums on workers {wrong}" if wrong else ""
+    if slow and not reason:
+        reason = f"all_reduce reaches {slowest:.3g} GB/s, below {floor:g}"
+    return Check("collectives", not wrong and not slow, slowest, f"exact on integers, at least {floor:g} GB/s", reason)
+
+
+def judge_speed(results: Results, factor: float) -> Check:
+    """No worker may be `factor` times slower than the median, alone or together. value: the worst such ratio."""
+    ratio = 1.0
+    for kind in ("gflops", "together_gflops"):
+        speeds = [result[kind] for result in results]
+        ratio = max(ratio, statistics.median(speeds) / min(speeds))
+    slowest = min(results, key=lambda result: min(result["gflops"], result["together_gflops"]))
+    reason = "" if ratio <= factor else f"worker {slowest['rank']} is {ratio:.2f} times slower than the pool's median"
+    return Check("straggler", ratio <= factor, round(ratio, 3), f"at most {factor:g}", reason)
+
+
+def judge_resources(results: Results, free_disk: float, spec: Spec) -> Check:
+    """Free memory for every worker and free disk for the run. value: both in GB (1e9 bytes)."""
+    free = min(result["memory_total"] - result["memory_used"] for result in results) / 1e9
+    disk = free_disk / 1e9
+    need = spec.min_free_memory_gb * (len(results) if results[0]["shared_memory"] else 1)
+    reasons = []
+    if free < need:
+        reasons.append(f"{free:.2f} GB of memory are free, {need:g} are needed")
+    if disk < spec.min_free_disk_gb:
+        reasons.append(f"{disk:.2f} GB of disk are free, {spec.min_free_disk_gb:g} are needed")
+    value = {"free_memory_gb": round(free, 3), "free_disk_gb": round(disk, 3)}
+    bound = f"memory {need:g} GB, disk {spec.min_free_disk_gb:g} GB"
+    return Check("resources", not reasons, value, bound, "; ".join(reasons))

@@ -1,0 +1,217 @@
+"""The launcher of one machine: asks the zygote for processes and keeps their exit statuses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ottava import errors
+from ottava.errors import OttavaError, PlatformError
+from ottava.recipe import Pool
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class LocalProcess:
+    """A forked worker. log: its output; result: what its function returned, once it has exited."""
+
+    def __init__(self, launcher: LocalLauncher, pid: int, log: Path, result: Path):
+        self._launcher, self.pid, self.log, self._result = launcher, pid, log, result
+
+    def alive(self) -> bool:
+        """True until the exit status is known."""
+        return self._launcher.status(self.pid) is None
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """The exit status (negative: minus the signal), or None when it still runs after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (status := self._launcher.status(self.pid, wait=0.02)) is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+        return status
+
+    def terminate(self) -> None:
+        self._launcher.signal(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._launcher.signal(self.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        self._launcher.signal(self.pid, signal.SIGSTOP)
+
+    def result(self) -> dict[str, Any]:
+        """What the function returned. Raises the OttavaError that it raised, or PlatformError if it died."""
+        status = self.wait()
+        try:
+            outcome: dict[str, Any] = json.loads(self._result.read_text())
+        except FileNotFoundError:
+            raise PlatformError(_epitaph(status, self.log), where=self.log) from None
+        finally:
+            self._result.unlink(missing_ok=True)
+        if "error" in outcome:
+            error = outcome["error"]
+            kind = getattr(errors, error["type"], OttavaError)
+            raise kind(error["what"], where=error["where"], fix=error["fix"])
+        result: dict[str, Any] = outcome["result"]
+        return result
+
+
+def _epitaph(status: int | None, log: Path) -> str:
+    if status is not None and status < 0:
+        return f"a worker was killed by {signal.Signals(-status).name}"
+    tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
+    return f"a worker died with status {status}" + (f": {tail[0]}" if tail else "")
+
+
+class LocalLauncher:
+    """Starts functions by name in processes of this machine. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._ids = itertools.count()
+        self._buffer = b""
+        self._statuses: dict[int, int] = {}
+        self._pids: dict[int, int] = {}
+        self._zygote: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> LocalLauncher:
+        ours, theirs = socket.socketpair()
+        environment = {**os.environ, **dict.fromkeys(THREADS, "1"), "TOKENIZERS_PARALLELISM": "false"}
+        environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # a broken vendor plug-in must not break the CPU pools
+        self._zygote = subprocess.Popen(
+            [sys.executable, "-m", "ottava.supervisor.zygote", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        theirs.close()
+        self._control = ours
+        self._ready = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._control.close()
+        if self._zygote is not None:
+            self._zygote.wait()
+
+    def spawn(
+        self,
+        target: str,
+        args: Mapping[str, Any],
+        *,
+        pool: Pool | None,
+        logs: Path,
+        env: Mapping[str, str] = {},
+    ) -> LocalProcess:
+        """Fork one process with the pool's environment and run `package.module:function` with `args` in it."""
+        number = next(self._ids)
+        name = f"{target.rpartition('.')[2].replace(':', '.')}-{os.getpid()}-{number}"
+        logs.mkdir(parents=True, exist_ok=True)
+        log, result = logs / f"{name}.log", logs / f"{name}.result"
+        request = {
+            "id": number,
+            "target": target,
+            "args": dict(args),
+            "env": {**dict.fromkeys(THREADS, "1"), **(pool.env if pool else {}), **env},
+            "log": str(log),
+            "result": str(result),
+        }
+        with self._lock:
+            self._send(request)
+            while number not in self._pids:
+                self._pump(1.0)
+            return LocalProcess(self, self._pids.pop(number), log, result)
+
+    def call(
+        self,
+        target: str,
+        args: Mapping[str, Any],
+        *,
+        pool: Pool | None = None,
+        workers: int = 1,
+        logs: Path,
+    ) -> list[dict[str, Any]]:
+        """Run a function in `workers` processes that can form a process group; their results by rank.
+
+        When one fails, the others are killed and its error is raised.
+        """
+        group = [self.spawn(target, args, pool=pool, logs=logs, env=env) for env in rendezvous(workers)]
+        try:
+            waiting = list(group)
+            while waiting:
+                done = [p for p in waiting if p.wait(0.02 / len(waiting)) is not None]
+                for process in done:
+                    waiting.remove(process)
+                    if process.wait() != 0:
+                        process.result()
+                        raise PlatformError(_epitaph(process.wait(), process.log), where=process.log)
+            return [process.result() for process in group]
+        finally:
+            for process in group:
+                if process.alive():
+                    process.kill()
+                    process.wait()
+
+    def status(self, pid: int, wait: float = 0.0) -> int | None:
+        """The exit status of a child, or None while it runs; waits up to `wait` seconds for news."""
+        with self._lock:
+            if pid not in self._statuses:
+                self._pump(wait)
+            return self._statuses.get(pid)
+
+    def signal(self, pid: int, number: int) -> None:
+        """Send a signal to a child, if it still runs."""
+        with self._lock:
+            self._send({"kill": pid, "signal": number})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        while not self._ready:
+            self._pump(1.0)
+        try:
+            self._control.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            raise PlatformError("the process that starts workers is gone", fix="run the same command again") from None
+
+    def _pump(self, timeout: float) -> None:
+        readable, _, _ = select.select([self._control], [], [], timeout)
+        if not readable:
+            return
+        data = self._control.recv(1 << 16)
+        if not data:
+            raise PlatformError("the process that starts workers is gone", fix="run the same command again")
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "ready" in message:
+                self._ready = True
+            elif "exit" in message:
+                self._statuses[message["exit"]] = message["status"]
+            else:
+                self._pids[message["id"]] = message["pid"]
+
+
+def rendezvous(workers: int) -> list[dict[str, str]]:
+    """The environment of each rank of a process group on this machine, in torchrun's variables."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(workers),
+        "LOCAL_WORLD_SIZE": str(workers),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(workers)]

@@ -1,0 +1,274 @@
+"""The supervisor's loop: start a pool's workers, watch them, decide on a failure, move the run.
+
+It holds no state of its own that could be lost: the steps are in the workers' snapshots, the pools
+that the run went through are in `segments.json`, everything else is in the journal. Killed and
+started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ottava import journal
+from ottava.artifact import write_json
+from ottava.context import Launcher, Process
+from ottava.errors import OttavaError, TrainingFailed
+from ottava.journal import Journal
+from ottava.recipe import Pool
+from ottava.supervisor.decide import Failure, FallBack, Stop, decide
+from ottava.supervisor.local import rendezvous
+from ottava.trainer import snapshot
+from ottava.trainer.snapshot import Snapshot
+from ottava.trainer.spec import Fault, TrainSpec
+
+WORKER = "ottava.trainer.worker:run"
+GRACE = 60.0  # seconds that workers may take to reach their first step
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to supervise. phase: its name in the journal; base: what every worker is given.
+
+    folder: snapshots and segments; pools: in order of preference; progress: told of every step.
+    """
+
+    phase: str
+    spec: TrainSpec
+    pools: Sequence[Pool]
+    base: Mapping[str, Any]
+    folder: Path
+    journal: Journal
+    launcher: Launcher
+    logs: Path
+    progress: Callable[[int], None] = lambda step: None
+
+    @property
+    def names(self) -> list[str]:
+        return [pool.name for pool in self.pools]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a run on one pool: from the state after `start` steps to `end` steps (None: not yet)."""
+
+    pool: str
+    start: int
+    end: int | None = None
+
+
+def supervise(run: Run, fault: Fault | None) -> tuple[Snapshot, list[Segment]]:
+    """Carry a run to its last step through whatever happens; its final state and the pools it went through.
+
+    Raises TrainingFailed where no pool is left or a deterministic error came back.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    segments = _segments(run)
+    failures: list[Failure] = []
+    while True:
+        found = snapshot.newest(run.folder)
+        if found is not None and found.step >= run.spec.steps:
+            return found, _close(run, segments, found.step)
+        pool = next(p for p in run.pools if p.name == segments[-1].pool)
+        armed = fault if fault is not None and fault.pool == pool.name and len(segments) == 1 else None
+        stretch = Stretch(pool, run.spec.steps, _handoff(run, segments), _keep(run, segments), armed)
+        failure = attempt(run, stretch, len(failures))
+        if failure is None:
+            continue
+        failures.append(failure)
+        action = decide(run.names, run.spec.restarts, failures)
+        if isinstance(action, Stop):
+            raise TrainingFailed(
+                action.reason, where=f"pool {pool.name}", fix="see the workers' logs in the run's folder"
+            )
+        if isinstance(action, FallBack):
+            segments = _fall_back(run, segments, action)
+
+
+def replay(run: Run, segments: Sequence[Segment]) -> Snapshot:
+    """Run the same schedule of pools again with no fault in it; the final state, to be compared."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    while True:
+        found = snapshot.newest(run.folder)
+        done = 0 if found is None else found.step
+        if found is not None and done >= run.spec.steps:
+            return found
+        segment = next(s for s in segments if s.end is not None and done < s.end)
+        pool = next(p for p in run.pools if p.name == segment.pool)
+        assert segment.end is not None
+        failure = attempt(run, Stretch(pool, segment.end), failures)
+        if failure is not None:
+            failures += 1
+            if failures > 2:
+                raise TrainingFailed(f"the replay failed: {failure.message}", where=f"pool {pool.name}")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One start of a pool's workers: to which step, from which file (None: the run's folder), what to keep."""
+
+    pool: Pool
+    until: int
+    start: Path | None = None
+    keep: Mapping[str, str] = field(default_factory=dict)
+    fault: Fault | None = None
+
+
+def attempt(run: Run, stretch: Stretch, number: int) -> Failure | None:
+    """Start the pool's workers and watch them to the end of the stretch or to a failure; none is left alive."""
+    workers = min(stretch.pool.workers, run.spec.virtual_shards)
+    args = {
+        **run.base, "phase": run.phase, "pool": stretch.pool.name, "attempt": number, "folder": str(run.folder),
+        "start": str(stretch.start or run.folder), "until": stretch.until, "keep": dict(stretch.keep),
+        "journal": str(run.journal.path),
+    }  # fmt: skip
+    tail = Tail(run.journal.path)
+    group = [run.launcher.spawn(WORKER, args, pool=stretch.pool, logs=run.logs, env=env) for env in rendezvous(workers)]
+    try:
+        return _watch(run, stretch.pool, group, tail, stretch.fault)
+    finally:
+        for process in group:
+            process.kill()
+        for process in group:
+            process.wait()
+
+
+def _watch(run: Run, pool: Pool, group: list[Process], tail: Tail, fault: Fault | None) -> Failure | None:
+    step, seen = 0, time.monotonic() + GRACE
+    while True:
+        for event in tail.events():
+            if event["event"] == "train.step" and event["phase"] == run.phase:
+                step, seen = event["step"], time.monotonic()
+                run.progress(step)
+        if fault is not None and step >= fault.at_step:
+            run.journal.append("train.injected", pool=pool.name, kind=fault.kind, rank=fault.rank, step=step)
+            _inject(run, group[fault.rank % len(group)], fault)
+            fault = None
+        statuses = [process.wait(0.01) for process in group]
+        if all(status == 0 for status in statuses):
+            run.progress(step)
+            return None
+        bad = [(process, status) for process, status in zip(group, statuses, strict=True) if status not in (None, 0)]
+        if bad or time.monotonic() - seen > run.spec.hang_s:
+            return _failure(run, pool, step, tail, bad[0] if bad else None)
+
+
+def _failure(run: Run, pool: Pool, step: int, tail: Tail, bad: tuple[Process, int | None] | None) -> Failure:
+    """Name what happened. `step` becomes the last that any worker reported."""
+    for event in tail.events():
+        if event["event"] == "train.step" and event["phase"] == run.phase:
+            step = event["step"]
+    if bad is None:
+        failure = Failure(pool.name, "hang", step, f"no step for {run.spec.hang_s:g} s")
+    else:
+        process, status = bad
+        failure = Failure(pool.name, "killed", step, f"a worker ended with status {status}")
+        if status is not None and status > 0:
+            failure = replace(failure, kind="error", message=_message(process))
+    run.journal.append(
+        "train.fault", phase=run.phase, pool=pool.name, kind=failure.kind, step=step, message=failure.message
+    )
+    return failure
+
+
+def _message(process: Process) -> str:
+    try:
+        process.result()
+    except OttavaError as error:
+        return error.what
+    return "no message"
+
+
+def _inject(run: Run, process: Process, fault: Fault) -> None:
+    if fault.kind == "sigkill":
+        process.kill()
+    else:
+        process.stop()
+
+
+def _fall_back(run: Run, segments: list[Segment], action: FallBack) -> list[Segment]:
+    """Make the newest state durable as the hand-off, and open a segment on the next pool."""
+    found = snapshot.newest(run.folder)
+    step = 0 if found is None else found.step
+    reported = _last_reported(run)
+    if found is not None:
+        snapshot.save(handoff_file(run.folder), found)
+    segments = [*segments[:-1], replace(segments[-1], end=step), Segment(action.target, step)]
+    _write_segments(run, segments)
+    run.journal.append(
+        "train.fallback", phase=run.phase, source=action.source, target=action.target, at_step=step,
+        lost_steps=max(0, reported - step), digest=None if found is None else found.digest,
+    )  # fmt: skip
+    return segments
+
+
+def _last_reported(run: Run) -> int:
+    state = journal.fold(journal.read(run.journal.path))
+    return max((event["step"] for event in state.steps if event["phase"] == run.phase), default=0)
+
+
+def handoff_file(folder: Path) -> Path:
+    """Where the state that moved between pools is kept."""
+    return folder / "handoff" / "state"
+
+
+def kept_file(folder: Path, step: int) -> Path:
+    """Where the state after `step` steps is kept for the drift measurement."""
+    return folder / "handoff" / f"after-{step}"
+
+
+def _handoff(run: Run, segments: list[Segment]) -> Path | None:
+    """The hand-off's file where the newest state is the hand-off itself; afterwards the snapshots go on."""
+    if len(segments) < 2 or segments[-1].start == 0:
+        return None
+    found = snapshot.newest(run.folder)
+    moved = found is not None and found.step > segments[-1].start
+    return None if moved else handoff_file(run.folder)
+
+
+def _keep(run: Run, segments: Sequence[Segment]) -> dict[str, str]:
+    """The states after the hand-off that the drift measurement needs, and where they are kept."""
+    if len(segments) < 2:
+        return {}
+    at = segments[1].start + run.spec.drift.window
+    return {str(at): str(kept_file(run.folder, at))}
+
+
+def _segment_file(run: Run) -> Path:
+    return run.folder / "segments.json"
+
+
+def _segments(run: Run) -> list[Segment]:
+    if not _segment_file(run).exists():
+        _write_segments(run, [Segment(run.pools[0].name, 0)])
+    return [Segment(**entry) for entry in json.loads(_segment_file(run).read_text())]
+
+
+def _write_segments(run: Run, segments: Sequence[Segment]) -> None:
+    handoff_file(run.folder).parent.mkdir(parents=True, exist_ok=True)
+    write_json(_segment_file(run), [vars(segment) for segment in segments])
+
+
+def _close(run: Run, segments: list[Segment], step: int) -> list[Segment]:
+    segments = [*segments[:-1], replace(segments[-1], end=step)]
+    _write_segments(run, segments)
+    return segments
+
+
+class Tail:
+    """The events that are appended to a journal from now on."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb")
+        self._file.seek(0, 2)
+        self._rest = b""
+
+    def events(self) -> list[dict[str, Any]]:
+        """What came since the last call."""
+        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
+        return [json.loads(line) for line in lines if line.startswith(b"{")]

@@ -1,0 +1,118 @@
+"""The training data as token arrays, and every batch as a pure function of (seed, step, virtual shard).
+
+There is no loader: a worker asks for shard v of step s and gets the same examples on any chip, in
+any group, after any restart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ottava.errors import DataError
+from ottava.models.chat import Chat
+from ottava.trainer import schedule
+from ottava.trainer.spec import TrainSpec
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples of one length. tokens [K, T]: prompt and reply, zero-padded; targets [K, T-1]: IGNORE off the reply."""
+
+    tokens: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples by chain length, for both modes."""
+
+    thinking: dict[int, Examples]
+    direct: dict[int, Examples]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One virtual shard's share of a step. *_count: target tokens of the whole step, over all shards."""
+
+    thinking: Examples
+    thinking_count: int
+    direct: Examples | None
+    direct_count: int
+
+
+def load(folder: Path, chat: Chat) -> Data:
+    """Read `cold_start.jsonl` and `answers.jsonl` of a label artifact. Raises DataError."""
+    cold = _read(folder / "cold_start.jsonl", ("question", "answer", "steps", "trace"))
+    answers = _read(folder / "answers.jsonl", ("question", "answer", "steps"))
+    thinking = _examples(cold, chat, thinking=True)
+    return Data(thinking, _examples(answers, chat, thinking=False))
+
+
+def batch(data: Data, spec: TrainSpec, seed: int, step: int, shard: int) -> Batch:
+    """Shard `shard` of step `step`. Every worker knows the draws of all shards, so counts need no exchange."""
+    shards = spec.virtual_shards
+    pool = data.thinking[schedule.thinking_length(spec, seed, step, sorted(data.thinking))]
+    thinking, thinking_count = _draw(pool, spec.batch, seed, schedule.THINKING, step, shard, shards)
+    if not schedule.direct_joins(spec, step):
+        return Batch(thinking, thinking_count, None, 0)
+    pool = data.direct[schedule.direct_length(spec, seed, step, sorted(data.direct))]
+    direct, direct_count = _draw(pool, spec.direct.batch, seed, schedule.DIRECT, step, shard, shards)
+    return Batch(thinking, thinking_count, direct, direct_count)
+
+
+def _draw(
+    pool: Examples, size: int, seed: int, stream: int, step: int, shard: int, shards: int
+) -> tuple[Examples, int]:
+    rows = [schedule.rng(seed, stream, step, v).integers(0, len(pool.tokens), size) for v in range(shards)]
+    count = sum(int((pool.targets[torch.from_numpy(r)] != IGNORE).sum()) for r in rows)
+    mine = torch.from_numpy(rows[shard])
+    return Examples(pool.tokens[mine], pool.targets[mine]), count
+
+
+def _examples(rows: list[dict[str, str]], chat: Chat, *, thinking: bool) -> dict[int, Examples]:
+    prompts = chat.prompts([row["question"] for row in rows], thinking)
+    grouped: dict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
+    for row, prompt in zip(rows, prompts, strict=True):
+        reply = chat.reply(row["answer"], row["trace"] if thinking else None)
+        grouped[int(row["steps"])].append((prompt, reply))
+    return {length: _pack(pairs) for length, pairs in sorted(grouped.items())}
+
+
+def _pack(pairs: Iterable[tuple[list[int], list[int]]]) -> Examples:
+    pairs = list(pairs)
+    width = max(len(prompt) + len(reply) for prompt, reply in pairs)
+    tokens = np.zeros((len(pairs), width), np.int64)
+    targets = np.full((len(pairs), width - 1), IGNORE, np.int64)
+    for i, (prompt, reply) in enumerate(pairs):
+        end = len(prompt) + len(reply)
+        tokens[i, :end] = prompt + reply
+        targets[i, len(prompt) - 1 : end - 1] = reply
+    return Examples(torch.from_numpy(tokens), torch.from_numpy(targets))
+
+
+def _read(path: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict) or any(key not in row for key in keys):
+                    raise DataError(f"a line needs the keys {', '.join(keys)}", where=f"{path}:{number}")
+                rows.append(row)
+    except FileNotFoundError:
+        raise DataError("no such dataset file", where=path) from None
+    except ValueError as error:
+        raise DataError(f"not valid JSON: {error}", where=path) from None
+    if not rows:
+        raise DataError("the dataset is empty", where=path)
+    return rows

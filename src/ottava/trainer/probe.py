@@ -1,0 +1,71 @@
+"""A short measurement of the training step itself, for the plan."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ottava.trainer.loop import Trainer
+from ottava.trainer.worker import Group, join
+
+
+def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Time a few steps of the recipe's model on stand-in tokens of the data's shapes.
+
+    args: {spec: the train section, seed, repeats}. Runs in the pool's group: call it with the pool's
+    workers. Returns tokens_per_s (all workers), step_seconds (median), parameters (total, active) and
+    flops_per_token (forward and backward, 6 N_active).
+    """
+    from ottava.trainer import reduce
+    from ottava.trainer.spec import TrainSpec
+
+    group: Group = join()
+    spec = TrainSpec.model_validate(args["spec"])
+    trainer = Trainer(spec, int(args.get("seed", 0)), _stand_in(), VOCABULARY)
+    trainer.state.step = int(spec.direct.begin * spec.steps)
+    shards = reduce.owned(spec.virtual_shards, group.rank, group.world)
+    trainer.step(group.reduce, shards)
+    seconds, tokens = [], []
+    for _ in range(int(args.get("repeats", 12))):
+        begun = time.perf_counter()
+        trainer.step(group.reduce, shards)
+        seconds.append(time.perf_counter() - begun)
+        tokens.append(_tokens(trainer))
+    total = sum(slot.size for slot in trainer.state.slots)
+    experts = sum(s.size for s in trainer.state.slots if ".experts." in s.name)
+    active = total - experts + experts * spec.shape.active_experts // spec.shape.experts
+    return {
+        "tokens_per_s": sum(tokens) / sum(seconds),
+        "tokens_per_step": statistics.mean(tokens),
+        "step_seconds": statistics.median(seconds),
+        "parameters": total,
+        "active_parameters": active,
+        "flops_per_token": 6 * active,
+    }
+
+
+VOCABULARY = 44
+
+
+def _stand_in() -> Any:
+    """Data of the chains' shapes, so that the probe needs no dataset."""
+    from ottava.trainer.data import Data, Examples
+
+    def examples(length: int) -> Examples:
+        tokens = (torch.arange(32 * length).reshape(32, length) * 7) % (VOCABULARY - 6) + 6
+        return Examples(tokens, tokens[:, 1:].clone())
+
+    return Data({n: examples(5 * n + 9) for n in range(2, 7)}, {n: examples(2 * n + 7) for n in range(1, 7)})
+
+
+def _tokens(trainer: Trainer) -> int:
+    """Tokens that the step just done went through, all shards together."""
+    from ottava.trainer.data import batch
+
+    work = batch(trainer.data, trainer.spec, trainer.seed, trainer.state.step - 1, 0)
+    count = work.thinking.tokens.numel() + (work.direct.tokens.numel() if work.direct else 0)
+    return count * trainer.spec.virtual_shards

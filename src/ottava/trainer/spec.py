@@ -1,0 +1,143 @@
+"""What a supervised run is: the recipe's `train` section. Data only; every process of a run reads the same."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ottava import recipe
+from ottava.recipe import Frozen
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Shape(Frozen):
+    """A DeepSeek-V3 architecture: MLA attention, first layer dense, then experts with one shared."""
+
+    hidden: Positive = 64
+    layers: Annotated[int, Field(ge=2)] = 2
+    heads: Positive = 4
+    dense_width: Positive = 192
+    expert_width: Positive = 32
+    experts: Annotated[int, Field(ge=2)] = 8
+    active_experts: Positive = 2
+    latent_rank: Positive = 32
+    nope_dim: Positive = 16
+    rope_dim: Positive = 16
+    value_dim: Positive = 16
+
+    def config(self, vocabulary: int) -> dict[str, Any]:
+        """The content of `config.json` for a vocabulary of so many ids."""
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "vocab_size": vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.dense_width,
+            "moe_intermediate_size": self.expert_width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "n_routed_experts": self.experts,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": self.active_experts,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+            "q_lora_rank": None,
+            "kv_lora_rank": self.latent_rank,
+            "qk_nope_head_dim": self.nope_dim,
+            "qk_rope_head_dim": self.rope_dim,
+            "v_head_dim": self.value_dim,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+            "dtype": "bfloat16",
+        }
+
+
+class Optimiser(Frozen):
+    """Muon for matrices, AdamW for the rest. Rates are peaks; warm-up in steps, decay from a share of the run."""
+
+    muon: float = 0.02
+    muon_momentum: float = 0.95
+    muon_decay: float = 1.0
+    adam: float = 3e-3
+    embedding: float = 2.1e-2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    warmup: Positive = 20
+    decay_from: Fraction = 0.6
+    floor: Fraction = 0.02
+    router_bias: Annotated[float, Field(ge=0, description="step of the router's correction bias")] = 1e-3
+
+
+class Curriculum(Frozen):
+    """Chains grow from `start` steps to the longest by `open_at`, from when all lengths are drawn alike."""
+
+    start: Positive = 3
+    open_at: Fraction = 0.6
+
+
+class Direct(Frozen):
+    """Answers without reasoning, mixed in from a share of the run on."""
+
+    batch: Annotated[int, Field(ge=1, description="per virtual shard")] = 8
+    weight: Annotated[float, Field(ge=0)] = 0.5
+    begin: Fraction = 0.5
+    one_step: Fraction = 0.8
+
+
+class Fault(Frozen):
+    """A fault to inject once: the run must survive it."""
+
+    pool: str
+    at_step: Positive
+    rank: Annotated[int, Field(ge=0)] = 0
+    kind: Literal["sigkill", "sigstop"] = "sigkill"
+
+
+class Drift(Frozen):
+    """How the fallback's drift is judged: steps after the hand-off, and perturbed replicas for the envelope."""
+
+    window: Positive = 24
+    replicas: Annotated[int, Field(ge=3)] = 5
+
+
+class TrainSpec(recipe.Spec):
+    """Supervised fine-tuning on both modes, under the supervisor, ending on the grid."""
+
+    shape: Shape = Shape()
+    optimiser: Optimiser = Optimiser()
+    curriculum: Curriculum = Curriculum()
+    direct: Direct = Direct()
+    steps: Positive = 900
+    batch: Annotated[int, Field(ge=1, description="thinking examples per virtual shard")] = 16
+    virtual_shards: Annotated[int, Field(ge=1, description="slices of the global batch; a power of two")] = 2
+    grid_from: Annotated[
+        float, Field(ge=0, le=1, description="share of the run from which weights lie on the grid")
+    ] = 0.85
+    fault: Fault | None = None
+    restarts: Annotated[int, Field(ge=0, description="restarts on one pool before the run falls back")] = 0
+    hang_s: Annotated[float, Field(gt=0, description="seconds without a step that count as a hang")] = 60.0
+    checkpoint_every: Positive = 100
+    drift: Drift = Drift()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSpec:
+        if self.virtual_shards & (self.virtual_shards - 1):
+            raise ValueError("virtual_shards must be a power of two")
+        if self.fault is not None and self.fault.at_step + self.drift.window >= self.steps:
+            raise ValueError("fault.at_step + drift.window must lie before the last step")
+        return self

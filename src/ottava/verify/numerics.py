@@ -1,0 +1,79 @@
+"""How far a converted model's computation is from its source's, on text: agreement and divergence.
+
+Weights are compared byte by byte elsewhere; this is the other claim, about what comes out. It is
+computed teacher-forced, position by position, so that a model which merely sounds right is told
+from one that is right: a corrupted load still answers "Paris".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Model = Callable[[Tensor], Tensor]
+
+
+def divergence(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Per position: KL(reference || other) in nats, and whether the likeliest token is the same.
+
+    reference, other: logits [T, V]. Computed in float64.
+    """
+    p = torch.log_softmax(reference.double(), -1)
+    q = torch.log_softmax(other.double(), -1)
+    kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    return kl, reference.argmax(-1) == other.argmax(-1)
+
+
+def compare(reference: Model, other: Model, windows: Sequence[Tensor]) -> dict[str, Any]:
+    """KL and top-1 agreement of two models over windows of token ids, each [1, T].
+
+    Returns positions, kl (mean), kl_low, kl_high (95% over windows, Student's t), top1, top1_low,
+    top1_high (the same over windows: positions of one window are not independent).
+    """
+    kls, agreements, positions = [], [], 0
+    with torch.no_grad():
+        for window in windows:
+            kl, same = divergence(reference(window)[0], other(window)[0])
+            kls.append(float(kl.mean()))
+            agreements.append(float(same.double().mean()))
+            positions += len(kl)
+    return {"positions": positions, "windows": len(windows), **_interval("kl", kls), **_interval("top1", agreements)}
+
+
+def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    from scipy.stats import t
+
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return {name: mean}
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
+    return {name: mean, f"{name}_low": max(0.0, mean - half), f"{name}_high": mean + half}
+
+
+def compare_folders(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare two model folders on a text file. args: reference, other, text; window (tokens), limit (windows)."""
+    from pathlib import Path
+
+    from ottava.errors import DataError
+    from ottava.models.chat import Chat
+    from ottava.models.load import load
+
+    torch.set_num_threads(int(args.get("threads", 1)))
+    chat = Chat.load(Path(args["reference"]))
+    ids = torch.tensor(chat.encode(Path(args["text"]).read_text(encoding="utf-8")))
+    width = int(args["window"])
+    windows = [w[None] for w in torch.split(ids, width) if len(w) == width][: int(args["limit"])]
+    if not windows:
+        raise DataError(f"the text has {len(ids)} tokens, fewer than one window of {width}", where=args["text"])
+    reference, other = (_logits(load(Path(args[key]))) for key in ("reference", "other"))
+    return compare(reference, other, windows)
+
+
+def _logits(model: Any) -> Model:
+    return lambda ids: model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]

@@ -1,0 +1,652 @@
+"""Reading and writing safetensors against the library and against attacks; digests, layouts and their proof."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ottava.checkpoint import layouts
+from ottava.checkpoint import safetensors as st_files
+from ottava.checkpoint.digest import values_digest
+from ottava.checkpoint.layouts import MASTER_CONFIG, to_bf16, to_master, to_mxfp8
+from ottava.checkpoint.safetensors import DTYPES, SINGLE, entries, iter_tensors, load, plan_of, read, read_header, write
+from ottava.checkpoint.safetensors import write_folder as write_model
+from ottava.errors import CheckpointError, OttavaError, ResourceError
+from ottava.fp8.codec import quantise
+from ottava.verify.weights import compare, prove_layouts
+
+UP, DOWN, NORM = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
+BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
+EMBED = "model.embed_tokens.weight"
+
+
+def as_bytes(t: Tensor) -> bytes:
+    return bytes(st_files.raw(t))
+
+
+def tensors_of_every_type() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    out = {name: torch.randint(0, 2, (3, 5)).to(dtype) for name, dtype in DTYPES.items() if name != "F8_E8M0"}
+    out["F8_E8M0"] = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu).reshape(16, 16)
+    out |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "odd": torch.arange(7, dtype=torch.uint8)}
+    return out
+
+
+def tiny_master(folder: Path, seed: int = 0) -> Path:
+    """A folder of two FP8 weights with ragged blocks, a zero block among them, and three others."""
+    torch.manual_seed(seed)
+    up = torch.randn(130, 200) * torch.exp(torch.randn(130, 1))
+    up[:128, :128] = 0
+    tensors = {
+        NORM: torch.randn(7).bfloat16(),
+        EMBED: torch.randn(9, 4).bfloat16(),
+        BIAS: torch.randn(4),
+    }
+    for name, w in ((UP, up), (DOWN, torch.randn(3, 40) * 1e-3)):
+        tensors[name], scales = quantise(w)
+        tensors[name + "_scale_inv"] = scales.view(torch.float8_e8m0fnu)
+    save(folder, tensors, {"model_type": "llama", "torch_dtype": "bfloat16", "quantization_config": MASTER_CONFIG})
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def save(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    write(folder / SINGLE, tensors.items())
+    (folder / "config.json").write_text(json.dumps(config or {}))
+    return folder
+
+
+def rewrite(folder: Path, **changes: Tensor) -> None:
+    """Replace tensors of a folder; dots in names are written as '__'."""
+    tensors = {name: load(entry) for name, entry in entries(folder).items()}
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    write(folder / SINGLE, tensors.items())
+
+
+# The format, against the library.
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    tensors = tensors_of_every_type()
+    write(tmp_path / "a.safetensors", tensors.items())
+    found = read_header(tmp_path / "a.safetensors")
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        again = load(found[name])
+        assert (again.dtype, again.shape) == (tensor.dtype, tensor.shape)
+        assert as_bytes(again) == as_bytes(tensor)
+        assert found[name].start % tensor.dtype.itemsize == 0
+    listed = list(iter_tensors(tmp_path / "a.safetensors"))
+    assert [name for name, *_ in listed] == sorted(tensors)
+    assert all(bytes(data) == as_bytes(tensors[name]) for name, _, _, data in listed)
+
+
+def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
+    tensors = tensors_of_every_type()
+    path = tmp_path / "a.safetensors"
+    write(path, tensors.items())
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            again = file.get_tensor(name)
+            assert (again.dtype, again.shape, as_bytes(again)) == (tensor.dtype, tensor.shape, as_bytes(tensor))
+
+
+def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
+    tensors = tensors_of_every_type()
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(tensors, path, {"note": "ours is ignored"})
+    for name, tensor in tensors.items():
+        again = read(path, name)
+        assert (again.dtype, again.shape, as_bytes(again)) == (tensor.dtype, tensor.shape, as_bytes(tensor))
+
+
+def test_scale_bytes_are_reinterpreted_and_never_cast(tmp_path: Path) -> None:
+    scales = torch.arange(256, dtype=torch.uint8).reshape(4, 64)
+    write(tmp_path / "a.safetensors", [("s", scales)], {"s": ("F8_E8M0", (4, 64))})
+    assert torch.equal(read(tmp_path / "a.safetensors", "s").view(torch.uint8), scales)
+
+
+def test_equal_tensors_make_equal_files_in_any_order(tmp_path: Path) -> None:
+    tensors = tensors_of_every_type()
+    write(tmp_path / "a", tensors.items())
+    write(tmp_path / "b", reversed(tensors.items()), plan_of(tensors))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_shards(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(7)}
+    write_model(tmp_path, plan_of(tensors), reversed(tensors.items()), shard_bytes=100)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [*(f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)), st_files.INDEX]
+    assert {name: as_bytes(load(entry)) for name, entry in entries(tmp_path).items()} == {
+        name: as_bytes(tensor) for name, tensor in tensors.items()
+    }
+    weight_map = json.loads((tmp_path / st_files.INDEX).read_text())["weight_map"]
+    for name, tensor in tensors.items():
+        with safetensors.safe_open(tmp_path / weight_map[name], framework="pt") as file:
+            assert torch.equal(file.get_tensor(name), tensor)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        yield "a", torch.zeros(3)
+        raise CheckpointError("the source is damaged")
+
+    plan = {"a": ("F32", (3,)), "b": ("F32", (3,))}
+    with pytest.raises(CheckpointError):
+        write_model(tmp_path, plan, broken(), shard_bytes=12)
+    assert list(tmp_path.iterdir()) == []
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResourceError, match="disk full"):
+        write(tmp_path / "a", [("a", torch.zeros(3))])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_that_was_not_planned_is_a_programmers_mistake(tmp_path: Path) -> None:
+    for wrong in (torch.zeros(4), torch.zeros(3, dtype=torch.float16)):
+        with pytest.raises(AssertionError):
+            write(tmp_path / "a", [("a", wrong)], {"a": ("F32", (3,))})
+    with pytest.raises(AssertionError, match="never given"):
+        write(tmp_path / "a", [], {"a": ("F32", (3,))})
+
+
+# Attacks on the reader. Each case is a header and the data behind it; the library must refuse it, too.
+
+
+def packed(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def item(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4), **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
+
+
+FOUR = b"abcd"
+ATTACKS = {
+    "empty file": b"",
+    "half a length": b"\1\0\0",
+    "length beyond the file": packed({"a": item()}, FOUR, length=10**6),
+    "huge length": packed({"a": item()}, FOUR, length=2**63),
+    "length of all ones": b"\xff" * 8,
+    "no JSON": packed(b"{'a': 1}"),
+    "not UTF-8": packed(b'{"\xff": 1}'),
+    "deep nesting": packed(b"[" * 100_000),
+    "a list": packed([1]),
+    "a number of many digits": packed(b'{"a": ' + b"9" * 5000 + b"}"),
+    "duplicate keys": packed(b'{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}', FOUR),
+    "entry is a number": packed({"a": 1}),
+    "entry without shape": packed({"a": {"dtype": "U8", "data_offsets": [0, 4]}}, FOUR),
+    "unknown type": packed({"a": item("F7")}, FOUR),
+    "type is a list": packed({"a": item(["U8"])}, FOUR),
+    "negative size": packed({"a": item(shape=[-4])}, FOUR),
+    "fractional size": packed({"a": item(shape=[4.0])}, FOUR),
+    "size true": packed({"a": item(shape=[True, 4])}, FOUR),
+    "size null": packed({"a": item(shape=None)}, FOUR),
+    "sizes that overflow": packed({"a": item(shape=[2**32, 2**32, 0], offsets=[0, 0])}),
+    "negative offset": packed({"a": item(offsets=[-4, 0])}, FOUR),
+    "three offsets": packed({"a": item(offsets=[0, 4, 4])}, FOUR),
+    "offsets reversed": packed({"a": item(offsets=[4, 0])}, FOUR),
+    "range too short": packed({"a": item("F32", [2], [0, 4])}, FOUR),
+    "range too long": packed({"a": item("U8", [2], [0, 4])}, FOUR),
+    "out of range": packed({"a": item(shape=[8], offsets=[0, 8])}, FOUR),
+    "far out of range": packed({"a": item(offsets=[2**62, 2**62 + 4])}, FOUR),
+    "overlap": packed({"a": item(), "b": item(shape=[3], offsets=[1, 4])}, FOUR),
+    "same bytes twice": packed({"a": item(), "b": item()}, FOUR),
+    "hole": packed({"a": item(shape=[1], offsets=[0, 1]), "b": item(shape=[2], offsets=[2, 4])}, FOUR),
+    "hole at the start": packed({"a": item(shape=[2], offsets=[2, 4])}, FOUR),
+    "bytes of no tensor": packed({"a": item()}, FOUR + b"#!/bin/sh"),
+    "cut short": packed({"a": item()}, FOUR[:3]),
+    "no tensors but data": packed({}, FOUR),
+    "metadata is a number": packed({"__metadata__": 7, "a": item()}, FOUR),
+    "metadata of numbers": packed({"__metadata__": {"x": 7}, "a": item()}, FOUR),
+}
+OURS_ALONE = {  # the library believes these
+    "duplicate names": packed(
+        b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}',
+        FOUR,
+    ),
+    "more keys": packed({"a": item(more=1)}, FOUR),
+    "a name that cannot be printed": packed({"a\x00b": item()}, FOUR),
+    "half a surrogate": packed(b'{"\\ud800":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', FOUR),
+    "too many dimensions": packed({"a": item(shape=[1] * 99 + [4])}, FOUR),
+    "more elements than memory": packed({"a": item(shape=[2**61, 2, 0], offsets=[0, 0])}),
+}
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, *OURS_ALONE])
+def test_attack_on_a_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / SINGLE
+    path.write_bytes({**ATTACKS, **OURS_ALONE}[name])
+    for reader in (read_header, entries, values_digest):
+        with pytest.raises(CheckpointError) as caught:
+            reader(path)
+        assert str(path) in str(caught.value)
+    if name in ATTACKS:
+        with pytest.raises(Exception, match=r".+"), safetensors.safe_open(path, framework="pt"):
+            pass
+
+
+def test_attacks_name_the_tensor(tmp_path: Path) -> None:
+    path = tmp_path / SINGLE
+    for name in ("unknown type", "range too short", "hole at the start"):
+        path.write_bytes(ATTACKS[name])
+        with pytest.raises(CheckpointError, match=f"{SINGLE}: '?a"):
+            entries(tmp_path)
+
+
+def test_header_larger_than_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / SINGLE
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", st_files.HEADER_LIMIT + 1))
+        file.truncate(st_files.HEADER_LIMIT + 100)
+    with pytest.raises(CheckpointError, match="100 MB"):
+        read_header(path)
+
+
+def test_file_cut_short_after_its_header_was_read(tmp_path: Path) -> None:
+    path = tmp_path / SINGLE
+    path.write_bytes(packed({"a": item()}, FOUR))
+    entry = read_header(path)["a"]
+    path.write_bytes(packed({"a": item()}, FOUR[:2]))
+    with pytest.raises(CheckpointError, match="cut short while"):
+        load(entry)
+
+
+VALID = packed({"a": item(), "bb": item("BF16", [1, 2], [4, 8])}, FOUR + FOUR)
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=3))
+def test_a_damaged_file_is_read_inside_its_bounds_or_refused(tmp_path: Path, flips: list[tuple[int, int]]) -> None:
+    data = bytearray(VALID)
+    for place, value in flips:
+        data[place] = value
+    path = tmp_path / SINGLE
+    path.write_bytes(data)
+    try:
+        found = read_header(path)
+    except CheckpointError:
+        return
+    assert sum(len(st_files.read_bytes(entry)) for entry in found.values()) <= 8
+    for entry in found.values():
+        load(entry)
+
+
+def index_of(weight_map: Any) -> str:
+    return json.dumps({"metadata": {}, "weight_map": weight_map})
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "no JSON"),
+        ("[]", "no mapping"),
+        ("{}", "no weight_map"),
+        (index_of({}), "no weight_map"),
+        (index_of([]), "no weight_map"),
+        (index_of({"a": "../outside.safetensors"}), "no plain name"),
+        (index_of({"a": "/etc/passwd"}), "no plain name"),
+        (index_of({"a": "sub/one.safetensors"}), "no plain name"),
+        (index_of({"a": "..\\one.safetensors"}), "no plain name"),
+        (index_of({"a": "c:one.safetensors"}), "no plain name"),
+        (index_of({"a": "one.safetensors\0"}), "no plain name"),
+        (index_of({"a": "pytorch_model.bin"}), "no plain name"),
+        (index_of({"a": 7}), "no plain name"),
+        (index_of({"a": "one.safetensors", "b": "one.safetensors", "c": "three.safetensors"}), "no such file"),
+        (index_of({"a": "one.safetensors"}), "places this tensor in 'no shard'"),
+        (index_of({"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}), "does not hold"),
+        (index_of({"a": "two.safetensors", "b": "one.safetensors", "c": "two.safetensors"}), "places this tensor in"),
+        ('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "twice"),
+    ],
+)
+def test_attack_on_an_index(index: str, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(tmp_path / "outside.safetensors", [("a", torch.zeros(1))])
+    write(folder / "one.safetensors", [("a", torch.zeros(1)), ("b", torch.zeros(1))])
+    write(folder / "two.safetensors", [("c", torch.zeros(1))])
+    if message == "does not hold":
+        write(folder / "two.safetensors", [])
+    (folder / st_files.INDEX).write_text(index)
+    with pytest.raises(CheckpointError, match=message):
+        entries(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.safetensors", [("a", torch.zeros(1)), (name, torch.zeros(1))])
+    shards = {"a": "one.safetensors", "one": "one.safetensors", "two": "two.safetensors"}
+    (tmp_path / st_files.INDEX).write_text(index_of(shards))
+    with pytest.raises(CheckpointError, match=r"two\.safetensors: a"):
+        entries(tmp_path)
+
+
+def test_folders_that_are_no_models(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        entries(tmp_path)
+    write(tmp_path / SINGLE, [("a", torch.zeros(1))])
+    (tmp_path / st_files.INDEX).write_text(index_of({"a": SINGLE}))
+    with pytest.raises(CheckpointError, match="both a single file and an index"):
+        entries(tmp_path)
+    with pytest.raises(CheckpointError, match="no tensor 'b'"):
+        read(tmp_path / SINGLE, "b")
+
+
+# The digest.
+
+
+def numpy_digest(folder: Path) -> str:
+    """The digest by another way: the library's bytes, ml_dtypes' types, NumPy's arithmetic."""
+    raw: dict[str, tuple[str, list[int], bytes]] = {}
+    with safetensors.safe_open(folder / SINGLE, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            raw[name] = part.get_dtype(), part.get_shape(), as_bytes(file.get_tensor(name))
+    digests = []
+    for name in sorted(raw):
+        dtype, shape, data = raw[name]
+        if name.endswith(("_scale", "_scale_inv")):
+            continue
+        if dtype == "F8_E4M3":
+            height, width, suffix = (128, 128, "_scale_inv") if name + "_scale_inv" in raw else (1, 32, "_scale")
+            scale_type, scale_shape, scale_data = raw[name + suffix]
+            assert scale_type in ("F8_E8M0", "U8")
+            exponents = np.frombuffer(scale_data, np.uint8).reshape(scale_shape).astype(int) - 127
+            exponents = exponents[np.arange(shape[0]) // height][:, np.arange(shape[1]) // width]
+            codes = np.frombuffer(data, ml_dtypes.float8_e4m3fn).astype(np.float64).reshape(shape)
+            value = np.ldexp(codes, exponents).astype(ml_dtypes.bfloat16)
+            dtype, data = "BF16", value.tobytes()
+        head = json.dumps([name, dtype, shape], separators=(",", ":")).encode()
+        digests.append(hashlib.sha256(head + data).hexdigest())
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def test_the_digest_is_what_it_is_said_to_be(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "master")
+    assert values_digest(master) == numpy_digest(master)
+    to_mxfp8(master, tmp_path / "mx")
+    assert values_digest(tmp_path / "mx") == numpy_digest(tmp_path / "mx")
+
+
+def test_scales_may_be_spelt_three_ways(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "m")
+    digest = values_digest(master)
+    for name in (UP, DOWN):
+        scales = read(master, name + "_scale_inv").view(torch.uint8)
+        for spelling in (scales, torch.ldexp(torch.ones(scales.shape), scales.int() - 127)):
+            rewrite(master, **{name + "_scale_inv": spelling})
+            assert read(master, name + "_scale_inv").dtype == spelling.dtype
+            assert values_digest(master) == digest
+
+
+def test_sharded_and_single_folders_have_one_digest(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "m")
+    tensors = {name: load(entry) for name, entry in entries(master).items()}
+    (tmp_path / "s").mkdir()
+    write_model(tmp_path / "s", plan_of(tensors), tensors.items(), shard_bytes=10_000)
+    assert len(list((tmp_path / "s").glob("*.safetensors"))) > 1
+    assert values_digest(tmp_path / "s") == values_digest(master)
+
+
+def test_the_digest_tells_zero_from_minus_zero_and_names_from_names(tmp_path: Path) -> None:
+    plus, minus = {NORM: torch.zeros(2).bfloat16()}, {NORM: -torch.zeros(2).bfloat16()}
+    renamed, reshaped = {NORM + "2": plus[NORM]}, {NORM: plus[NORM][:, None]}
+    seen = {values_digest(save(tmp_path / str(i), t)) for i, t in enumerate((plus, minus, renamed, reshaped))}
+    assert len(seen) == 4
+    assert values_digest(save(tmp_path / "f32", {NORM: torch.zeros(2)})) not in seen
+
+
+def f32_scales(value: float) -> Tensor:
+    out = torch.full((2, 2), 0.25)
+    out[1, 0] = value
+    return out
+
+
+def byte_scales(value: int, dtype: torch.dtype = torch.float8_e8m0fnu) -> Tensor:
+    out = torch.full((2, 2), 120, dtype=torch.uint8)
+    out[1, 0] = value
+    return out.view(dtype)
+
+
+NOT_POWERS = (0.0, -0.0, -0.25, 1.32288, 0.3, torch.inf, -torch.inf, torch.nan, 1e-45)
+
+
+@pytest.mark.parametrize(
+    ("scales", "good"),
+    [
+        *((byte_scales(b), 3 <= b <= 246) for b in (0, 2, 3, 246, 247, 254, 255)),
+        *((byte_scales(b, torch.uint8), 3 <= b <= 246) for b in (2, 3, 246, 247, 255)),
+        *((f32_scales(2.0**k), -124 <= k <= 119) for k in (-140, -127, -126, -125, -124, 119, 120, 127)),
+        *((f32_scales(bad), False) for bad in NOT_POWERS),
+        (f32_scales(0.25).bfloat16(), False),
+        (f32_scales(0.25)[:1], False),
+        (f32_scales(0.25).flatten(), False),
+        (f32_scales(0.25)[None], False),
+    ],
+)
+def test_only_exact_scales_are_believed(scales: Tensor, good: bool, tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "m")
+    rewrite(master, **{UP + "_scale_inv": scales})
+    if good:
+        values_digest(master)
+    else:
+        with pytest.raises(CheckpointError, match="quantise from the BF16/FP32 master") as caught:
+            values_digest(master)
+        assert UP in str(caught.value)
+
+
+def test_a_bad_scale_is_pointed_at(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "m")
+    rewrite(master, **{UP + "_scale_inv": f32_scales(1.5)})
+    with pytest.raises(CheckpointError, match=r"scale of block \(1, 0\) is 1\.5"):
+        values_digest(master)
+
+
+def test_codes_without_scales_and_scales_without_codes(tmp_path: Path) -> None:
+    codes, scales = quantise(torch.randn(4, 4))
+    cases: list[tuple[dict[str, Tensor], str]] = [
+        ({UP: codes}, "without scales"),
+        ({UP + "_scale_inv": scales}, "scales of no FP8 weight"),
+        ({UP: torch.ones(4, 4), UP + "_scale_inv": scales}, "scales of no FP8 weight"),
+        ({UP: codes, UP + "_scale_inv": scales, UP + "_scale": scales}, "one that has others"),
+        ({UP: codes.float().to(torch.float8_e5m2), UP + "_scale_inv": scales}, "scales of no FP8 weight"),
+        ({UP: torch.full((4, 4), torch.nan).to(torch.float8_e4m3fn), UP + "_scale_inv": scales}, "is NaN"),
+    ]
+    for i, (tensors, message) in enumerate(cases):
+        with pytest.raises(CheckpointError, match=message):
+            values_digest(save(tmp_path / str(i), tensors))
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def compare_or_message(a: Path, b: Path) -> dict[str, Any] | str:
+    try:
+        return compare(a, b)
+    except CheckpointError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("make", [to_master, to_mxfp8, to_bf16])
+def test_one_flipped_bit_changes_the_digest_and_names_the_tensor(
+    make: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    good, bad = tiny_master(tmp_path / "good"), tmp_path / "bad"
+    make(good, bad)
+    digest = values_digest(good)
+    assert compare(good, bad)["equal"]
+    for name, entry in entries(bad).items():
+        owner = name.removesuffix("_inv").removesuffix("_scale")
+        zero_block = entry.start if name == UP + "_scale_inv" else None  # no value of that block depends on its scale
+        for place in {entry.start, (entry.start + entry.end) // 2, entry.end - 1} - {zero_block}:
+            if name == UP + "_scale" and (place - entry.start) // 7 < 128 and (place - entry.start) % 7 < 4:
+                continue  # the same zero block, written as 1x32 blocks
+            for bit in (0, 3, 7):
+                flip(bad / SINGLE, place, bit)
+                result = compare_or_message(good, bad)
+                if isinstance(result, str):
+                    assert owner in result
+                else:
+                    assert not result["equal"], (name, place, bit)
+                    assert result["different"] == [owner]
+                    assert result["digests"][0] == digest != result["digests"][1]
+                flip(bad / SINGLE, place, bit)
+    assert compare(good, bad)["equal"]
+
+
+def test_compare_lists_what_only_one_side_has(tmp_path: Path) -> None:
+    a = save(tmp_path / "a", {"x": torch.zeros(1), "y": torch.zeros(1), "w": torch.ones(1)})
+    b = save(tmp_path / "b", {"x": torch.zeros(1), "z": torch.zeros(1), "w": torch.zeros(1)})
+    result = compare(a, b)
+    assert (result["equal"], result["different"], result["only_a"], result["only_b"]) == (False, ["w"], ["y"], ["z"])
+
+
+# The layouts.
+
+
+def test_all_layouts_hold_the_same_values(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "master")
+    proof = prove_layouts({"folder": str(master), "scratch": str(tmp_path / "scratch")})
+    assert proof["equal"]
+    assert set(proof["layouts"]) == {"master", "mxfp8", "bf16"}
+    assert set(proof["layouts"].values()) == {proof["digest"]} == {numpy_digest(master)}
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_layout_that_lies_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lies(source: Path, out: Path) -> None:
+        to_mxfp8(source, out)
+        rewrite(out, **{UP + "_scale": read(out, UP + "_scale") + 1})
+
+    monkeypatch.setattr("ottava.verify.weights.to_mxfp8", lies)
+    proof = prove_layouts({"folder": str(tiny_master(tmp_path / "m")), "scratch": str(tmp_path / "s")})
+    assert not proof["equal"]
+    assert proof["layouts"]["bf16"] == proof["digest"] != proof["layouts"]["mxfp8"]
+
+
+def test_mxfp8_repeats_the_scale_and_keeps_the_codes(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "master")
+    to_mxfp8(master, tmp_path / "mx")
+    for name in (UP, DOWN):
+        codes, scales = read(tmp_path / "mx", name), read(tmp_path / "mx", name + "_scale")
+        assert as_bytes(codes) == as_bytes(read(master, name))
+        assert scales.dtype == torch.uint8
+        assert tuple(scales.shape) == (codes.shape[0], -(-codes.shape[1] // 32))
+        kept = read(master, name + "_scale_inv").view(torch.uint8)
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                assert scales[i, j] == kept[i // 128, j * 32 // 128]
+    assert not any(name.endswith("_inv") for name in entries(tmp_path / "mx"))
+
+
+def test_every_layout_leads_back_to_the_same_master_file(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "master")
+    for make in (to_mxfp8, to_bf16, to_master):
+        make(master, tmp_path / "a")
+        to_master(tmp_path / "a", tmp_path / "b")
+        assert (tmp_path / "b" / SINGLE).read_bytes() == (master / SINGLE).read_bytes()
+        assert json.loads((tmp_path / "b" / "config.json").read_text()) == json.loads(
+            (master / "config.json").read_text()
+        )
+        for folder in ("a", "b"):
+            for file in (tmp_path / folder).iterdir():
+                file.unlink()
+
+
+def test_foreign_masters_keep_their_values(tmp_path: Path) -> None:
+    """A master made by ceil-448, whose scale bytes differ from ours, has a BF16 form with one digest."""
+    torch.manual_seed(3)
+    codes = torch.randn(128, 256).mul(10).clamp(-60, 60).to(torch.float8_e4m3fn)
+    foreign = save(tmp_path / "f", {UP: codes, UP + "_scale_inv": torch.tensor([[120, 121]], dtype=torch.uint8)})
+    to_bf16(foreign, tmp_path / "b")
+    to_master(tmp_path / "b", tmp_path / "m")
+    assert as_bytes(read(tmp_path / "m", UP)) != as_bytes(codes)
+    assert len({values_digest(tmp_path / name) for name in "fbm"}) == 1
+
+
+def test_configs_of_the_layouts(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "master")
+    for name, make in {"mx": to_mxfp8, "bf": to_bf16, "ma": to_master}.items():
+        make(master, tmp_path / name)
+        assert (tmp_path / name / "tokenizer.json").exists()
+    configs = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("mx", "bf", "ma")}
+    assert "quantization_config" not in configs["bf"]
+    assert configs["ma"]["quantization_config"] == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    mx = configs["mx"]["quantization_config"]
+    assert (mx["quant_method"], mx["format"]) == ("compressed-tensors", "mxfp8-quantized")
+    assert mx["config_groups"]["group_0"]["weights"]["group_size"] == 32
+    assert mx["config_groups"]["group_0"]["weights"]["scale_dtype"] == "torch.uint8"
+    assert "lm_head" in mx["ignore"]
+    assert not any("mlp" in name for name in mx["ignore"])
+
+
+def test_what_is_off_the_grid_has_no_master_layout(tmp_path: Path) -> None:
+    off = save(tmp_path / "off", {UP: torch.randn(4, 4).bfloat16()})
+    for make in (to_master, to_mxfp8):
+        with pytest.raises(CheckpointError, match="not lie on the grid") as caught:
+            make(off, tmp_path / "out")
+        assert UP in str(caught.value)
+    inexact = save(tmp_path / "inexact", {UP: torch.full((4, 4), 1 / 3)})
+    with pytest.raises(CheckpointError, match="not lie on the grid"):
+        to_bf16(inexact, tmp_path / "out")
+    infinite = save(tmp_path / "infinite", {UP: torch.full((4, 4), torch.inf)})
+    with pytest.raises(CheckpointError, match="infinity or NaN"):
+        to_master(infinite, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inexact", "infinite", "off"]
+
+
+def test_an_output_folder_is_never_overwritten(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "master")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="not empty"):
+        to_bf16(master, tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+    (tmp_path / "out" / "precious").unlink()
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "left by a kill").write_text("x")
+    to_bf16(master, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", SINGLE, "tokenizer.json"]
+
+
+def test_folders_without_a_config_are_refused(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "master")
+    for text in (None, "{", "[]", "\xff"):
+        (master / "config.json").unlink(missing_ok=True)
+        if text is not None:
+            (master / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(OttavaError, match=r"config\.json"):
+            layouts.to_bf16(master, tmp_path / "out")
