@@ -203,6 +203,7 @@ ATTACKS = {
     "unknown type": packed({"a": item("F7")}, FOUR),
     "type is a list": packed({"a": item(["U8"])}, FOUR),
     "negative size": packed({"a": item(shape=[-4])}, FOUR),
+    "negative sizes whose product is right": packed({"a": item(shape=[-1, -4])}, FOUR),
     "fractional size": packed({"a": item(shape=[4.0])}, FOUR),
     "size true": packed({"a": item(shape=[True, 4])}, FOUR),
     "size null": packed({"a": item(shape=None)}, FOUR),
@@ -432,7 +433,7 @@ def byte_scales(value: int, dtype: torch.dtype = torch.float8_e8m0fnu) -> Tensor
     return out.view(dtype)
 
 
-NOT_POWERS = (0.0, -0.0, -0.25, 1.32288, 0.3, torch.inf, -torch.inf, torch.nan, 1e-45)
+NOT_POWERS = (0.0, -0.0, -0.25, 1.32288, 0.3, 0.25 + 2**-25, torch.inf, -torch.inf, torch.nan, 1e-45)
 
 
 @pytest.mark.parametrize(

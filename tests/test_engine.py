@@ -247,6 +247,13 @@ def test_choices_have_the_right_shares(values: list[float], temperature: float, 
     assert edge or np.abs(share - expected).max() <= 1 / 2000 + 1e-9
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-9])
+def test_the_coldest_temperatures_are_greedy(temperature: float) -> None:
+    logits = torch.tensor([[-3.0, 2.0, 1.9], [500.0, -500.0, 0.0]])
+    for draw in (0.0, 0.5, 1 - 2**-53):
+        assert choose(logits, temperature, 0.9, np.array([draw, draw])).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("budget", [0, 1, 2, 7, 30])
 def test_the_thinking_budget_is_exact(budget: int) -> None:
     wordy = random_model(quiet=[END, ETHINK])

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,6 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_engine import END, ETHINK, Scripted, random_model, tiny_chat, write_folder
 
 from ottava.artifact import Artifact, file_digest
 from ottava.context import Context
@@ -37,6 +38,8 @@ from ottava.stages import serve as stage
 from ottava.supervisor.local import LocalLauncher, LocalProcess
 from ottava.tasks import Problem, chains
 from ottava.tasks.base import row, write_lines
+
+from .test_engine import END, ETHINK, Scripted, random_model, tiny_chat, write_folder
 
 QUESTION = "7 a +5 b *3 ="
 PROBLEM = Problem("p", 2, QUESTION, "6")
@@ -467,12 +470,6 @@ def test_errors_of_the_schema_never_repeat_the_input() -> None:
 
 
 @pytest.fixture(scope="module")
-def launcher() -> Iterator[LocalLauncher]:
-    with LocalLauncher() as local:
-        yield local
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that never ends by itself."""
     return write_folder(tmp_path_factory.mktemp("served") / "model", random_model(quiet=[0, END, 2, 3, 4, ETHINK]))
@@ -503,7 +500,8 @@ def load_of(url: str) -> float:
 
 
 def test_the_official_client_and_a_drain(launcher: LocalLauncher, folder: Path, tmp_path: Path) -> None:
-    process, url = start(launcher, folder, tmp_path)
+    process, url = start(launcher, folder, tmp_path, announce=True)
+    assert process.log.read_text() == f"tiny listens on {url} (Ctrl-C stops it)\n"
     client = official(url)
     request: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 20, "temperature": 0}
     on = {"thinking": {"type": "enabled", "budget_tokens": 5}}
@@ -630,6 +628,13 @@ def test_the_stage_says_no_when_a_mode_has_no_answer(launcher: LocalLauncher, fo
     assert done.summary["correct"] == {"thinking": None, "direct": None}
 
 
+def test_without_test_problems_the_expected_words_grade() -> None:
+    right = stage._grade(stage.Spec(expect="Paris"), None)
+    assert right is not None
+    assert [right("It is paris."), right("It is Rome.")] == [True, False]
+    assert stage._grade(stage.Spec(), None) is None
+
+
 def test_the_stage_tells_that_the_server_died(launcher: LocalLauncher, tmp_path: Path) -> None:
     broken = tmp_path / "convert" / "model"
     broken.mkdir(parents=True)
@@ -638,11 +643,41 @@ def test_the_stage_tells_that_the_server_died(launcher: LocalLauncher, tmp_path:
         stage.run(stage.Spec(), {"convert": artifact_of(broken.parent, "convert")}, context_of(tmp_path, launcher))
 
 
+def test_the_stage_module_is_light() -> None:
+    code = "import sys, ottava.stages.serve; print({'torch', 'transformers', 'openai', 'starlette'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("finish", "status", "drained"), [("stop", 0, True), ("stop", -15, False), ("stop", None, False), (None, 0, False)]
+)
+def test_a_drain_is_a_finished_stream_and_status_zero(finish: str | None, status: int | None, drained: bool) -> None:
+    chunks = [SimpleNamespace(choices=[]), SimpleNamespace(choices=[SimpleNamespace(finish_reason=finish)])]
+    assert stage._drained(client_of(iter(chunks)), {}, process_of(status)) is drained
+
+
 def test_a_broken_stream_is_no_drain() -> None:
-    def create(**_: Any) -> Iterator[Any]:
-        yield SimpleNamespace(choices=[])
+    def broken() -> Iterator[Any]:
+        yield SimpleNamespace(choices=[SimpleNamespace(finish_reason="stop")])
         raise ConnectionError
 
-    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
-    process = SimpleNamespace(terminate=lambda: None, wait=lambda timeout: 0)
-    assert not stage._drained(cast(Any, client), {}, cast(Any, process))
+    assert not stage._drained(client_of(broken()), {}, process_of(0))
+
+
+def client_of(stream: Iterator[Any]) -> Any:
+    return SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=lambda **_: stream)))
+
+
+def process_of(status: int | None) -> Any:
+    return SimpleNamespace(terminate=lambda: None, wait=lambda timeout: status)
+
+
+@pytest.mark.parametrize("broken", ["_stream", "_drained"])
+def test_the_stage_says_no_when_the_stream_differs_or_the_drain_fails(
+    launcher: LocalLauncher, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr(stage, broken, lambda *_: False)
+    spec = stage.Spec(max_tokens=6, thinking_tokens=2, question=QUESTION)
+    done = stage.run(spec, {"convert": artifact_of(folder.parent, "convert")}, context_of(tmp_path, launcher))
+    assert (done.summary["streamed"], done.summary["drained"]) == (broken != "_stream", broken != "_drained")
+    assert done.manifest["verdict"] is False

@@ -36,7 +36,7 @@ def _unpinned_afterwards() -> Iterator[None]:
     torch.set_float32_matmul_precision(state[2])
 
 
-@pytest.fixture(params=["cpu", "cuda", "npu"])
+@pytest.fixture(params=platforms.names())
 def platform(request: pytest.FixtureRequest) -> Platform:
     found = platforms.get(request.param)
     here, reason = found.available()
@@ -46,7 +46,7 @@ def platform(request: pytest.FixtureRequest) -> Platform:
     return found
 
 
-@pytest.fixture(params=["cpu", "cuda", "npu"])
+@pytest.fixture(params=platforms.names())
 def any_platform(request: pytest.FixtureRequest) -> Platform:
     """A platform whether or not its device is here: what must work without one."""
     return platforms.get(request.param)

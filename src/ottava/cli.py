@@ -112,7 +112,6 @@ def serve(
     """Serve a model over the OpenAI API, thinking on or off; SIGTERM drains."""
     from ottava.gateway.server import serve as serve_folder
 
-    typer.echo(f"loading {model}", err=True)
     serve_folder({"model": str(model), "port": port, "host": host, "name": name, "announce": True})
 
 

@@ -52,11 +52,12 @@ class Document:
             data = data[part]
         return data
 
-    def set(self, assignment: str) -> None:
-        """Apply one `a.b=c`; the value is YAML. Raises RecipeError on a malformed assignment."""
+    def set(self, assignment: str, under: Key = ()) -> None:
+        """Apply one `a.b=c` to the mapping at `under`; the value is YAML. Raises RecipeError."""
         where = f"--set {assignment}"
         name, equals, text = assignment.partition("=")
         parts = tuple(int(p) if p.isdigit() else p for p in name.split("."))
+        parts = (*under, *parts)
         if not equals or "" in parts:
             raise RecipeError("an assignment is written key.key=value", where=where, fix="e.g. --set train.steps=200")
         node = self.data
@@ -66,7 +67,9 @@ class Document:
             try:
                 node = node[part]
             except (KeyError, IndexError, TypeError):
-                raise RecipeError(f"there is no {'.'.join(map(str, parts[: i + 1]))!r} to set", where=where) from None
+                raise RecipeError(
+                    f"there is no {'.'.join(map(str, parts[len(under) : i + 1]))!r} to set", where=where
+                ) from None
         try:
             node[parts[-1]] = _plain(_compose(text, where), where, {}, {}, ())
         except (IndexError, TypeError):
@@ -92,7 +95,7 @@ class Document:
         first = error.errors()[0]
         inner = tuple(part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-")))
         full = path + inner
-        name = ".".join(map(str, inner)) or ".".join(map(str, path)) or "document"
+        name = ".".join(map(str, inner)) or str(path[-1] if path else "document")
         if first["type"] == "extra_forbidden":
             known = _fields_at(model, inner[:-1])
             return RecipeError(
@@ -103,9 +106,8 @@ class Document:
                 f"the key {name!r} is missing", where=self.where(full[:-1]), fix=f"add {inner[-1]!r} with its value"
             )
         message = first["msg"].removeprefix("Value error, ")
-        return RecipeError(
-            f"{name}: {message[0].lower() + message[1:]}, found {first['input']!r}", where=self.where(full)
-        )
+        found = "" if isinstance(first["input"], dict) else f", found {first['input']!r}"
+        return RecipeError(f"{name}: {message[0].lower() + message[1:]}{found}", where=self.where(full))
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

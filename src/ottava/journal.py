@@ -87,6 +87,7 @@ class RunState:
     stages: dict[str, StageState] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     joins: list[dict[str, Any]] = field(default_factory=list)
+    injected: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[dict[str, Any]] = field(default_factory=list)
 
@@ -94,6 +95,7 @@ class RunState:
 TRAINING = {
     "train.step": "steps",
     "train.join": "joins",
+    "train.injected": "injected",
     "train.fault": "faults",
     "train.fallback": "fallbacks",
 }
@@ -111,7 +113,8 @@ def fold(events: Iterable[Event]) -> RunState:
         elif kind.startswith("stage."):
             _fold_stage(state.stages.setdefault(event["stage"], StageState(event["stage"])), kind[6:], event)
         elif kind == "train.begin":  # a stage that starts anew forgets what an abandoned attempt said
-            state.steps, state.joins, state.faults, state.fallbacks = [], [], [], []
+            for name in TRAINING.values():
+                setattr(state, name, [])
         elif kind in TRAINING:
             getattr(state, TRAINING[kind]).append(dict(event))
     return state

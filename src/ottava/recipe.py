@@ -121,7 +121,7 @@ def load_recipe(path: Path | str, specs: Mapping[str, type[Spec]], sets: Sequenc
     document = read(path)
     for assignment in sets:
         head = assignment.split("=", 1)[0].split(".", 1)[0]
-        document.set(f"stages.{assignment}" if head in specs else assignment)
+        document.set(assignment, ("stages",) if head in specs else ())
     head_model = document.parse(_Head)
     _check_stage_names(document, head_model.stages, specs)
     stages = {name: document.parse(specs[name], ("stages", name)) for name in specs if name in head_model.stages}

@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            if length > min(size - 8, HEADER_LIMIT):
                 _reject(path, f"the file has {size} bytes and claims a header of {length}; the limit is 100 MB")
             text = file.read(length)
     except FileNotFoundError:

@@ -18,12 +18,13 @@ NO_CHIP = "no NPU, GPU or vendor library took part, so nothing is shown of the c
 
 
 def evidence(content: Content) -> list[dict[str, Any]]:
-    """Rows {claim, how, level, holds, check}. holds: None where there is nothing to fail; check: a command or None.
+    """Rows {claim, how, level, holds, check}, by level. holds: None where there is nothing to fail.
 
-    Commands are to be run in the run's folder; RECIPE is the file that the run was made from.
+    check: a command to run in the run's folder, or None; RECIPE in it is the file that the run was made from.
     """
-    sections = (_qualified, _labelled, _moved, _weighed, _answered, _served, _rehearsed, _priced)
-    return [row for section in sections for row in section(content)]
+    sections = (_moved, _weighed, _answered, _served, _labelled, _qualified, _rehearsed, _priced)
+    rows = [row for section in sections for row in section(content)]
+    return sorted(rows, key=lambda row: LEVELS.index(row["level"]))
 
 
 def _row(level: str, claim: str, how: str, holds: bool | None = None, check: str | None = None) -> dict[str, Any]:
@@ -41,13 +42,12 @@ def _qualified(content: Content) -> Iterator[dict[str, Any]]:
         return
     file = f"cat {_artifact(content, 'qualify')}/qualification.json"
     pools = qualify["pools"]
-    missing = [name for name in pools if name not in qualify["passed"]]
     yield _row(
         "measured",
-        "Every pool may carry the run" if not missing else f"Not qualified, and left out: {listed(missing)}",
+        "Every pool may carry the run",
         "matrix products against float64 and an a-priori error bound; sums over workers exact on integers; bandwidth, "
         "stragglers, memory and disk against the recipe's limits" + "".join(f"; {r}" for r in qualify["reasons"]),
-        not missing,
+        set(pools) == set(qualify["passed"]),
         file,
     )
     if len(pools) > 1:
@@ -65,7 +65,7 @@ def _labelled(content: Content) -> Iterator[dict[str, Any]]:
     stands_in = "oracle" in str(labels["annotator"])
     yield _row(
         "rehearsal" if stands_in else "measured",
-        f"At most {percent(labels['error_upper_95'])} of the {labels['cold_start']:,} traces are wrong (95% confidence)",
+        f"At most {percent(labels['error_upper_95'])} of {labels['cold_start']:,} traces are wrong (95% confidence)",
         f"blind random audit of {labels['audited']}, {plural(labels['errors'] or 0, 'error')} found, Clopper-Pearson "
         f"bound; judged by: {labels['annotator']}",
         None if labels["max_error"] is None else labels["error_upper_95"] <= labels["max_error"],
@@ -77,7 +77,7 @@ def _labelled(content: Content) -> Iterator[dict[str, Any]]:
             "No test problem, nor a sibling of one, is in the training data",
             "the files were read back after they were written, and compared by problem family",
             bool(labels["disjoint"]),
-            f"wc -l {where}/*.jsonl",
+            f'cat {where}/*.jsonl | grep -o \'"question": *"[^"]*"\' | sort | uniq -d | wc -l',
         )
 
 
@@ -93,8 +93,8 @@ def _moved(content: Content) -> Iterator[dict[str, Any]]:
             f"the whole run was replayed; SHA-256 of the last state: {short(training['final_state'])} and "
             f"{short(training['replayed_state'])}",
             training["replay_identical"],
-            f"ottava run RECIPE --until train --out /tmp/again; diff {_artifact(content, 'train')}/proof.json "
-            "/tmp/again/artifacts/train-*/proof.json",
+            "ottava run RECIPE --until train --out /tmp/again; grep -h '\"final\"' "
+            f"{_artifact(content, 'train')}/proof.json /tmp/again/artifacts/train-*/proof.json",
         )  # fmt: skip
 
 
@@ -111,19 +111,18 @@ def _move_rows(content: Content, move: Content) -> Iterator[dict[str, Any]]:
     )
     yield _row(
         "proven",
-        f"{plural(move['lost_steps'], 'step')} lost in the move",
-        f"last step that a worker reported, against the step {move['at_step']} that was handed over; "
-        f"{seconds(move['seconds_without_a_step'])} passed without a step",
+        "No step was lost in the move",
+        f"last step that a worker reported, against the step {move['at_step']} that was handed over: "
+        f"{plural(move['lost_steps'], 'step')} lost, {seconds(move['seconds_without_a_step'])} without a step",
         move["lost_steps"] == 0,
         "grep train.fallback journal.jsonl",
     )
     yield _row(
         "measured",
-        "The move drifts no further than rounding alone explains" if move["inside"]
-        else "The move drifts further than rounding alone explains",
+        "The move drifts no further than rounding alone explains",
         f"{move['window']} steps on, against staying: {scientific(move['drift'])} relative; envelope "
-        f"{scientific(move['envelope'])} from {len(move['replicas'] or ())} replicas with the pools' measured difference "
-        "as noise (99% prediction limit)",
+        f"{scientific(move['envelope'])} from {len(move['replicas'] or ())} replicas with the pools' measured "
+        "difference as noise (99% prediction limit)",
         move["inside"],
         f"cat {_artifact(content, 'train')}/proof.json",
     )  # fmt: skip
@@ -143,7 +142,10 @@ def _weighed(content: Content) -> Iterator[dict[str, Any]]:
     master = f"{_artifact(content, 'convert')}/model"
     if fp8["on_grid"]:
         again = f"ottava verify {_artifact(content, 'train')}/model {master}" if content["accuracy"] else None
-        how = "every weight is an E4M3 code times a power of two already; quantised and read back, its bits are the same"
+        how = (
+            "every linear weight was an E4M3 code times a power of two already, every other one BF16; "
+            "read back, the bits are the same"
+        )
         yield _row("proven", "Conversion to UE8M0 FP8 changed no weight", how, True, again)
     else:
         yield _row("measured", "Conversion to UE8M0 FP8 rounded the weights", _rounding(fp8))
@@ -226,7 +228,8 @@ def _rehearsed(content: Content) -> Iterator[dict[str, Any]]:
     for pool in content["fleet"]:
         if pool["imitates"] is not None:
             shows = NO_CHIP if pool["platform"] == "cpu" else "nothing is shown of the chip itself"
-            yield _row("rehearsal", f"The pool {pool['pool']} stands for {pool['imitates']}", f"{really(pool)}; {shows}")
+            claim = f"The pool {pool['pool']} stands for {pool['imitates']}"
+            yield _row("rehearsal", claim, f"{really(pool)}; {shows}")
         elif pool["platform"] == "npu" and pool["chip"] is not None:
             yield _row("measured", f"The pool {pool['pool']} is {pool['chip']}", "a real NPU: evidence level L4")
 
@@ -249,11 +252,12 @@ def _priced(content: Content) -> Iterator[dict[str, Any]]:
 
 
 def verdict(content: Content) -> list[str]:
-    """The run in a few sentences, the most important first."""
+    """The run in a few sentences, the most important first. content: with its evidence."""
     said = [*_trouble(content), *_story(content)]
     stand_ins = [f"{pool['pool']} for {pool['imitates']}" for pool in content["fleet"] if pool["imitates"]]
     if stand_ins:
-        said.append(f"A rehearsal: processes stood in, {listed(stand_ins)}. Nothing here ran on those chips.")
+        places = listed(stand_ins)
+        said.append(f"This was a rehearsal, with processes in the place of chips: {places}. No such chip took part.")
     return said
 
 
@@ -261,7 +265,9 @@ def _trouble(content: Content) -> Iterator[str]:
     for stage in content["stages"]:
         message = f": {stage['message']}" if stage["message"] else ""
         if stage["verdict"] is False:
-            yield f"The stage {stage['name']} says no: {stage['reason'] or 'see its claims below'}."
+            broken = listed([f'"{row["claim"]}"' for row in content["evidence"] if row["holds"] is False])
+            reason = stage["reason"] or (f"{broken} does not hold" if broken else "see its artifact")
+            yield f"The stage {stage['name']} says no: {reason}."
         elif stage["status"] == "running":
             yield f"The run is at {stage['name']} ({stage['progress']:.0%}){message}."
         elif stage["status"] in ("failed", "interrupted", "altered"):
@@ -272,21 +278,26 @@ def _trouble(content: Content) -> Iterator[str]:
 
 
 def _story(content: Content) -> Iterator[str]:
-    move, fp8, accuracy = content["fallback"], content["fp8"], content["accuracy"]
+    move, fp8 = content["fallback"], content["fp8"]
     if move is not None:
-        proof = {True: ", and the state that arrived is the state that left", False: ", BUT THE STATE CHANGED ON THE WAY"}
+        proof = {True: "; the state that arrived is the state that left", False: "; BUT THE STATE CHANGED ON THE WAY"}
         yield (
-            f"Training failed on {move['from']} at step {move['at_step']} and went on on {move['to']} with "
+            f"Training lost the pool {move['from']} at step {move['at_step']} and continued on {move['to']}, "
             f"{plural(move['lost_steps'], 'step')} lost{proof.get(move['handoff_identical'], '')}."
         )
     if fp8 is not None and fp8["digest_equal"] is not None:
         yield _bits(fp8)
-    if accuracy is not None:
-        thinking, direct = accuracy["thinking"], accuracy["direct"]
-        yield (
-            f"Thinking, it solves {percent(thinking['value'])} of {thinking['n']} unseen problems "
-            f"(95%: {interval(thinking)}); answering directly, {percent(direct['value'])} ({interval(direct)})."
-        )
+    if content["accuracy"] is not None:
+        yield _solved(content["accuracy"])
+
+
+def _solved(accuracy: Content) -> str:
+    thinking, direct, short_ones = (accuracy[mode] for mode in ("thinking", "direct", "direct_one_step"))
+    one_step = "" if short_ones is None else f", and {percent(short_ones['value'])} of those with one step"
+    return (
+        f"Thinking, it solves {percent(thinking['value'])} of {thinking['n']} unseen problems "
+        f"(95%: {interval(thinking)}); answering directly, {percent(direct['value'])} ({interval(direct)}){one_step}."
+    )
 
 
 def _bits(fp8: Content) -> str:
@@ -305,7 +316,8 @@ def standing(content: Content) -> dict[str, list[str]]:
     if training is not None:
         real.append("The training: every step, loss, state and byte, and the model that came out")
         for fault in training["injected"]:
-            real.append(f"The fault: {fault['kind'].upper()} to worker {fault['rank']} of {fault['pool']}; its timing was planned")
+            what = f"{fault['kind'].upper()} to worker {fault['rank']} of {fault['pool']}"
+            real.append(f"The fault: {what}; its timing was planned")
     if content["fp8"] is not None:
         real.append("The checkpoint: UE8M0 FP8 bytes in a Hugging Face folder")
     if content["serve"] is not None:

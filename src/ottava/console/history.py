@@ -93,12 +93,15 @@ def history(events: Iterable[Event], digest: str, alive: bool) -> History:
 
 def _present_keys(events: Sequence[Event], digest: str) -> dict[str, str]:
     """By stage: the key under which the present recipe last met it. Stages not met since are left out."""
-    starts = [n for n, e in enumerate(events) if e["event"] == "run.start" and e.get("digest") != digest]
-    keys = {}
-    for event in events[starts[-1] + 1 if starts else 0 :]:
-        if event["event"] == "stage.start":
+    keys: dict[str, str] = {}
+    ours = False
+    for event in events:
+        if event["event"] == "run.start":
+            ours = event.get("digest") == digest
+            keys = keys if ours else {}
+        elif event["event"] == "stage.start" and ours:
             keys[event["stage"]] = str(event["key"])[:KEY]
-        elif event["event"] == "stage.cached":
+        elif event["event"] == "stage.cached" and ours:
             keys[event["stage"]] = _key_of(event)
     return keys
 

@@ -82,7 +82,7 @@ def _read(folder: Path) -> Source:
             fix="name a folder that `ottava run` made, such as runs/tiny",
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise OttavaError("the run's description cannot be read", where=folder / "run.json", fix="run it again") from None
+        raise OttavaError("run.json cannot be read", where=folder / "run.json", fix="run the recipe again") from None
     told = history(journal.read(folder / "journal.jsonl"), digest, _at_work(folder))
     artifacts: dict[str, Artifact] = {}
     altered: dict[str, str] = {}
@@ -133,9 +133,9 @@ def _content(source: Source) -> dict[str, Any]:
     }
     content["seconds"] = round(sum(stage["seconds"] for stage in content["stages"]), 3)
     content["status"] = _status(content["stages"])
-    content |= {"verdict": verdict(content), "standing": standing(content), "evidence": evidence(content)}
     finite: dict[str, Any] = _finite(content)
-    return finite
+    finite["evidence"] = evidence(finite)
+    return finite | {"verdict": verdict(finite), "standing": standing(finite)}
 
 
 def _stages(source: Source) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from ottava.console.words import listed, percent, plural, scientific, seconds, s
 Content = Mapping[str, Any]
 WIDTH = 79
 MARGIN = 12  # columns of the headings
+BLANK = "\N{NO-BREAK SPACE}"
 MODES = {"thinking": "thinking", "direct": "direct", "direct_one_step": "direct, 1 step"}
 
 
@@ -32,12 +33,12 @@ def _block(heading: str, said: list[str]) -> list[str]:
     lines = []
     for number, sentence in enumerate(said):
         first = (heading if number == 0 else "").ljust(MARGIN)
-        wrapped = textwrap.wrap(
-            sentence, WIDTH, initial_indent=first, subsequent_indent=" " * (MARGIN + 2), break_long_words=False,
+        plain = "".join(c if c.isprintable() or c == BLANK else "?" for c in sentence)
+        lines += textwrap.wrap(
+            plain, WIDTH, initial_indent=first, subsequent_indent=" " * (MARGIN + 2), break_long_words=False,
             break_on_hyphens=False,
         )  # fmt: skip
-        lines += wrapped
-    return lines
+    return [line.replace(BLANK, " ") for line in lines]
 
 
 def _stages(content: Content) -> str:
@@ -46,8 +47,8 @@ def _stages(content: Content) -> str:
     for stage in content["stages"]:
         status = "says no" if stage["verdict"] is False else marks.get(stage["status"], stage["status"])
         took = seconds(stage["seconds"]) if stage["seconds"] or not status else ""
-        parts.append(" ".join(part for part in (stage["name"], status, took) if part))
-    return " | ".join(parts)
+        parts.append(" ".join(part for part in (stage["name"], status, took) if part).replace(" ", BLANK))
+    return ", ".join(parts)
 
 
 def _accuracy(content: Content) -> Iterator[str]:

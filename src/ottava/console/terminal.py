@@ -56,8 +56,7 @@ class Terminal:
 
     def failed(self, stage: str, message: str) -> None:
         self._clear()
-        self.console.print(f"{self._number(stage)} [bold]{stage:<8}[/] [red]failed[/]", end=" ")
-        self.console.print(message, markup=False)
+        self.console.print(f"{self._number(stage)} [bold]{stage:<8}[/] [red]failed[/]")
 
     def _number(self, stage: str) -> str:
         return f"{self._stages.index(stage) + 1}/{len(self._stages)}"

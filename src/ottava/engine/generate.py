@@ -92,7 +92,8 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: npt.NDArray[
     """
     if temperature == 0.0 or draws is None:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.double() / temperature, -1)
+    below = logits.double() - logits.double().amax(-1, keepdim=True)  # first, so that no temperature overflows
+    probabilities = torch.softmax(below / temperature, -1)
     ordered, order = torch.sort(probabilities, descending=True, stable=True, dim=-1)
     cumulative = ordered.cumsum(-1)
     kept = (cumulative - ordered < top_p).sum(-1, keepdim=True)

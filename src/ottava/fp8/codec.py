@@ -25,7 +25,7 @@ _ONE = 1 << 23
 _EXPONENT = 0x7F800000  # the exponent's bits, and the pattern of infinity
 _ROUND_464 = 0x7FFFFF - 0x680000  # carries into the exponent where the fraction is above that of 464 = 1.8125 * 2**8
 _VANISHES = 0x00400000  # 2**-127: at the smallest scale this and everything below rounds to zero
-_MAGIC = 20 * _ONE + 0x400000  # times 1.5 * 2**20: adding it to x in [2**e, 2**(e+1)) leaves no bit below 2**(e-3)
+_MAGIC = 20 * _ONE  # times 2**20: adding 2**(e+20) to x in [0, 2**(e+1)) leaves no bit below 2**(e-3), rounded to even
 _MAGIC_SAFE = (108 + BIAS) * _ONE  # below 2**108 the sum with the magic number is finite
 
 

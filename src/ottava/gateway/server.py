@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +26,10 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
 
     args: model (folder); name (default: the folder's name); port (default 8000; 0 picks a free one);
     host (default loopback); slots, queue (see Engine); max_body (bytes); drain_s (default 60: what
-    still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens.
-    Returns {"port", "drained"}; drained False: something was cut off. Raises ResourceError where the port is in use, before loading.
+    still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens;
+    announce: say the address on stderr then.
+    Returns {"port", "drained"}; drained False: something was cut off. Raises ResourceError where the
+    port is in use, before anything is loaded.
     """
     listener = _listen(args.get("host", LOOPBACK), int(args.get("port", 8000)))
     with listener:
@@ -34,7 +37,7 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
         folder = Path(args["model"])
         engine = Engine.load(folder, slots=args.get("slots", 4), queue=args.get("queue", 16))
         gateway = Gateway(engine, args.get("name") or folder.resolve().name, args.get("max_body", 1 << 20))
-        server = _Server(gateway, args.get("ready"), port, float(args.get("drain_s", 60.0)))
+        server = _Server(gateway, listener, args)
         try:
             server.run(sockets=[listener])
         finally:
@@ -62,7 +65,7 @@ class _Server(uvicorn.Server):
     A second signal ends the process at once.
     """
 
-    def __init__(self, gateway: Gateway, ready: str | None, port: int, drain_s: float):
+    def __init__(self, gateway: Gateway, listener: socket.socket, args: Mapping[str, Any]):
         config = uvicorn.Config(
             gateway.app(),
             log_level="warning",
@@ -75,21 +78,25 @@ class _Server(uvicorn.Server):
             timeout_graceful_shutdown=1,
         )
         super().__init__(config)
-        self._gateway, self._ready, self._port, self._drain_s = gateway, ready, port, drain_s
+        self._gateway, self._args, self._address = gateway, args, listener.getsockname()
         self._deadline: float | None = None
         self.cut = False  # the deadline came before the last request was done
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._ready:
-            write_json(Path(self._ready), {"port": self._port, "pid": os.getpid()})
+        host, port = self._address[:2]
+        if self._args.get("announce"):
+            where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(f"{self._gateway.name} listens on {where} (Ctrl-C stops it)", file=sys.stderr, flush=True)
+        if self._args.get("ready"):
+            write_json(Path(self._args["ready"]), {"port": port, "pid": os.getpid()})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._gateway.draining:
             super().handle_exit(sig, frame)
             self.force_exit = True
         self._gateway.draining = True
-        self._deadline = time.monotonic() + self._drain_s
+        self._deadline = time.monotonic() + float(self._args.get("drain_s", 60.0))
 
     async def on_tick(self, counter: int) -> bool:
         if self._deadline is not None and (not self._gateway.running or time.monotonic() > self._deadline):

@@ -1,12 +1,23 @@
-"""Writes the master: the trained model as UE8M0-FP8, the one set of bits from which every layout is made."""
+"""Writes the master: the model as UE8M0-FP8, the one set of bits from which every layout is made.
+
+The model is the one that was trained, a folder, or one that an installed Python package carries. The
+last is unpacked into the artifact itself, as `source/`: it is the only copy in BF16 that there is, and
+what divergence is measured against must be the very tensors that were converted.
+
+    model/              the master
+    conversion.json     what the conversion did and, under `source`, to what
+    source/             the unpacked model, where it came from a package
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, computed_field, field_validator
 
 import ottava.recipe
 from ottava.artifact import Artifact, write_json
@@ -16,31 +27,76 @@ from ottava.errors import CheckpointError, RecipeError
 VERSION = "1"
 INPUTS = ("?train",)
 
+PACKAGE = "package:"
+
 
 class Spec(ottava.recipe.Spec):
     """The convert section of a recipe."""
 
-    source: Annotated[str | None, Field(description="a Hugging Face folder; without it, the trained model")] = None
+    source: Annotated[
+        str | None,
+        Field(
+            description="a Hugging Face folder, or package:NAME for the GGUF file that an installed Python package "
+            "carries; without it, the trained model"
+        ),
+    ] = None
+
+    @field_validator("source")
+    @classmethod
+    def _named(cls, source: str | None) -> str | None:
+        if source is not None and source.startswith(PACKAGE) and not re.fullmatch(r"package:\w[\w.-]*", source):
+            raise ValueError("a model in a Python package is written package:NAME")
+        return source
+
+    @property
+    def package(self) -> str | None:
+        """The name of the package to unpack, if the source is one."""
+        return self.source.removeprefix(PACKAGE) if self.source and self.source.startswith(PACKAGE) else None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def package_version(self) -> str | None:
+        """Part of the stage's key: another version of the package may be another model."""
+        try:
+            return None if self.package is None else metadata.version(self.package)
+        except metadata.PackageNotFoundError:
+            return None
 
 
 def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Convert the source to model/ and conversion.json."""
-    source = find_source(spec, inputs)
-    ctx.progress(0.0, f"writing the master of {source.name}")
+    source, origin = _unpack(spec.package, ctx) if spec.package else _find(spec, inputs)
+    ctx.progress(0.5 if spec.package else 0.0, f"writing the master of {spec.package or source.name}")
     args = {"source": str(source), "out": str(ctx.out / "model")}
-    report = ctx.call("ottava.checkpoint.convert:convert", args)[0]
-    write_json(ctx.out / "conversion.json", report)
+    report = ctx.call("ottava.checkpoint.convert:convert", args)[0] | {"source": origin}
+    for folder in (ctx.out, ctx.out / "model"):  # the model's folder keeps its origin wherever it goes
+        write_json(folder / "conversion.json", report)
     ctx.progress(1.0, f"{report['label']}, {report['bytes'] / 1e6:.1f} MB")
-    return ctx.commit({key: report[key] for key in ("digest", "on_grid", "label", "sqnr_db", "bytes")})
+    summary = {key: report[key] for key in ("digest", "on_grid", "label", "sqnr_db", "bytes")}
+    return ctx.commit(summary | ({"source": origin["statement"]} if spec.package else {}))
 
 
 def find_source(spec: Spec, inputs: Mapping[str, Artifact]) -> Path:
     """The folder to convert. Raises RecipeError where neither a source nor a trained model is there."""
+    return _find(spec, inputs)[0]
+
+
+def _find(spec: Spec, inputs: Mapping[str, Artifact]) -> tuple[Path, dict[str, Any]]:
     if spec.source is not None:
         folder = Path(spec.source).expanduser()
         if not folder.is_dir():
-            raise CheckpointError("no such folder", where=folder, fix="set convert.source to a Hugging Face folder")
-        return folder
+            raise CheckpointError(
+                "no such folder", where=folder, fix="set convert.source to a Hugging Face folder, or to package:NAME"
+            )
+        return folder, {"kind": "folder", "folder": str(folder.resolve())}
     if "train" not in inputs:
         raise RecipeError("no model to convert", where="convert", fix="add a train stage, or set convert.source")
-    return inputs["train"].file("model")
+    return inputs["train"].file("model"), {"kind": "train", "artifact": inputs["train"].digest}
+
+
+def _unpack(package: str, ctx: Context) -> tuple[Path, dict[str, Any]]:
+    ctx.progress(0.0, f"unpacking the model in {package}")
+    source = ctx.out / "source"
+    args = {"package": package, "out": str(source)}
+    provenance = ctx.call("ottava.checkpoint.packaged:unpack", args)[0]
+    return source, {"kind": "package", "folder": source.name, **provenance}

@@ -15,6 +15,7 @@ from typing import Any
 from ottava import journal
 from ottava.artifact import Artifact, write_json
 from ottava.context import Context
+from ottava.errors import PlatformError
 from ottava.models.chat import write_tiny
 from ottava.recipe import Pool
 from ottava.supervisor.loop import Run, Segment, handoff_file, kept_file, replay, supervise
@@ -28,11 +29,18 @@ Spec = TrainSpec
 
 def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Train, prove, evaluate, export."""
+    pools = (ctx.pool, *ctx.fallback)
+    for pool in pools:
+        if pool.platform != "cpu":
+            raise PlatformError(
+                f"the trainer runs on cpu pools so far, not on {pool.platform!r}",
+                where=f"pool {pool.name}",
+                fix="take that pool out of the fleet",
+            )
     label = inputs["label"]
     model = ctx.out / "model"
     write_tiny(model, label.json("vocabulary.json"))
     base = {"spec": spec.model_dump(mode="json"), "seed": ctx.seed, "data": str(label.path), "chat": str(model)}
-    pools = (ctx.pool, *ctx.fallback)
     if not (ctx.work / "main").exists():
         ctx.journal.append("train.begin")
     main = _run(spec, ctx, pools, base, "main", 0.0)

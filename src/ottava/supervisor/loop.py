@@ -74,8 +74,8 @@ def supervise(run: Run, fault: Fault | None) -> tuple[Snapshot, list[Segment]]:
         if found is not None and found.step >= run.spec.steps:
             return found, _close(run, segments, found.step)
         pool = next(p for p in run.pools if p.name == segments[-1].pool)
-        armed = fault if fault is not None and fault.pool == pool.name and len(segments) == 1 else None
-        stretch = Stretch(pool, run.spec.steps, _handoff(run, segments), _keep(run, segments), armed)
+        armed = fault is not None and fault.pool == pool.name and not _history(run).injected
+        stretch = Stretch(pool, run.spec.steps, _handoff(run, segments), _keep(run, segments), fault if armed else None)
         failure = attempt(run, stretch, len(failures))
         if failure is None:
             continue
@@ -208,8 +208,11 @@ def _fall_back(run: Run, segments: list[Segment], action: FallBack) -> list[Segm
 
 
 def _last_reported(run: Run) -> int:
-    state = journal.fold(journal.read(run.journal.path))
-    return max((event["step"] for event in state.steps if event["phase"] == run.phase), default=0)
+    return max((event["step"] for event in _history(run).steps if event["phase"] == run.phase), default=0)
+
+
+def _history(run: Run) -> journal.RunState:
+    return journal.fold(journal.read(run.journal.path))
 
 
 def handoff_file(folder: Path) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ottava import platforms
 from ottava.trainer import reduce, snapshot
 from ottava.trainer.loop import Trainer
 from ottava.trainer.worker import make_trainer
@@ -29,7 +30,7 @@ CONFIDENCE = 0.99
 
 def gradient(args: Mapping[str, Any]) -> dict[str, Any]:
     """The summed gradient of one step from a state, written to a file. args: as `follow`, without steps."""
-    torch.set_num_threads(1)
+    platforms.get("cpu").pin_numerics()
     trainer = make_trainer(args)
     trainer.state.restore(snapshot.load(Path(args["start"])))
     kept: list[Tensor] = []
@@ -47,8 +48,8 @@ def follow(args: Mapping[str, Any]) -> dict[str, Any]:
     args: spec, seed, data, chat; start; steps; out ("...{rank}..."); gradients: two paths or none.
     Returns {step, digest}.
     """
+    platforms.get("cpu").pin_numerics()
     rank = int(os.environ.get("RANK", "0"))
-    torch.set_num_threads(1)
     trainer = make_trainer(args)
     trainer.state.restore(snapshot.load(Path(args["start"])))
     perturb = _noise(trainer, args["gradients"], rank) if rank else None

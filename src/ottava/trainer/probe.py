@@ -42,6 +42,7 @@ def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_s": sum(tokens) / sum(seconds),
         "tokens_per_step": statistics.mean(tokens),
         "step_seconds": statistics.median(seconds),
+        "steps": 2 * spec.steps + spec.drift.window * (spec.drift.replicas + 2),  # the run, its replay, the drift
         "parameters": total,
         "active_parameters": active,
         "flops_per_token": 6 * active,

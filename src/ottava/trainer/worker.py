@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ottava import platforms
 from ottava.errors import PlatformError, TrainingFailed
 from ottava.journal import Journal
 from ottava.models.chat import Chat
@@ -38,8 +39,7 @@ class Group:
 
 def join() -> Group:
     """Pin the numerics and join the process group that the environment names."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    platforms.get("cpu").pin_numerics()
     group = Group(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if group.world > 1:
         dist.init_process_group("gloo")

@@ -1,0 +1,52 @@
+"""What the benchmarks share: options, paired timing, and the one form of output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def options(description: str, **more: int) -> argparse.Namespace:
+    """--json, and a number for each name in `more`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser.parse_args()
+
+
+def paired(name: str, ours: Callable[[], float], baseline: Callable[[], float], pairs: int) -> dict[str, Any]:
+    """Run both sides in turn; each returns seconds. The ratio ours/baseline with a 95% interval over pairs."""
+    ours(), baseline()
+    a, b = [], []
+    for _ in range(pairs):
+        a.append(ours())
+        b.append(baseline())
+    logs = [math.log(x / y) for x, y in zip(a, b, strict=True)]
+    half = 2.262 * statistics.stdev(logs) / math.sqrt(pairs) if pairs > 1 else math.inf  # Student, 9 degrees
+    centre = statistics.mean(logs)
+    return {
+        "name": name,
+        "ours": statistics.median(a),
+        "baseline": statistics.median(b),
+        "ratio": math.exp(centre),
+        "low": math.exp(centre - half),
+        "high": math.exp(centre + half),
+    }
+
+
+def show(results: Sequence[Mapping[str, Any]], as_json: bool, **more: Any) -> None:
+    """Print {results: [...]} or a table."""
+    if as_json:
+        json.dump({"results": list(results), **more}, sys.stdout)
+        sys.stdout.write("\n")
+        return
+    for row in results:
+        print("  ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
+    for key, value in more.items():
+        print(f"{key}: {value}")

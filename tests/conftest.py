@@ -1,0 +1,47 @@
+"""Shared fixtures: a warm launcher, and a small labelled dataset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Any]:
+    """One warm process server for the whole session."""
+    from ottava.supervisor.local import LocalLauncher
+
+    with LocalLauncher() as processes:
+        yield processes
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A label artifact's files and, in `chat/`, the tokenizer; gold traces, so that nothing depends on teachers."""
+    import numpy as np
+
+    from ottava.artifact import write_json
+    from ottava.models.chat import write_tiny
+    from ottava.tasks import chains
+    from ottava.tasks.base import row, write_lines
+
+    folder = tmp_path_factory.mktemp("label")
+    rng = np.random.default_rng(1)
+    cold = [p for n in range(2, 5) for p in chains.sample(rng, n, 20, "train")]
+    answers = [p for n in range(1, 5) for p in chains.sample(rng, n, 60, "train")]
+    write_lines(folder / "cold_start.jsonl", (row("chains", p, trace=chains.trace(p)) for p in cold))
+    write_lines(folder / "answers.jsonl", (row("chains", p) for p in answers))
+    for name, lengths in (("test", range(2, 5)), ("test_one_step", range(1, 2))):
+        problems = [p for n in lengths for p in chains.sample(rng, n, 10, "test")]
+        write_lines(folder / f"{name}.jsonl", (row("chains", p) for p in problems))
+    write_json(folder / "vocabulary.json", chains.vocabulary())
+    write_tiny(folder / "chat", chains.vocabulary())
+    return folder

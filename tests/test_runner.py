@@ -1,0 +1,187 @@
+"""The runner: what is done is not done again, what is stopped goes on, what is broken is said."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ottava import journal, runner, stages
+from ottava.artifact import Artifact
+from ottava.context import Context
+from ottava.errors import ArtifactError, Busy, DataError, RecipeError, ResourceError, Verdict
+from ottava.recipe import Recipe, Spec, load_recipe
+
+FLEET = "name: f\npools:\n  - name: a\n  - name: b\n"
+
+
+class FakeSpec(Spec):
+    value: int = 1
+    fail: str = ""
+
+
+class FakeStage:
+    """A stage in a few lines: counts its runs, reads its inputs, keeps a note in its work folder."""
+
+    Spec = FakeSpec
+    VERSION = "1"
+
+    def __init__(self, name: str, inputs: tuple[str, ...]):
+        self.name, self.INPUTS, self.runs, self.notes = name, inputs, 0, []  # type: ignore[var-annotated]
+
+    def run(self, spec: Any, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
+        self.runs += 1
+        note = ctx.work / "note"
+        self.notes.append(note.read_text() if note.exists() else None)
+        note.write_text(str(self.runs))
+        (ctx.out / "value").write_text(f"{spec.value}" + "".join(a.digest for a in inputs.values()))
+        ctx.progress(0.5, "half")
+        if spec.fail == "interrupt":
+            raise KeyboardInterrupt
+        if spec.fail == "error":
+            raise DataError("bad data")
+        if spec.fail == "disk":
+            raise OSError(28, "No space left on device", "/somewhere")
+        passed = {"passed": ["b"]} if self.name == "qualify" else {}
+        return ctx.commit({"pool": ctx.pool.name, **passed}, verdict=spec.fail != "verdict")
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.lines: list[tuple[Any, ...]] = []
+
+    def start(self, *args: Any) -> None:
+        self.lines.append(("start", *args))
+
+    def progress(self, *args: Any) -> None:
+        self.lines.append(("progress", *args))
+
+    def done(self, stage: str, seconds: float, cached: bool, summary: Mapping[str, Any]) -> None:
+        self.lines.append(("cached" if cached else "done", stage))
+
+    def failed(self, *args: Any) -> None:
+        self.lines.append(("failed", *args))
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeStage]:
+    made = {
+        "qualify": FakeStage("qualify", ()),
+        "label": FakeStage("label", ()),
+        "train": FakeStage("train", ("label",)),
+        "serve": FakeStage("serve", ("train", "?label")),
+    }
+    monkeypatch.setattr(stages, "load", made.__getitem__)
+    return made
+
+
+def recipe(folder: Path, *sets: str, names: tuple[str, ...] = ("label", "train", "serve")) -> Recipe:
+    (folder / "f.yaml").write_text(FLEET)
+    (folder / "r.yaml").write_text("name: r\nfleet: f\nstages:\n" + "".join(f"  {name}: {{}}\n" for name in names))
+    specs = dict.fromkeys(("qualify", "label", "train", "serve"), FakeSpec)
+    return load_recipe(folder / "r.yaml", specs, sets)
+
+
+def go(folder: Path, its: Recipe, **options: Any) -> tuple[dict[str, Artifact], list[tuple[Any, ...]]]:
+    reporter = Silent()
+    done = runner.run(its, folder / "run", contextlib.nullcontext, reporter, **options)  # type: ignore[arg-type]
+    return done, reporter.lines
+
+
+def test_done_is_not_done_again(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
+    first, lines = go(tmp_path, recipe(tmp_path))
+    assert [line for line in lines if line[0] == "done"] == [("done", "label"), ("done", "train"), ("done", "serve")]
+    second, lines = go(tmp_path, recipe(tmp_path))
+    assert [line[0] for line in lines] == ["cached"] * 3
+    assert [stage.runs for stage in fakes.values()] == [0, 1, 1, 1]
+    assert {n: a.digest for n, a in first.items()} == {n: a.digest for n, a in second.items()}
+    assert not (tmp_path / "run" / "work" / "label").exists()
+
+
+def test_what_a_change_reaches_is_done_again(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
+    go(tmp_path, recipe(tmp_path))
+    go(tmp_path, recipe(tmp_path, "train.value=2"))
+    assert [stage.runs for stage in fakes.values()] == [0, 1, 2, 2]
+    go(tmp_path, recipe(tmp_path))  # the old artifacts are still there
+    assert [stage.runs for stage in fakes.values()] == [0, 1, 2, 2]
+    go(tmp_path, recipe(tmp_path, "train.budget_s=999"))  # a budget changes nothing
+    assert [stage.runs for stage in fakes.values()] == [0, 1, 2, 2]
+    go(tmp_path, recipe(tmp_path, "seed=5"))
+    assert [stage.runs for stage in fakes.values()] == [0, 2, 3, 3]
+    fakes["label"].VERSION = "2"
+    go(tmp_path, recipe(tmp_path))
+    assert fakes["label"].runs == 3
+    assert fakes["train"].runs == 3, "label's new version made the same bytes, so train's are still right"
+
+
+def test_stopped_and_gone_on(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, recipe(tmp_path, "train.fail=interrupt"))
+    state = journal.fold(journal.read(tmp_path / "run" / "journal.jsonl"))
+    assert [s.status for s in state.stages.values()] == ["done", "interrupted", "waiting"]
+    assert next(iter((tmp_path / "run" / "artifacts").iterdir())).name.startswith("label-")
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, recipe(tmp_path, "train.fail=interrupt"))
+    assert fakes["train"].notes == [None, "1"], "the work folder of the same task is kept"
+    go(tmp_path, recipe(tmp_path))
+    assert fakes["train"].notes == [None, "1", None], "another task begins anew"
+    assert fakes["label"].runs == 1
+
+
+def test_failures(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
+    with pytest.raises(DataError):
+        go(tmp_path, recipe(tmp_path, "train.fail=error"))
+    with pytest.raises(ResourceError) as full:
+        go(tmp_path, recipe(tmp_path, "train.fail=disk"))
+    assert full.value.render() == (
+        "error: disk full while running the stage 'train'\n  where: /somewhere\n"
+        "  mend:  free some space or choose another --out, then run again"
+    )
+    assert not any("train" in path.name for path in (tmp_path / "run" / "artifacts").iterdir())
+    for _ in range(2):  # a negative verdict stays one, without doing the work again
+        with pytest.raises(Verdict, match="the stage 'train' says no"):
+            go(tmp_path, recipe(tmp_path, "train.fail=verdict"))
+    assert fakes["train"].runs == 3
+    assert fakes["serve"].runs == 0
+
+
+def test_corrupt_artifact(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
+    done, _ = go(tmp_path, recipe(tmp_path))
+    (done["train"].path / "value").write_text("x")
+    with pytest.raises(ArtifactError) as error:
+        go(tmp_path, recipe(tmp_path))
+    assert error.value.render() == (
+        f"error: a file of the artifact was altered since it was written\n  where: {done['train'].path}/value\n"
+        f"  mend:  delete {done['train'].path} and run again: the stage will be redone"
+    )
+
+
+def test_only_and_until(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
+    with pytest.raises(ArtifactError, match="needs the artifact of 'label', which is not there"):
+        go(tmp_path, recipe(tmp_path), only="train")
+    go(tmp_path, recipe(tmp_path), until="label")
+    go(tmp_path, recipe(tmp_path), only="train")
+    assert [stage.runs for stage in fakes.values()] == [0, 1, 1, 0]
+    with pytest.raises(RecipeError, match=r"--until names no stage of the recipe: 'qualify'"):
+        go(tmp_path, recipe(tmp_path), until="qualify")
+    with pytest.raises(RecipeError, match="needs 'label', which the recipe does not have"):
+        go(tmp_path, recipe(tmp_path, names=("train",)))
+
+
+def test_pools(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
+    done, _ = go(tmp_path, recipe(tmp_path))
+    assert done["label"].summary["pool"] == "a"
+    done, _ = go(tmp_path, recipe(tmp_path, "label.pool=b"))
+    assert done["label"].summary["pool"] == "b"
+    done, _ = go(tmp_path, recipe(tmp_path, names=("qualify", "label")))
+    assert done["label"].summary["pool"] == "b", "a did not qualify"
+
+
+def test_two_runs_in_one_folder(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
+    (tmp_path / "run").mkdir()
+    with runner.locked(tmp_path / "run"), pytest.raises(Busy, match="another process is at work"):
+        go(tmp_path, recipe(tmp_path))
+    go(tmp_path, recipe(tmp_path))

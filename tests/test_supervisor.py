@@ -1,0 +1,278 @@
+"""The supervisor against real processes that really die, and decide() against every case."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ottava import journal
+from ottava.errors import DataError, PlatformError, TrainingFailed
+from ottava.journal import Journal
+from ottava.recipe import Pool
+from ottava.supervisor.decide import Failure, FallBack, Restart, Stop, decide
+from ottava.supervisor.loop import Run, Segment, handoff_file, kept_file, replay, supervise
+from ottava.trainer import snapshot
+from ottava.trainer.spec import Fault, TrainSpec
+
+from .conftest import AVX2
+
+# ---------------------------------------------------------------- decide
+
+
+def failure(pool: str = "a", kind: Any = "killed", step: int = 5, message: str = "m") -> Failure:
+    return Failure(pool, kind, step, message)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "failures", "action"),
+    [
+        (0, [failure()], FallBack("a", "b")),
+        (1, [failure()], Restart("a")),
+        (1, [failure(), failure()], FallBack("a", "b")),
+        (0, [failure(), failure("b")], FallBack("b", "c")),
+        (1, [failure(), failure(), failure("b")], Restart("b")),
+        (0, [failure("c", message="x")], Stop("no pool is left after 'c' failed at step 5: x")),
+        (5, [failure(kind="error")], Restart("a")),
+        (5, [failure(kind="error"), failure(kind="error")], Stop("the same error came back at step 5: m")),
+        (5, [failure(kind="error"), failure("b", kind="error")], Stop("the same error came back at step 5: m")),
+        (5, [failure(kind="error"), failure(kind="error", step=6)], Restart("a")),
+        (5, [failure(kind="killed"), failure(kind="killed")], Restart("a")),
+        (5, [failure(kind="hang"), failure(kind="hang")], Restart("a")),
+    ],
+)
+def test_decide(restarts: int, failures: list[Failure], action: object) -> None:
+    assert decide(["a", "b", "c"], restarts, failures) == action
+
+
+def test_decide_always_ends() -> None:
+    """Whatever comes, a run has at most (restarts + 1) failures a pool before it stops."""
+    for restarts, kinds in itertools.product(range(3), itertools.product(["killed", "hang", "error"], repeat=9)):
+        pool, failures = "a", []
+        for step, kind in enumerate(kinds):
+            failures.append(failure(pool, kind, step))
+            action = decide(["a", "b", "c"], restarts, failures)
+            if isinstance(action, Stop):
+                break
+            pool = action.target if isinstance(action, FallBack) else action.pool
+        assert isinstance(action, Stop)
+        assert len(failures) == 3 * (restarts + 1)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def double(args: dict[str, Any]) -> dict[str, Any]:
+    return {"value": 2 * args["value"], "rank": os.environ["RANK"], "world": os.environ["WORLD_SIZE"]}
+
+
+def refuse(args: dict[str, Any]) -> dict[str, Any]:
+    raise DataError("bad", where="there", fix="mend it")
+
+
+def die(args: dict[str, Any]) -> dict[str, Any]:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+    return {}
+
+
+def crash(args: dict[str, Any]) -> dict[str, Any]:
+    raise RuntimeError("boom")
+
+
+def full(args: dict[str, Any]) -> dict[str, Any]:
+    with open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+    return {}
+
+
+def test_call(launcher: Any, tmp_path: Path) -> None:
+    results = launcher.call("tests.test_supervisor:double", {"value": 4}, workers=4, logs=tmp_path)
+    assert results == [{"value": 8, "rank": str(rank), "world": "4"} for rank in range(4)]
+
+
+def test_errors_cross_the_process(launcher: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        launcher.call("tests.test_supervisor:refuse", {}, logs=tmp_path)
+    assert error.value.render() == "error: bad\n  where: there\n  mend:  mend it"
+    with pytest.raises(PlatformError, match="status 70: RuntimeError: boom"):
+        launcher.call("tests.test_supervisor:crash", {}, logs=tmp_path)
+    with pytest.raises(PlatformError, match=r"status 70: .*nothing_there"):
+        launcher.call("tests.test_supervisor:nothing_there", {}, logs=tmp_path)
+    with pytest.raises(Exception, match="disk full"):
+        launcher.call("tests.test_supervisor:full", {}, logs=tmp_path)
+
+
+def test_one_death_ends_the_call(launcher: Any, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with pytest.raises(PlatformError, match="killed by SIGKILL"):
+        launcher.call("tests.test_supervisor:die", {}, workers=2, logs=tmp_path)
+    assert time.monotonic() - begun < 30
+
+
+ORPHANS = """
+import sys, time
+from pathlib import Path
+from ottava.supervisor.local import LocalLauncher
+with LocalLauncher() as launcher:
+    pids = [launcher.spawn("time:sleep", 600, pool=None, logs=Path(sys.argv[1])).pid for _ in range(2)]
+    print(*pids, flush=True)
+    time.sleep(600)
+"""
+
+
+def sleep_long(args: dict[str, Any]) -> dict[str, Any]:
+    time.sleep(600)
+    return {}
+
+
+def test_workers_die_with_their_owner(tmp_path: Path) -> None:
+    script = ORPHANS.replace('"time:sleep", 600', '"tests.test_supervisor:sleep_long", {}')
+    owner = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    pids = [int(pid) for pid in owner.stdout.readline().split()]
+    assert len(pids) == 2
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    deadline = time.monotonic() + 20
+    while any(_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker outlived its owner"
+        time.sleep(0.05)
+
+
+def _running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---------------------------------------------------------------- runs
+
+
+def make(dataset: Path, folder: Path, launcher: Any, pools: tuple[Pool, ...], **more: Any) -> Run:
+    spec = TrainSpec.model_validate(
+        {
+            "steps": 40, "batch": 2, "direct": {"begin": 0.3, "batch": 2}, "checkpoint_every": 10, "hang_s": 6.0,
+            "drift": {"window": 4}, **more,
+        }
+    )  # fmt: skip
+    base = {"spec": spec.model_dump(mode="json"), "seed": 3, "data": str(dataset), "chat": str(dataset / "chat")}
+    return Run("main", spec, pools, base, folder / "main", Journal(folder / "j"), launcher, folder / "logs")
+
+
+PLAIN = (Pool(name="a", workers=2), Pool(name="b", workers=1))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    final, segments = supervise(make(dataset, tmp_path_factory.mktemp("u"), launcher, PLAIN), None)
+    assert segments == [Segment("a", 0, 40)]
+    return final.digest
+
+
+@pytest.mark.parametrize("kind", ["sigkill", "sigstop"])
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_fault_costs_no_step_and_no_bit(
+    dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str, kind: Any, restarts: int
+) -> None:
+    """Both pools are of one class here, so the faulted run must end in the undisturbed run's very bytes."""
+    run = make(dataset, tmp_path, launcher, PLAIN, restarts=restarts)
+    final, segments = supervise(run, Fault(pool="a", at_step=17, rank=1, kind=kind))
+    assert final.digest == undisturbed
+    state = journal.fold(journal.read(run.journal.path))
+    assert [f["kind"] for f in state.faults] == ["killed" if kind == "sigkill" else "hang"]
+    steps = [s["step"] for s in state.steps]
+    assert len(steps) == len(set(steps)), "a step was done twice"
+    assert len(set(range(1, 41)) - set(steps)) <= 1  # the one that was kept but not yet reported
+    if restarts:
+        assert segments == [Segment("a", 0, 40)]
+        return
+    assert [s.pool for s in segments] == ["a", "b"]
+    assert state.fallbacks[0]["lost_steps"] == 0
+    at = segments[1].start
+    handoff = snapshot.load(handoff_file(run.folder))
+    arrived = [j["digest"] for j in state.joins if (j["pool"], j["step"]) == ("b", at)]
+    assert arrived == [handoff.digest]
+    assert snapshot.load(kept_file(run.folder, at + 4)).step == at + 4
+    again = replay(replace(run, phase="replay", folder=tmp_path / "replay"), segments)
+    assert again.digest == final.digest
+
+
+def test_a_supervisor_that_is_called_again_goes_on(
+    dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str
+) -> None:
+    run = make(dataset, tmp_path, launcher, PLAIN)
+
+    class Stopped(Exception):
+        pass
+
+    for stop_at in (3, 18, 31):
+
+        def interrupt(step: int, at: int = stop_at) -> None:
+            if step >= at:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            supervise(replace(run, progress=interrupt), None)
+    final, _ = supervise(run, None)
+    assert final.digest == undisturbed
+
+
+def test_a_damaged_snapshot_is_passed_over(dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str) -> None:
+    """Every snapshot torn: the run goes back to its last checkpoint and still ends in the same bytes."""
+    run = make(dataset, tmp_path, launcher, PLAIN)
+
+    class Stopped(Exception):
+        pass
+
+    def interrupt(step: int) -> None:
+        if step >= 25:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        supervise(replace(run, progress=interrupt), None)
+    for path in run.folder.glob("*.snap"):
+        data = bytearray(path.read_bytes())
+        for position in range(600, len(data), len(data) // 7):
+            data[position] ^= 0xFF
+        path.write_bytes(data)
+    found = snapshot.newest(run.folder)
+    assert found is not None
+    assert found.step == 20
+    assert supervise(run, None)[0].digest == undisturbed
+
+
+def test_a_replay_on_other_pools_is_told_apart(dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str) -> None:
+    """The oracle can fail: another schedule of pools ends in other bytes, where the classes differ."""
+    pools = (Pool(name="a", workers=2, env=AVX2), Pool(name="b"))
+    run = make(dataset, tmp_path, launcher, pools)
+    final, segments = supervise(run, Fault(pool="a", at_step=17))
+    if final.digest == undisturbed:
+        pytest.skip("both pools are of one numerics class on this machine")
+    other = [replace(segments[0], end=segments[0].end - 1), replace(segments[1], start=segments[1].start - 1)]  # type: ignore[operator]
+    again = replay(replace(run, phase="replay", folder=tmp_path / "replay"), other)
+    assert again.digest != final.digest
+
+
+def test_no_pool_left(dataset: Path, launcher: Any, tmp_path: Path) -> None:
+    run = make(dataset, tmp_path, launcher, PLAIN[:1])
+    with pytest.raises(TrainingFailed, match="no pool is left after 'a' failed at step"):
+        supervise(run, Fault(pool="a", at_step=5))
+
+
+def test_a_bug_does_not_burn_the_other_pool(dataset: Path, launcher: Any, tmp_path: Path) -> None:
+    """A learning rate that explodes fails at the same step twice: the run stops on the pool where it is."""
+    run = make(dataset, tmp_path, launcher, PLAIN, restarts=3, optimiser={"muon": 1e30, "adam": 1e30})
+    with pytest.raises(TrainingFailed, match=r"the same error came back at step .* not finite"):
+        supervise(run, None)
+    assert {j["pool"] for j in journal.fold(journal.read(run.journal.path)).joins} == {"a"}
