@@ -446,6 +446,7 @@ def test_events_of_another_recipe_in_the_same_folder_do_not_count(tmp_path: Path
     assert again["training"]["steps"] == 20
     made.asked["digest"] = DIGEST
     made.start()
+    assert report.build(made.folder)["status"] == "done"
     for stage in ("plan", "train"):
         made.event("stage.cached", stage=stage, pool="nvidia", artifact=f"{stage}-{'a' * 12}", seconds=0.0)
     back = report.build(made.folder)

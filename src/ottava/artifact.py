@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,21 @@ def file_digest(path: Path) -> str:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON so that the file is complete or not there at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(data, indent=1, sort_keys=False) + "\n")
-    _fsync(temporary)
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`; it is flushed and takes its place when the block ends, or is removed."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        _fsync(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def commit(scratch: Path, destination: Path, **meta: Any) -> Artifact:

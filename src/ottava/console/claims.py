@@ -306,7 +306,11 @@ def _bits(fp8: Content) -> str:
     if fp8["weights_identical"]:
         return "The weights that are served are the weights that were trained, bit for bit, in UE8M0 FP8."
     rounded = "" if fp8["on_grid"] else ", rounded from the source"
-    return f"The served weights are UE8M0 FP8{rounded}, with the same values in every layout."
+    same = "" if fp8["divergence"] is None else (
+        f" It agrees with its source on the likeliest token at {percent(fp8['divergence']['top1'])} of "
+        f"{fp8['divergence']['positions']:,} positions."
+    )  # fmt: skip
+    return f"The model's weights are UE8M0 FP8{rounded}, with the same values in every layout.{same}"
 
 
 def standing(content: Content) -> dict[str, list[str]]:

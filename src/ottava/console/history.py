@@ -92,13 +92,12 @@ def history(events: Iterable[Event], digest: str, alive: bool) -> History:
 
 
 def _present_keys(events: Sequence[Event], digest: str) -> dict[str, str]:
-    """By stage: the key under which the present recipe last met it. Stages not met since are left out."""
+    """By stage: the key under which the present recipe last met it; stages that it has not met are left out."""
     keys: dict[str, str] = {}
     ours = False
     for event in events:
         if event["event"] == "run.start":
             ours = event.get("digest") == digest
-            keys = keys if ours else {}
         elif event["event"] == "stage.start" and ours:
             keys[event["stage"]] = str(event["key"])[:KEY]
         elif event["event"] == "stage.cached" and ours:

@@ -17,7 +17,7 @@ from typing import Any
 from ottava import journal
 from ottava.artifact import write_json
 from ottava.context import Launcher, Process
-from ottava.errors import OttavaError, TrainingFailed
+from ottava.errors import CheckpointError, DataError, OttavaError, ResourceError, TrainingFailed
 from ottava.journal import Journal
 from ottava.recipe import Pool
 from ottava.supervisor.decide import Failure, FallBack, Stop, decide
@@ -27,6 +27,7 @@ from ottava.trainer.snapshot import Snapshot
 from ottava.trainer.spec import Fault, TrainSpec
 
 WORKER = "ottava.trainer.worker:run"
+NOT_THE_POOLS = (ResourceError, DataError, CheckpointError)
 GRACE = 60.0  # seconds that workers may take to reach their first step
 
 
@@ -153,35 +154,41 @@ def _watch(run: Run, pool: Pool, group: list[Process], tail: Tail, fault: Fault 
         if all(status == 0 for status in statuses):
             run.progress(step)
             return None
-        bad = [(process, status) for process, status in zip(group, statuses, strict=True) if status not in (None, 0)]
+        bad = {process: status for process, status in zip(group, statuses, strict=True) if status}
         if bad or time.monotonic() - seen > run.spec.hang_s:
-            return _failure(run, pool, step, tail, bad[0] if bad else None)
+            return _failure(run, pool, step, tail, bad)
 
 
-def _failure(run: Run, pool: Pool, step: int, tail: Tail, bad: tuple[Process, int | None] | None) -> Failure:
-    """Name what happened. `step` becomes the last that any worker reported."""
+def _failure(run: Run, pool: Pool, step: int, tail: Tail, bad: Mapping[Process, int]) -> Failure:
+    """Name what happened; `step` becomes the last that any worker reported. bad: the dead and their statuses.
+
+    A fault that is no pool's, such as a full disk, is raised: moving the run would not help.
+    """
     for event in tail.events():
         if event["event"] == "train.step" and event["phase"] == run.phase:
             step = event["step"]
-    if bad is None:
+    errors = [_error(process) for process, status in bad.items() if status > 0]
+    for error in errors:
+        if isinstance(error, NOT_THE_POOLS):
+            raise error
+    if not bad:
         failure = Failure(pool.name, "hang", step, f"no step for {run.spec.hang_s:g} s")
+    elif errors:
+        failure = Failure(pool.name, "error", step, errors[0].what)
     else:
-        process, status = bad
-        failure = Failure(pool.name, "killed", step, f"a worker ended with status {status}")
-        if status is not None and status > 0:
-            failure = replace(failure, kind="error", message=_message(process))
+        failure = Failure(pool.name, "killed", step, f"a worker ended with status {next(iter(bad.values()))}")
     run.journal.append(
         "train.fault", phase=run.phase, pool=pool.name, kind=failure.kind, step=step, message=failure.message
     )
     return failure
 
 
-def _message(process: Process) -> str:
+def _error(process: Process) -> OttavaError:
     try:
         process.result()
     except OttavaError as error:
-        return error.what
-    return "no message"
+        return error
+    return OttavaError("no message")
 
 
 def _inject(run: Run, process: Process, fault: Fault) -> None:

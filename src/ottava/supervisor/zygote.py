@@ -38,22 +38,27 @@ def main() -> None:
             importlib.import_module(module)
     _materialise_lazy_imports()
     gc.freeze()
-    _send(control, {"ready": os.getpid()})
     children: set[int] = set()
+    with suppress(BrokenPipeError, ConnectionResetError):  # the owner died while it was being told something
+        _serve(control, children)
+    for pid in children:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _serve(control: socket.socket, children: set[int]) -> None:
+    _send(control, {"ready": os.getpid()})
     buffer = b""
     while True:
         readable, _, _ = select.select([control], [], [], 0.01 if children else 1.0)
         if readable:
             data = control.recv(1 << 16)
             if not data:
-                break
+                return
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 _handle(control, children, json.loads(line))
         _reap(control, children)
-    for pid in children:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _materialise_lazy_imports() -> None:
@@ -118,6 +123,7 @@ def _child(request: dict[str, Any]) -> None:
 
 
 def _run(request: dict[str, Any]) -> int:
+    from ottava.artifact import replacing
     from ottava.errors import OttavaError, from_os_error
 
     module, _, name = request["target"].partition(":")
@@ -132,10 +138,8 @@ def _run(request: dict[str, Any]) -> int:
         traceback.print_exc()
         result = {"error": _describe(from_os_error(error, "running " + request["target"]))}
         code = 2
-    path = Path(request["result"])
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result))
-    os.replace(part, path)
+    with replacing(Path(request["result"])) as part:
+        part.write_text(json.dumps(result))
     return code
 
 

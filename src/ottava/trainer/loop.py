@@ -73,7 +73,7 @@ class Trainer:
         """Round the forward weights to what the master stores: E4M3 + UE8M0, or BF16."""
         for _, view, storage in self._projections:
             if storage == "fp8":
-                view.copy_(project(view))
+                project(view, out=view)
             elif storage == "bf16":
                 view.copy_(view.to(torch.bfloat16))
 

@@ -15,6 +15,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from ottava.artifact import replacing
 from ottava.errors import CheckpointError, from_os_error
 
 HEADER = struct.Struct("<8sqq32s32s8s")
@@ -87,14 +88,10 @@ def newest(folder: Path) -> Snapshot | None:
 
 def save(path: Path, snapshot: Snapshot) -> None:
     """Write one state durably: flushed to disk, then renamed into place."""
-    part = path.with_name(path.name + ".part")
     try:
-        with part.open("wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             file.write(_head(snapshot, snapshot.digest, COMMITTED))
             file.write(snapshot.payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as error:
         raise from_os_error(error, "writing a checkpoint of the run") from error
 
