@@ -43,7 +43,9 @@ def vocabulary() -> tuple[list[str], list[str]]:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
     text = (ROOT / "recipes/texts/divergence.txt").read_text() + "  12  345\n        return  x\n" * 20
     trained.train_from_iterator(regex.split(r"(?<=\d)|(?=\d)", text), trainer)
     model = json.loads(trained.to_str())["model"]

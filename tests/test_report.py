@@ -535,7 +535,7 @@ def test_a_rounded_model_is_not_said_to_be_exact(tmp_path: Path) -> None:
                          "example": {"question": "Who?", "thinking": None, "direct": {"content": "I."}}})  # fmt: skip
     content = report.build(made.folder)
     assert not claims(content, "changed no weight")
-    assert "95.0% (94.0% to 96.0%) of 2,048 positions" in claims(content, "rounded the weights")[0]["how"]
+    assert "95.0% (95%: 94.0% to 96.0%) of 2,048 positions" in claims(content, "rounded the weights")[0]["how"]
     assert "rounded" in " ".join(content["verdict"])
     assert "bit for bit" not in " ".join(content["verdict"])
     assert "KL 0.0123" in report.text(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -35,6 +36,7 @@ def run(
     from ottava import runner, stages
     from ottava.console import report
     from ottava.console.terminal import Terminal
+    from ottava.errors import OttavaError
     from ottava.recipe import load_recipe
     from ottava.supervisor.local import LocalLauncher
 
@@ -43,12 +45,13 @@ def run(
     with Terminal(list(loaded.stages)) as terminal:
         try:
             runner.run(loaded, folder, LocalLauncher, terminal, only=only, until=until)
-        except KeyboardInterrupt:
-            terminal.console.print("stopped; the same command goes on where it was")
-            raise
-        finally:
-            if (folder / "run.json").exists():
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                terminal.console.print("stopped; the same command goes on where it was")
+            with suppress(OttavaError):  # the first error is the one to tell
                 report.write(folder)
+            raise
+    report.write(folder)
     content = report.build(folder)
     if as_json:
         _print(content)

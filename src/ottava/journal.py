@@ -132,7 +132,6 @@ def _fold_stage(stage: StageState, kind: str, event: Event) -> None:
         stage.status = "cached" if stage.status != "done" else "done"
         stage.artifact, stage.progress = event.get("artifact"), 1.0
         stage.pool = event.get("pool", stage.pool)
-        stage.seconds = stage.seconds or float(event.get("seconds", 0.0))
     elif kind in ("failed", "interrupted"):
         stage.status, stage.message = kind, event.get("message", "")
         _close(stage, event)

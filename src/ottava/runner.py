@@ -24,6 +24,7 @@ from ottava.context import Context, Launcher
 from ottava.errors import ArtifactError, Busy, OttavaError, RecipeError, Verdict, from_os_error
 from ottava.journal import Journal
 from ottava.recipe import Pool, Recipe, Spec
+from ottava.supervisor.memory import Watch
 
 NOT_KEYED = {"budget_s", "pool"}  # they say when and where, not what
 
@@ -64,7 +65,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise from_os_error(error, "making the run's folder") from error
-    with locked(folder), launcher() as processes:
+    with locked(folder), launcher() as processes, Watch() as memory:
         journal = Journal(folder / "journal.jsonl")
         _remember(recipe, folder)
         journal.append("run.start", recipe=recipe.name, digest=recipe.digest, stages=list(recipe.stages))
@@ -74,7 +75,7 @@ def run(
                 walk.stage(name)
             elif only is not None:
                 walk.find(name)
-        journal.append("run.end")
+        journal.append("run.end", peak_memory_mb=memory.peak_mb and round(memory.peak_mb))
         return walk.done
 
 
@@ -100,10 +101,7 @@ class Walk:
         if found is None:
             found = self._do(name, place, key, destination)
         else:
-            self.journal.append(
-                "stage.cached", stage=name, pool=place.pool.name, artifact=destination.name,
-                seconds=found.manifest.get("seconds", 0.0),
-            )  # fmt: skip
+            self._take(name, found)
             self.reporter.done(name, time.monotonic() - begun, True, found.summary)
         self.done[name] = found
         if found.manifest.get("verdict") is False:
@@ -116,7 +114,12 @@ class Walk:
         except ArtifactError:
             return
         if (found := self._existing(destination)) is not None:
-            self.done[name] = found
+            self._take(name, found)
+
+    def _take(self, name: str, found: Artifact) -> None:
+        """Use an artifact of an earlier run."""
+        self.done[name] = found
+        self.journal.append("stage.cached", stage=name, pool=found.manifest["pool"], artifact=found.path.name)
 
     def _do(self, name: str, place: Placement, key: str, destination: Path) -> Artifact:
         module, spec = stages.load(name), self.recipe.stages[name]

@@ -173,10 +173,14 @@ def _rounding(fp8: Content) -> str:
     if fp8["sqnr_db"] is not None:
         parts.append(f"signal to rounding noise {fp8['sqnr_db']:.1f} dB")
     if (found := fp8["divergence"]) is not None:
-        span = f" ({percent(found['top1_low'])} to {percent(found['top1_high'])})" if "top1_low" in found else ""
-        parts.append(f"the same likeliest token at {percent(found['top1'])}{span} of {found['positions']:,} positions")
+        parts.append(f"likeliest token the same: {_agreement(found)}")
         parts.append(f"KL {scientific(found['kl'])} nats")
     return "against the source: " + ("; ".join(parts) or "not measured yet")
+
+
+def _agreement(found: Content) -> str:
+    span = f" (95%: {percent(found['top1_low'])} to {percent(found['top1_high'])})" if "top1_low" in found else ""
+    return f"{percent(found['top1'])}{span} of {found['positions']:,} positions"
 
 
 def _answered(content: Content) -> Iterator[dict[str, Any]]:
@@ -293,7 +297,9 @@ def _story(content: Content) -> Iterator[str]:
 
 def _solved(accuracy: Content) -> str:
     thinking, direct, short_ones = (accuracy[mode] for mode in ("thinking", "direct", "direct_one_step"))
-    one_step = "" if short_ones is None else f", and {percent(short_ones['value'])} of those with one step"
+    one_step = ""
+    if short_ones is not None:
+        one_step = f", and {percent(short_ones['value'])} of {short_ones['n']} with one step ({interval(short_ones)})"
     return (
         f"Thinking, it solves {percent(thinking['value'])} of {thinking['n']} unseen problems "
         f"(95%: {interval(thinking)}); answering directly, {percent(direct['value'])} ({interval(direct)}){one_step}."
@@ -306,10 +312,7 @@ def _bits(fp8: Content) -> str:
     if fp8["weights_identical"]:
         return "The weights that are served are the weights that were trained, bit for bit, in UE8M0 FP8."
     rounded = "" if fp8["on_grid"] else ", rounded from the source"
-    same = "" if fp8["divergence"] is None else (
-        f" It agrees with its source on the likeliest token at {percent(fp8['divergence']['top1'])} of "
-        f"{fp8['divergence']['positions']:,} positions."
-    )  # fmt: skip
+    same = f" Likeliest token as its source's: {_agreement(fp8['divergence'])}." if fp8["divergence"] else ""
     return f"The model's weights are UE8M0 FP8{rounded}, with the same values in every layout.{same}"
 
 

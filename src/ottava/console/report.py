@@ -336,9 +336,8 @@ def _finite(value: Any) -> Any:
 
 
 def _replace(path: Path, content: str) -> None:
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, path)
+        with artifact.replacing(path) as part:
+            part.write_text(content, encoding="utf-8")
     except OSError as error:
         raise from_os_error(error, f"writing {path.name}") from error

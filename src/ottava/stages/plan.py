@@ -179,8 +179,10 @@ def make(
         prefer, everywhere, reason = decide(spec, name, stage.pool, parameters, fleet, catalogue)
         reasons[name] = reason + "".join(f"; {pool} cannot be used" for pool in prefer if pool in missing)
         seconds = {pool: estimate.mid or estimate.low for pool, (estimate, _) in predicted[name].items()}
-        if everywhere:
-            seconds = dict.fromkeys(seconds, max(seconds.values()))
+        if everywhere:  # it takes as long as on the slowest pool
+            slowest = max(seconds, key=seconds.__getitem__)
+            seconds = dict.fromkeys(seconds, seconds[slowest])
+            predicted[name] = dict.fromkeys(seconds, predicted[name][slowest])
         jobs.append(Job(name, seconds, before, prefer, everywhere))
         before = (name,)
     placements = schedule(jobs, list(speeds))

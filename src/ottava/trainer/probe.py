@@ -14,10 +14,10 @@ from ottava.trainer.worker import Group, join
 
 
 def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Time a few steps of the recipe's model on stand-in tokens of the data's shapes.
+    """Time steps from all over the run, on stand-in tokens of the data's shapes.
 
     args: {spec: the train section, seed, repeats}. Runs in the pool's group: call it with the pool's
-    workers. Returns tokens_per_s (all workers), step_seconds (median), parameters (total, active) and
+    workers. Returns tokens_per_s (all workers), step_seconds (mean), parameters (total, active) and
     flops_per_token (forward and backward, 6 N_active).
     """
     from ottava.trainer import reduce
@@ -26,22 +26,23 @@ def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
     group: Group = join()
     spec = TrainSpec.model_validate(args["spec"])
     trainer = Trainer(spec, int(args.get("seed", 0)), _stand_in(), VOCABULARY)
-    trainer.state.step = int(spec.direct.begin * spec.steps)
     shards = reduce.owned(spec.virtual_shards, group.rank, group.world)
-    trainer.step(group.reduce, shards)
+    repeats = int(args.get("repeats", 24))
     seconds, tokens = [], []
-    for _ in range(int(args.get("repeats", 12))):
+    for number in [*range(repeats), *range(repeats)]:  # once to warm up: every shape is slow the first time
+        trainer.state.step = number * spec.steps // repeats
         begun = time.perf_counter()
         trainer.step(group.reduce, shards)
         seconds.append(time.perf_counter() - begun)
         tokens.append(_tokens(trainer))
+    seconds, tokens = seconds[repeats:], tokens[repeats:]
     total = sum(slot.size for slot in trainer.state.slots)
     experts = sum(s.size for s in trainer.state.slots if ".experts." in s.name)
     active = total - experts + experts * spec.shape.active_experts // spec.shape.experts
     return {
         "tokens_per_s": sum(tokens) / sum(seconds),
         "tokens_per_step": statistics.mean(tokens),
-        "step_seconds": statistics.median(seconds),
+        "step_seconds": statistics.mean(seconds),
         "steps": 2 * spec.steps + spec.drift.window * (spec.drift.replicas + 2),  # the run, its replay, the drift
         "parameters": total,
         "active_parameters": active,
