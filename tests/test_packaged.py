@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ SHAPES = {
 
 
 def vocabulary() -> tuple[list[str], list[str]]:
-    """A byte-level vocabulary with merges such as real ones have: runs of spaces, words with their space."""
+    """A byte-level vocabulary with merges such as real ones have (runs of spaces, " the"), and `1 2`."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -50,7 +51,7 @@ def vocabulary() -> tuple[list[str], list[str]]:
     trained.train_from_iterator(regex.split(r"(?<=\d)|(?=\d)", text), trainer)
     model = json.loads(trained.to_str())["model"]
     merges = [" ".join(pair) for pair in model["merges"]]
-    return sorted(model["vocab"], key=model["vocab"].get), merges
+    return [*sorted(model["vocab"], key=model["vocab"].get), "12"], ["1 2", *merges]
 
 
 TOKENS, MERGES = vocabulary()
@@ -209,7 +210,7 @@ def reference(text: str) -> list[int]:
     out = []
     for piece in pieces:
         parts = [LETTERS[byte] for byte in piece.encode()]
-        while pairs := [pair for pair in zip(parts, parts[1:], strict=False) if pair in RANKS]:
+        while pairs := [pair for pair in itertools.pairwise(parts) if pair in RANKS]:
             best = min(pairs, key=RANKS.__getitem__)
             at = next(i for i in range(len(parts)) if tuple(parts[i : i + 2]) == best)
             parts[at : at + 2] = ["".join(best)]
@@ -217,8 +218,9 @@ def reference(text: str) -> list[int]:
     return out
 
 
+PIECES = ("  ", " ", " ", "\n", "\t", "12", "7", "²½", "٣", "é", "漢🙂", "the", "'s", "'", ".", " (", "=", "a")
 SOME = st.one_of(
-    st.text(st.sampled_from("  \n\tabest'.,(=²½٣é漢🙂0123456789"), max_size=40),
+    st.lists(st.sampled_from(PIECES), max_size=20).map("".join),
     st.text(st.characters(max_codepoint=0x2FFF, exclude_categories=("Cc", "Cn", "Cs", "Co", "Zl", "Zp")), max_size=20),
 )
 
@@ -236,7 +238,16 @@ def test_spaces_before_a_digit_stay_together(unpacked: tuple[Path, Path, dict[st
     """The case that is lost where a reader overlooks tokenizer.ggml.pre."""
     chat = Chat.load(unpacked[1])
     assert "ĠĠ" in TOKENS
-    assert chat.encode("a  1") == [TOKENS.index(token) for token in ("a", "ĠĠ", "1")]
+    assert chat.encode("a  12") == [TOKENS.index(token) for token in ("a", "ĠĠ", "1", "2")]
+
+
+def test_control_tokens_are_one_id_each_and_take_nothing_with_them(
+    unpacked: tuple[Path, Path, dict[str, Any]],
+) -> None:
+    chat = Chat.load(unpacked[1])
+    assert dict(chat.control) == {token: number for number, token in enumerate(SPECIAL)}
+    assert chat.encode("a  <|im_end|>  1") == [*reference("a  "), 2, *reference("  1")]
+    assert chat.decode([*reference("a"), 2]) == "a"
 
 
 # ---- refusals

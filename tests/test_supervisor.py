@@ -195,10 +195,10 @@ def test_a_fault_costs_no_step_and_no_bit(
     assert len(steps) == len(set(steps)), "a step was done twice"
     assert len(set(range(1, 41)) - set(steps)) <= 1  # the one that was kept but not yet reported
     if restarts:
-        assert segments == [Segment("a", 0, 40)]
+        assert segments == [Segment("a", 0, 40, failures=1)]
         return
     assert [s.pool for s in segments] == ["a", "b"]
-    assert state.fallbacks[0]["lost_steps"] == 0
+    assert (segments[0].lost, state.fallbacks[0]["lost_steps"]) == (0, 0)
     at = segments[1].start
     handoff = snapshot.load(handoff_file(run.folder))
     arrived = [j["digest"] for j in state.joins if (j["pool"], j["step"]) == ("b", at)]

@@ -87,7 +87,6 @@ class RunState:
     stages: dict[str, StageState] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     joins: list[dict[str, Any]] = field(default_factory=list)
-    injected: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, Any]] = field(default_factory=list)
     fallbacks: list[dict[str, Any]] = field(default_factory=list)
 
@@ -95,7 +94,6 @@ class RunState:
 TRAINING = {
     "train.step": "steps",
     "train.join": "joins",
-    "train.injected": "injected",
     "train.fault": "faults",
     "train.fallback": "fallbacks",
 }

@@ -68,17 +68,28 @@ def unpack(args: Mapping[str, Any]) -> dict[str, Any]:
     with whole_folder(out) as part:
         write_folder(part, plan, _stream(path, header, tensors, tally))
         write_companions(part, path, header, tied="lm_head.weight" not in tensors)
-        types = Counter(item.tensor_type.name for item in tensors.values())
-        provenance = {
-            "package": package, "version": version, "file": path.name, "sha256": file_digest(path),
-            "bytes": path.stat().st_size, "model": header.get("general.name"), "license": header.get("general.license"),
-            "types": dict(types.most_common()),
-            "bf16_sqnr_db": round(10 * math.log10(tally["signal"] / tally["noise"]), 3) if tally["noise"] else None,
-            "statement": f"the {types.most_common(1)[0][0]} weights of {path.name} from {package} {version}, dequantised "
-            "and rounded to BF16; not the release from which that file was quantised",
-        }  # fmt: skip
+        provenance = _provenance(package, version, path, header, tensors, tally)
         write_json(part / "provenance.json", provenance)
     return provenance
+
+
+def _provenance(
+    package: str, version: str, path: Path, header: Header, tensors: Mapping[str, Any], tally: Mapping[str, float]
+) -> dict[str, Any]:
+    types = Counter(item.tensor_type.name for item in tensors.values()).most_common()
+    return {
+        "package": package,
+        "version": version,
+        "file": path.name,
+        "sha256": file_digest(path),
+        "bytes": path.stat().st_size,
+        "model": header.get("general.name"),
+        "license": header.get("general.license"),
+        "types": dict(types),
+        "bf16_sqnr_db": round(10 * math.log10(tally["signal"] / tally["noise"]), 3) if tally["noise"] else None,
+        "statement": f"the {types[0][0]} weights of {path.name} from {package} {version}, dequantised and rounded to "
+        "BF16; not the release from which that file was quantised",
+    }
 
 
 def find(package: str) -> tuple[Path, str]:

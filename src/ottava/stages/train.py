@@ -45,6 +45,7 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
         ctx.journal.append("train.begin")
     main = _run(spec, ctx, pools, base, "main", 0.0)
     final, segments = supervise(main, spec.fault)
+    moves = [segment for segment in segments if segment.end and segment.end > segment.start]  # pools that did a step
     again = replay(_run(spec, ctx, pools, base, "replay", 0.46), segments)
     proof = {
         "segments": [vars(segment) for segment in segments],
@@ -52,7 +53,7 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
         "replay": again.digest,
         "replay_identical": again.digest == final.digest,
         "classes": _classes(ctx),
-        "fallback": _fallback(spec, ctx, main, base, segments) if len(segments) > 1 else None,
+        "fallback": _fallback(spec, ctx, main, base, moves) if len(moves) > 1 else None,
     }
     ctx.progress(0.97, "evaluation")
     last = next(pool for pool in pools if pool.name == segments[-1].pool)
@@ -93,7 +94,7 @@ def _fallback(
         "from": source.pool,
         "to": target.pool,
         "at_step": target.start,
-        "lost_steps": state.fallbacks[-1]["lost_steps"],
+        "lost_steps": source.lost,
         "seconds_without_a_step": _gap(state.steps, target.start),
         "before": before.digest,
         "after": after,

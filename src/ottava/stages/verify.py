@@ -117,8 +117,8 @@ def _divergence(spec: Spec, inputs: Mapping[str, Artifact], master: Path, ctx: C
     folder, reference = _reference(inputs)
     ctx.progress(0.5, "divergence from the source")
     text = find_text(spec.text or "")
-    args = {"reference": str(folder), "other": str(master), "text": str(text)}
-    args |= {"window": spec.window, "limit": spec.limit}
+    folders = {"reference": str(folder), "other": str(master)}
+    args = {**folders, "text": str(text), "window": spec.window, "limit": spec.limit}
     measured = ctx.call("ottava.verify.numerics:compare_folders", args)[0]
     return {**measured, "max_kl": spec.max_kl, "text": spec.text, "reference": reference}
 

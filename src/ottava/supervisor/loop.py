@@ -55,11 +55,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a run on one pool: from the state after `start` steps to `end` steps (None: not yet)."""
+    """A stretch of a run on one pool: from the state after `start` steps to `end` steps (None: not yet).
+
+    failures: those after which the run started again on this pool; lost: steps that were reported on it
+    and not found again when the run left it.
+    """
 
     pool: str
     start: int
     end: int | None = None
+    failures: int = 0
+    lost: int = 0
 
 
 def supervise(run: Run, fault: Fault | None) -> tuple[Snapshot, list[Segment]]:
@@ -75,7 +81,7 @@ def supervise(run: Run, fault: Fault | None) -> tuple[Snapshot, list[Segment]]:
         if found is not None and found.step >= run.spec.steps:
             return found, _close(run, segments, found.step)
         pool = next(p for p in run.pools if p.name == segments[-1].pool)
-        armed = fault is not None and fault.pool == pool.name and not _history(run).injected
+        armed = fault is not None and fault.pool == pool.name and segments[-1].failures == 0
         stretch = Stretch(pool, run.spec.steps, _handoff(run, segments), _keep(run, segments), fault if armed else None)
         failure = attempt(run, stretch, len(failures))
         if failure is None:
@@ -88,6 +94,9 @@ def supervise(run: Run, fault: Fault | None) -> tuple[Snapshot, list[Segment]]:
             )
         if isinstance(action, FallBack):
             segments = _fall_back(run, segments, action)
+        else:
+            segments = [*segments[:-1], replace(segments[-1], failures=segments[-1].failures + 1)]
+            _write_segments(run, segments)
 
 
 def replay(run: Run, segments: Sequence[Segment]) -> Snapshot:
@@ -202,24 +211,21 @@ def _fall_back(run: Run, segments: list[Segment], action: FallBack) -> list[Segm
     """Make the newest state durable as the hand-off, and open a segment on the next pool."""
     found = snapshot.newest(run.folder)
     step = 0 if found is None else found.step
-    reported = _last_reported(run)
+    lost = max(0, _last_reported(run) - step)
     if found is not None:
         snapshot.save(handoff_file(run.folder), found)
-    segments = [*segments[:-1], replace(segments[-1], end=step), Segment(action.target, step)]
+    segments = [*segments[:-1], replace(segments[-1], end=step, lost=lost), Segment(action.target, step)]
     _write_segments(run, segments)
     run.journal.append(
         "train.fallback", phase=run.phase, source=action.source, target=action.target, at_step=step,
-        lost_steps=max(0, reported - step), digest=None if found is None else found.digest,
+        lost_steps=lost, digest=None if found is None else found.digest,
     )  # fmt: skip
     return segments
 
 
 def _last_reported(run: Run) -> int:
-    return max((event["step"] for event in _history(run).steps if event["phase"] == run.phase), default=0)
-
-
-def _history(run: Run) -> journal.RunState:
-    return journal.fold(journal.read(run.journal.path))
+    steps = journal.fold(journal.read(run.journal.path)).steps
+    return max((event["step"] for event in steps if event["phase"] == run.phase), default=0)
 
 
 def handoff_file(folder: Path) -> Path:
