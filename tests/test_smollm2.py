@@ -372,6 +372,11 @@ def zeroed(folder: Path) -> None:
         file.write(bytes(entry.end - entry.start))
 
 
+def told(name: str, found: Mapping[str, Any]) -> str:
+    spans = (f"{found[k]:.4f} ({found[k + '_low']:.4f} to {found[k + '_high']:.4f})" for k in ("kl", "top1"))
+    return f"{name:10} KL {', top-1 '.join(spans)}"
+
+
 @pytest.mark.slow
 def test_a_corrupt_load_that_still_answers_is_found(tmp_path: Path) -> None:
     real(tmp_path)
@@ -387,7 +392,7 @@ def test_a_corrupt_load_that_still_answers_is_found(tmp_path: Path) -> None:
         return numerics.compare(lambda ids: next(known), lambda ids: model(input_ids=ids).logits, windows)
 
     clean = measure()
-    print(f"none         KL {clean['kl']:.4f} ({clean['kl_low']:.4f} to {clean['kl_high']:.4f}), top-1 {clean['top1']:.3f}")
+    print(told("none", clean))
     corruptions = {"one step": one_scale(15, 1), "eightfold": one_scale(0, 3), "ragged": ragged_rows, "zero": zeroed}
     for name, corrupt in corruptions.items():
         shutil.copytree(tmp_path / "model", tmp_path / name)
@@ -397,8 +402,7 @@ def test_a_corrupt_load_that_still_answers_is_found(tmp_path: Path) -> None:
         answer = generate(model, torch.tensor([chat.render(QUESTION)]), 24, stop=chat.stop_ids)[0].tolist()
         assert "Tokyo" in chat.decode(answer), name
         found = measure()
-        print(f"{name:12} KL {found['kl']:.4f} ({found['kl_low']:.4f} to {found['kl_high']:.4f}), "
-              f"top-1 {found['top1']:.3f}, {chat.decode(answer)!r}")  # fmt: skip
+        print(told(name, found), repr(chat.decode(answer)))
         if name == "one step":  # the smallest corruption is one that only the digest sees
             assert found["kl_high"] < 0.05
         else:

@@ -5,8 +5,8 @@ weights somebody has quantised; what is unpacked here is what that file says, ne
 was made from, and `provenance.json` keeps the difference on record.
 
 Transformers reads GGUF too, but wants accelerate and the whole model in memory, and (5.23) leaves out
-the file's wish that digits be split one by one, so that other tokens come out than the model was
-trained on. So the file is read here, tensor by tensor, for the one family that is tested: Llama with
+what the file says about cutting text (digits one by one), so that other tokens come out where spaces
+stand before a digit. So the file is read here, tensor by tensor, for the one family that is tested: Llama with
 SmolLM's tokenizer. Anything else in the file is refused. The format is described at
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
