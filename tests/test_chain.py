@@ -35,7 +35,7 @@ stages:
 
 def ottava(*args: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ottava.cli", *args], cwd=cwd, capture_output=True, text=True, timeout=280, **more
+        [sys.executable, "-m", "ottava.cli", *args], cwd=cwd, capture_output=True, text=True, timeout=800, **more
     )
 
 
@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('"phase":"main","pool":"nvidia"', signal.SIGINT),
     ):
         process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (journal.exists() and f'"train.step",{mark}' in journal.read_text()):
             assert process.poll() is None, process.stderr and process.stderr.read()
             assert time.monotonic() < deadline

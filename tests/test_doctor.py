@@ -17,7 +17,7 @@ from ottava.platforms import doctor
 @pytest.fixture(scope="module")
 def found() -> dict[str, object]:
     code = "import json; from ottava.platforms.doctor import examine; print(json.dumps(examine(), allow_nan=False))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
     answer: dict[str, object] = json.loads(done.stdout)
     return answer
 
@@ -104,7 +104,7 @@ def test_two_classes_are_there_exactly_where_the_limited_pool_computes_other_bit
             check=True,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         ).stdout
         for env in ({}, limit)
     }

@@ -437,7 +437,7 @@ def test_leaving_a_stream_stops_the_generation() -> None:
     stream = engine.stream([8], Sampling(400))
     next(stream)
     stream.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while engine.load_now and time.monotonic() < deadline:
         time.sleep(0.01)
     assert engine.load_now == 0
@@ -461,7 +461,7 @@ def test_admission_is_bounded_and_room_is_given_back() -> None:
     jobs[2].cancel()
     engine.submit([8], Sampling(5), done.append)
     hold.set()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while done.count(None) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     engine.close()

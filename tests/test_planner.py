@@ -420,7 +420,7 @@ def test_a_recipe_without_training_is_planned_from_budgets(tmp_path: Path) -> No
 
 def test_the_stages_do_not_import_torch() -> None:
     code = "import sys; import ottava.stages.plan, ottava.stages.qualify; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_no_pool_at_all_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_one_death_ends_the_call(launcher: Any, tmp_path: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(PlatformError, match="killed by SIGKILL"):
         launcher.call("tests.test_supervisor:die", {}, workers=2, logs=tmp_path)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 50
 
 
 ORPHANS = """
@@ -143,7 +143,7 @@ def test_workers_die_with_their_owner(tmp_path: Path) -> None:
     assert len(pids) == 2
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker outlived its owner"
         time.sleep(0.05)

@@ -93,6 +93,8 @@ def _weights(content: Content) -> Iterator[str]:
             f"against its source: top-1 agreement {percent(found['top1'])}, KL {scientific(found['kl'])} nats, "
             f"{found['positions']:,} positions"
         )
+        if found.get("reference"):
+            yield f"its source: {found['reference']}"
 
 
 def _labels(content: Content) -> Iterator[str]:

@@ -74,7 +74,8 @@ def _run(
     spec: TrainSpec, ctx: Context, pools: Sequence[Pool], base: Mapping[str, Any], phase: str, offset: float
 ) -> Run:
     def progress(step: int) -> None:
-        ctx.progress(offset + 0.46 * step / spec.steps, f"{phase}: step {step} of {spec.steps}")
+        if step % 10 == 0:
+            ctx.progress(offset + 0.46 * step / spec.steps, f"{phase}: step {step} of {spec.steps}")
 
     return Run(phase, spec, pools, base, ctx.work / phase, ctx.journal, ctx.launcher, ctx.work, progress)
 

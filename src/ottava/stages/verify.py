@@ -144,8 +144,10 @@ def _reason(result: Mapping[str, Any], converted: str) -> str | None:
         return f"the master holds other values than the conversion wrote: {result['digest']}, {converted}"
     if not result["digest_equal"]:
         return f"the layouts hold different values: {result['layouts']}"
+    if result.get("weights_identical") is False:
+        return f"the master does not hold the trained weights; tensors that differ: {result['different']}"
     if result["answers_identical"] is False:
-        return f"the master answers otherwise than the trained model; tensors that differ: {result.get('different')}"
+        return "the weights are equal, but the master answers otherwise than the trained model did"
     found = result["divergence"]
     if found is not None and found["max_kl"] is not None and found.get("kl_high", math.inf) > found["max_kl"]:
         return f"KL from the source is {found['kl']:.4g} nats, {_upper(found)}; at most {found['max_kl']} was allowed"

@@ -6,7 +6,7 @@ import os
 import threading
 from pathlib import Path
 
-EVERY_S = 0.5
+EVERY_S = 1.5
 
 
 class Watch:

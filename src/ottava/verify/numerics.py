@@ -53,7 +53,8 @@ def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
         return {name: mean}
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     half = float(t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
-    return {name: mean, f"{name}_low": max(0.0, mean - half), f"{name}_high": mean + half}
+    top = 1.0 if name == "top1" else math.inf
+    return {name: mean, f"{name}_low": max(0.0, mean - half), f"{name}_high": min(top, mean + half)}
 
 
 def compare_folders(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +71,11 @@ def compare_folders(args: Mapping[str, Any]) -> dict[str, Any]:
     width = int(args["window"])
     windows = [w[None] for w in torch.split(ids, width) if len(w) == width][: int(args["limit"])]
     if not windows:
-        raise DataError(f"the text has {len(ids)} tokens, fewer than one window of {width}", where=args["text"])
+        raise DataError(
+            f"the text has {len(ids)} tokens, fewer than one window of {width}",
+            where=args["text"],
+            fix="name a longer text, or make verify.window smaller",
+        )
     reference, other = (_logits(load(Path(args[key]))) for key in ("reference", "other"))
     return compare(reference, other, windows)
 
