@@ -11,6 +11,7 @@ Ours is thinking, baseline is direct answers.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from benchmarks.common import options, show
 from ottava import runner, stages
 from ottava.models.chat import write_tiny
 from ottava.recipe import Pool, Recipe, load_recipe
+from ottava.supervisor.drift import measure
 from ottava.supervisor.local import LocalLauncher
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +42,7 @@ def train(launcher: LocalLauncher, base: dict[str, Any], pool: Pool, folder: Pat
     """Train whole on one pool, keep the state at step `at`, export and evaluate."""
     steps = base["spec"]["steps"]
     model = folder / "model"
-    write_tiny(model, stages_vocabulary(base["data"]))
+    shutil.copytree(base["chat"], model)
     args = {
         **base, "phase": "main", "pool": pool.name, "attempt": 0, "folder": str(folder), "start": str(folder),
         "until": steps, "keep": {at: str(folder / "at"), steps: str(folder / "end")}, "journal": str(folder / "j"),
@@ -50,29 +52,6 @@ def train(launcher: LocalLauncher, base: dict[str, Any], pool: Pool, folder: Pat
     launcher.call("ottava.trainer.worker:export", export, pool=pool, logs=folder)
     evaluate = {"model": str(model), "data": base["data"], "task": "chains"}
     return launcher.call("ottava.engine.evaluate:evaluate_folder", evaluate, pool=pool, logs=folder)[0]
-
-
-def stages_vocabulary(data: str) -> list[str]:
-    import json
-
-    vocabulary: list[str] = json.loads((Path(data) / "vocabulary.json").read_text())
-    return vocabulary
-
-
-def drift(launcher: LocalLauncher, base: dict[str, Any], old: Pool, new: Pool, folder: Path) -> dict[str, Any]:
-    """Drift and envelope from the first pool's kept state: stay, move, and perturbed replicas of the move."""
-    spec = base["spec"]["drift"]
-    start = {**base, "start": str(folder / old.name / "at")}
-    gradients = [str(folder / f"gradient-{pool.name}") for pool in (old, new)]
-    for pool, out in zip((old, new), gradients, strict=True):
-        launcher.call("ottava.trainer.drift:gradient", {**start, "out": out}, pool=pool, logs=folder)
-    follow = {**start, "steps": spec["window"], "gradients": gradients}
-    for pool, name, count in ((old, "stay", 1), (new, "move", spec["replicas"] + 1)):
-        args = {**follow, "out": str(folder / f"{name}-{{rank}}")}
-        launcher.call("ottava.trainer.drift:follow", args, pool=pool, workers=count, logs=folder)
-    replicas = [str(folder / f"move-{rank}") for rank in range(1, spec["replicas"] + 1)]
-    args = {**base, "moved": str(folder / "move-0"), "stayed": str(folder / "stay-0"), "replicas": replicas}
-    return launcher.call("ottava.trainer.drift:compare", args, pool=new, logs=folder)[0]
 
 
 def one_seed(launcher: LocalLauncher, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
@@ -101,7 +80,8 @@ def one_seed(launcher: LocalLauncher, recipe: Recipe, folder: Path) -> list[dict
             }
         )
     old, new = recipe.fleet.pools[:2]
-    moved = drift(launcher, base, old, new, folder)
+    start, its = folder / old.name / "at", recipe.stages["train"].drift  # type: ignore[attr-defined]
+    moved = measure(launcher, base, old, new, start, its, folder / "drift")
     for row in rows:
         row |= {"drift": moved["drift"], "envelope": moved["envelope"], "replicas": moved["replicas"]}
     print(f"seed {recipe.seed}:", *(f"{r['ours']:.3f}/{r['baseline']:.3f}/{r['one_step']:.3f}" for r in rows),

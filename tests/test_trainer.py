@@ -20,9 +20,10 @@ from ottava.fp8.codec import dequantise, project, quantise
 from ottava.models.chat import Chat
 from ottava.models.published import published
 from ottava.recipe import Pool
+from ottava.supervisor.drift import measure
 from ottava.trainer import data, drift, optimiser, reduce, schedule, snapshot
 from ottava.trainer.loop import Trainer
-from ottava.trainer.spec import Optimiser, TrainSpec
+from ottava.trainer.spec import Drift, Optimiser, TrainSpec
 from ottava.trainer.worker import make_trainer, numerics_class
 
 from .conftest import AVX2
@@ -403,22 +404,50 @@ def test_pools_differ_in_class_but_start_from_the_same_bits(dataset: Path, launc
     assert plain["weights"] == narrow["weights"]
 
 
-def test_envelope() -> None:
-    assert drift.envelope([0.0, 0.0, 0.0]) == 0.0
-    assert drift.envelope([2.0, 2.0, 2.0]) == pytest.approx(2.0)
+def test_prediction_limit() -> None:
+    assert drift.prediction_limit([0.0, 0.0, 0.0]) == drift.envelope([0.0, 0.0, 0.0]) == 0.0
+    assert drift.prediction_limit([2.0, 2.0, 2.0]) == pytest.approx(2.0)
     logs = [1.0, 1.2, 0.8]  # mean 1, s 0.2, t(0.99, 2) = 6.9646
     expected = math.exp(1.0 + 6.9646 * 0.2 * math.sqrt(4 / 3))
-    assert drift.envelope([math.exp(v) for v in logs]) == pytest.approx(expected, rel=1e-4)
+    assert drift.prediction_limit([math.exp(v) for v in logs]) == pytest.approx(expected, rel=1e-4)
+    assert drift.envelope([math.exp(v) for v in logs]) == pytest.approx(2 * expected, rel=1e-4)
 
 
 @settings(deadline=None, max_examples=5)
 @given(st.integers(0, 1000))
-def test_envelope_covers_a_new_draw(seed: int) -> None:
+def test_prediction_limit_covers_a_new_draw(seed: int) -> None:
     """Of draws from one log-normal law, the limit from five covers a sixth 99 times in 100."""
     rng = np.random.default_rng(seed)
     draws = np.exp(rng.normal(-10, 0.3, (2000, 6)))
-    covered = np.mean([row[5] <= drift.envelope(row[:5].tolist()) for row in draws])
+    covered = np.mean([row[5] <= drift.prediction_limit(row[:5].tolist()) for row in draws])
     assert 0.975 <= covered <= 1.0
+
+
+@pytest.mark.parametrize("lost", [None, "momentum", "first", "second", "bias"])
+def test_what_the_envelope_lets_through_and_what_not(
+    dataset: Path, launcher: Any, tmp_path: Path, lost: str | None
+) -> None:
+    """A sound move lies inside; a move that lost one part of the state lies far outside."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("both pools are of one instruction set on this machine: no AVX-512")
+    its = spec(steps=80, optimiser={"router_bias": 0.05})
+    trainer = make_trainer(base(dataset, its))
+    train(trainer, 30)
+    snapshot.save(tmp_path / "start", trainer.state.snapshot())
+    pools = [Pool(name="old", env=AVX2), Pool(name="new")]
+    sizes = Drift(window=8, replicas=4)
+    sound = measure(launcher, base(dataset, its), pools[0], pools[1], tmp_path / "start", sizes, tmp_path / "drift")
+    assert 0 < sound["drift"] <= sound["envelope"]
+    if lost is None:
+        return
+    moved = make_trainer(base(dataset, its))
+    moved.state.restore(snapshot.load(tmp_path / "start"))
+    whole = make_trainer(base(dataset, its))
+    whole.state.restore(snapshot.load(tmp_path / "start"))
+    getattr(moved.state, lost).zero_()
+    train(moved, 8)
+    train(whole, 8)
+    assert drift.distance(whole.state.weights, moved.state.weights) > 30 * sound["envelope"]
 
 
 def test_distance() -> None:

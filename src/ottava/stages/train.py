@@ -18,6 +18,7 @@ from ottava.context import Context
 from ottava.errors import PlatformError
 from ottava.models.chat import write_tiny
 from ottava.recipe import Pool
+from ottava.supervisor.drift import measure
 from ottava.supervisor.loop import Run, Segment, handoff_file, kept_file, replay, supervise
 from ottava.trainer import snapshot
 from ottava.trainer.spec import TrainSpec
@@ -91,6 +92,9 @@ def _fallback(
     before = snapshot.load(handoff_file(main.folder))
     after = sorted({e["digest"] for e in state.joins if (e["phase"], e["pool"], e["step"]) == arrived})
     (ctx.out / "handoff.state").write_bytes(handoff_file(main.folder).read_bytes())
+    old, new = (ctx.fleet.pool(segment.pool) for segment in (source, target))
+    drift = measure(ctx.launcher, base, old, new, handoff_file(main.folder), spec.drift, ctx.work / "drift")
+    kept = snapshot.load(kept_file(main.folder, target.start + spec.drift.window))
     return {
         "from": source.pool,
         "to": target.pool,
@@ -100,45 +104,8 @@ def _fallback(
         "before": before.digest,
         "after": after,
         "handoff_identical": bool(after) and after == [before.digest],
-        **_drift(spec, ctx, main, base, segments),
-    }
-
-
-def _drift(
-    spec: TrainSpec, ctx: Context, main: Run, base: Mapping[str, Any], segments: Sequence[Segment]
-) -> dict[str, Any]:
-    """Stay on the first pool for a while, beside perturbed replicas on the second."""
-    by_name = {pool.name: pool for pool in main.pools}
-    old, new = by_name[segments[0].pool], by_name[segments[1].pool]
-    start = {**base, "start": str(handoff_file(main.folder))}
-    folder = ctx.work / "drift"
-    folder.mkdir(exist_ok=True)
-    gradients = [str(folder / f"gradient-{pool.name}") for pool in (old, new)]
-    for pool, out in zip((old, new), gradients, strict=True):
-        ctx.call("ottava.trainer.drift:gradient", {**start, "out": out}, pool=pool)
-    follow = {**start, "steps": spec.drift.window, "gradients": gradients}
-    stay = {**follow, "out": str(folder / "stay-{rank}")}
-    ctx.call("ottava.trainer.drift:follow", stay, pool=old)
-    replicas = spec.drift.replicas + 1
-    followed = ctx.call(
-        "ottava.trainer.drift:follow", {**follow, "out": str(folder / "move-{rank}")}, pool=new, workers=replicas
-    )
-    moved = kept_file(main.folder, segments[1].start + spec.drift.window)
-    result = ctx.call(
-        "ottava.trainer.drift:compare",
-        {
-            **base,
-            "moved": str(moved),
-            "stayed": str(folder / "stay-0"),
-            "replicas": [str(folder / f"move-{rank}") for rank in range(1, replicas)],
-        },
-        pool=new,
-    )[0]
-    return {
-        **result,
-        "window": spec.drift.window,
-        "inside": result["drift"] <= result["envelope"],
-        "one_worker_identical": followed[0]["digest"] == snapshot.load(moved).digest,
+        **drift,
+        "one_worker_identical": drift["moved"] == kept.digest,
     }
 
 

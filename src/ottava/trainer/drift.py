@@ -1,10 +1,14 @@
 """How far a run drifts when it moves to chips that round differently, against what rounding alone explains.
 
 A trajectory on another numerics class is not the same bits, so it needs a bound that was not chosen
-to pass. The two classes are measured to differ by so much, relatively, in the gradient of each
-tensor, on the same state and batch. Replicas on one class then have every element of every gradient
-multiplied by Gaussian noise of that size, so that zeros stay zero as they do under rounding; how far
-they scatter after `window` steps, with a prediction limit for one more draw, is the envelope.
+to pass. At every step of the moved trajectory both classes compute the gradient of the same state on
+the same batch; how much they differ, tensor by tensor, is the size of rounding. Replicas on one class
+then have every element of every gradient multiplied by Gaussian noise of that size, step by step, so
+that zeros stay zero as they do under rounding. How far the replicas scatter after the last step gives a
+prediction limit for one more draw; the envelope is twice that, as the noise is only a model of rounding.
+A part of the state that was lost or mixed up drifts hundreds of times further.
+
+Functions here are started by name in a pool; `supervisor.drift` calls them in order.
 """
 
 from __future__ import annotations
@@ -26,37 +30,45 @@ from ottava.trainer.worker import make_trainer
 
 NOISE = 17  # the random stream of the replicas
 CONFIDENCE = 0.99
-
-
-def gradient(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The summed gradient of one step from a state, written to a file. args: as `follow`, without steps."""
-    platforms.get("cpu").pin_numerics()
-    trainer = make_trainer(args)
-    trainer.state.restore(snapshot.load(Path(args["start"])))
-    kept: list[Tensor] = []
-    trainer.step(lambda total: total, _all_shards(trainer), lambda g: kept.append(g.clone()))
-    Path(args["out"]).write_bytes(kept[0].numpy().tobytes())
-    return {"digest": trainer.state.digest()}
+MARGIN = 2.0  # the noise is a model: rounding is neither Gaussian nor independent from step to step
 
 
 def follow(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Run `steps` steps from a state in one process and keep the last state.
+    """Run `steps` steps from a state in one process; keep the last state and, if asked, every state and gradient.
 
-    The process's RANK r chooses the noise: rank 0 has none; others multiply each element of a tensor's
-    gradient by 1 + size * N(0, 1), where size is the relative distance of that tensor's part of the two
-    files `gradients` (of two classes).
-    args: spec, seed, data, chat; start; steps; out ("...{rank}..."); gradients: two paths or none.
-    Returns {step, digest}.
+    args: spec, seed, data, chat; start, steps, out (file); trace (a folder for `state-I` and
+    `gradient-POOL-I`, or None); pool (its name). Returns {step, digest}.
     """
-    platforms.get("cpu").pin_numerics()
-    rank = int(os.environ.get("RANK", "0"))
-    trainer = make_trainer(args)
-    trainer.state.restore(snapshot.load(Path(args["start"])))
-    perturb = _noise(trainer, args["gradients"], rank) if rank else None
-    for _ in range(args["steps"]):
-        trainer.step(lambda total: total, _all_shards(trainer), perturb)
-    snapshot.save(Path(args["out"].format(rank=rank)), trainer.state.snapshot())
+    trainer = _at(args, args["start"])
+    trace = None if args["trace"] is None else Path(args["trace"])
+    for number in range(args["steps"]):
+        if trace is None:
+            _step(trainer)
+            continue
+        snapshot.save(trace / f"state-{number}", trainer.state.snapshot())
+        _step(trainer, lambda g, n=number: _keep(trace, args["pool"], n, g))  # type: ignore[misc]
+    snapshot.save(Path(args["out"]), trainer.state.snapshot())
     return {"step": trainer.state.step, "digest": trainer.state.digest()}
+
+
+def gradients(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The gradient of every state that `follow` traced, computed on this pool. args: as `follow`."""
+    trace = Path(args["trace"])
+    trainer = _at(args, str(trace / "state-0"))
+    for number in range(args["steps"]):
+        trainer.state.restore(snapshot.load(trace / f"state-{number}"))
+        _step(trainer, lambda g, n=number: _keep(trace, args["pool"], n, g))  # type: ignore[misc]
+    return {}
+
+
+def replicate(args: Mapping[str, Any]) -> dict[str, Any]:
+    """One perturbed replica, numbered by RANK. args: as `follow`; pools: two names; out: "...{rank}"."""
+    rank = int(os.environ["RANK"])
+    trainer = _at(args, args["start"])
+    for number in range(args["steps"]):
+        _step(trainer, _noise(trainer, Path(args["trace"]), args["pools"], number, rank))
+    snapshot.save(Path(args["out"].format(rank=rank)), trainer.state.snapshot())
+    return {"step": trainer.state.step}
 
 
 def compare(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,8 +90,13 @@ def distance(a: Tensor, b: Tensor) -> float:
     return gap / float(b.double().norm()) if gap else 0.0
 
 
-def envelope(replicas: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """The upper prediction limit for one more drift drawn as the replicas were, taken as log-normal.
+def envelope(replicas: Sequence[float]) -> float:
+    """What a drift that rounding explains stays below: MARGIN times the replicas' prediction limit."""
+    return MARGIN * prediction_limit(replicas)
+
+
+def prediction_limit(replicas: Sequence[float], confidence: float = CONFIDENCE) -> float:
+    """The upper limit for one more drift drawn as the replicas were, taken as log-normal.
 
     mean + t * s * sqrt(1 + 1/n) of the logarithms, t from Student's distribution with n - 1 degrees.
     Zero where every replica is zero: equal classes must not drift at all.
@@ -94,8 +111,8 @@ def envelope(replicas: Sequence[float], confidence: float = CONFIDENCE) -> float
     return float(math.exp(limit))
 
 
-def _noise(trainer: Trainer, gradients: Sequence[str], replica: int) -> Callable[[Tensor], None]:
-    a, b = (torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.float32) for path in gradients)
+def _noise(trainer: Trainer, trace: Path, pools: Sequence[str], number: int, replica: int) -> Callable[[Tensor], None]:
+    a, b = (_read(trace, pool, number) for pool in pools)
     slots = trainer.state.slots
     sizes = [distance(slot.view(a), slot.view(b)) for slot in slots]
 
@@ -110,10 +127,25 @@ def _noise(trainer: Trainer, gradients: Sequence[str], replica: int) -> Callable
     return perturb
 
 
+def _at(args: Mapping[str, Any], state: str) -> Trainer:
+    platforms.get("cpu").pin_numerics()
+    trainer = make_trainer(args)
+    trainer.state.restore(snapshot.load(Path(state)))
+    return trainer
+
+
+def _step(trainer: Trainer, perturb: Callable[[Tensor], None] | None = None) -> None:
+    trainer.step(lambda total: total, reduce.owned(trainer.spec.virtual_shards, 0, 1), perturb)
+
+
+def _keep(trace: Path, pool: str, number: int, gradient: Tensor) -> None:
+    (trace / f"gradient-{pool}-{number}").write_bytes(gradient.numpy().tobytes())
+
+
+def _read(trace: Path, pool: str, number: int) -> Tensor:
+    return torch.frombuffer(bytearray((trace / f"gradient-{pool}-{number}").read_bytes()), dtype=torch.float32)
+
+
 def _weights(trainer: Trainer, path: str) -> Tensor:
     trainer.state.restore(snapshot.load(Path(path)))
     return trainer.state.weights.clone()
-
-
-def _all_shards(trainer: Trainer) -> range:
-    return reduce.owned(trainer.spec.virtual_shards, 0, 1)
