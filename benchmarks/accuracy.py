@@ -46,6 +46,7 @@ def train(launcher: LocalLauncher, base: dict[str, Any], pool: Pool, folder: Pat
     args = {
         **base, "phase": "main", "pool": pool.name, "attempt": 0, "folder": str(folder), "start": str(folder),
         "until": steps, "keep": {at: str(folder / "at"), steps: str(folder / "end")}, "journal": str(folder / "j"),
+        "fault": None,
     }  # fmt: skip
     launcher.call("ottava.trainer.worker:run", args, pool=pool, logs=folder)
     export = {**base, "state": str(folder / "end"), "model": str(model), "latent": str(folder / "latent.safetensors")}

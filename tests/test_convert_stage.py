@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 import weakref
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ottava import artifact
-from ottava.artifact import Artifact
+from ottava.artifact import Artifact, digest_of
 from ottava.checkpoint import layouts
 from ottava.checkpoint.convert import convert
 from ottava.checkpoint.digest import values_digest
@@ -351,10 +352,26 @@ def test_stage_converts_a_named_folder(tmp_path: Path) -> None:
 
 
 def test_stage_without_a_source(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
     with pytest.raises(RecipeError, match="no model to convert"):
-        stage.run(stage.Spec(), {}, context(tmp_path))
+        stage.run(stage.Spec(), {}, ctx)
     with pytest.raises(CheckpointError, match="no such folder"):
-        stage.find_source(stage.Spec(source=str(tmp_path / "nowhere")), {})
+        stage.run(stage.Spec(source=str(tmp_path / "nowhere")), {}, ctx)
+
+
+def test_a_changed_byte_of_the_source_is_another_task(tmp_path: Path) -> None:
+    def asked(source: Path | None) -> str:
+        return digest_of(stage.Spec(source=source and str(source)).model_dump(mode="json"))
+
+    source = save(tmp_path / "s", model())
+    first = asked(source)
+    assert asked(source) == first
+    path = source / "config.json"
+    path.write_text(path.read_text().replace("deepseek_v3", "deepseek_v4"))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    second = asked(source)
+    path.rename(source / "other.json")
+    assert len({first, second, asked(source), asked(None), asked(tmp_path / "nowhere")}) == 5
 
 
 def test_the_stage_is_imported_without_torch() -> None:

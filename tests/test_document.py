@@ -33,6 +33,7 @@ def load(folder: Path, text: str, sets: tuple[str, ...] = (), fleet: str = FLEET
     return load_recipe(folder / "r.yaml", stages.specs(), sets)
 
 
+DEEP = "nest less, and put no alias (*x) inside what it names (&x)"
 CASES = {
     "misspelt key": (
         GOOD.replace("steps: 200", "stpes: 200"),
@@ -80,7 +81,58 @@ CASES = {
         (),
         "error: not valid YAML: expected ',' or ']', but got '<stream end>'\n  where: r.yaml:2:1",
     ),
-    "no mapping": ("- a\n", (), "error: the file is not a mapping of keys to values\n  where: r.yaml"),
+    "no mapping": (
+        "- a\n",
+        (),
+        "error: the file is not a mapping of keys to values\n  where: r.yaml\n"
+        "  mend:  write `key: value` lines, as in recipes/tiny.yaml",
+    ),
+    "empty": (
+        "# nothing\n",
+        (),
+        "error: the file is empty\n  where: r.yaml\n  mend:  write `key: value` lines, as in recipes/tiny.yaml",
+    ),
+    "deep": (
+        "a: " + "[" * 3000 + "]" * 3000,
+        (),
+        f"error: nested more than 50 deep\n  where: r.yaml:1:53\n  mend:  {DEEP}",
+    ),
+    "endless": (
+        "name: t\na: &x [*x]\n",
+        (),
+        f"error: nested more than 50 deep\n  where: r.yaml:2:4\n  mend:  {DEEP}",
+    ),
+    "key that is no word": (
+        GOOD + "? [a, b]\n: 1\n",
+        (),
+        "error: a key is a list or a mapping\n  where: r.yaml:9:3\n  mend:  write a word as the key",
+    ),
+    "name of another folder": (
+        GOOD.replace("name: t", "name: ../../evil"),
+        (),
+        "error: name: a name has letters, digits, '.', '_' and '-' only, and begins with a letter or digit, "
+        "found '../../evil'\n  where: r.yaml:1:7",
+    ),
+    "not a number": (
+        GOOD.replace("0.3", "nan"),
+        (),
+        "error: direct.begin: input should be a finite number, found 'nan'\n  where: r.yaml:8:21",
+    ),
+    "endless work": (
+        GOOD.replace("audit: 60", "answers: 100000000"),
+        (),
+        "error: answers: input should be less than or equal to 1000000, found 100000000\n  where: r.yaml:5:14",
+    ),
+    "set of a misspelt stage": (
+        GOOD,
+        ("trian.steps=3",),
+        "error: unknown key 'trian'\n  where: --set trian.steps=3\n  mend:  did you mean 'train'?",
+    ),
+    "set inside a misspelt key": (
+        GOOD,
+        ("train.dirct.begin=0",),
+        "error: unknown key 'dirct'\n  where: --set train.dirct.begin=0\n  mend:  did you mean 'direct'?",
+    ),
     "no stages": (
         "name: t\nfleet: f\n",
         (),
@@ -137,6 +189,23 @@ def test_fleet_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         load(Path(), GOOD, fleet=FLEET.replace("workers: 2", "workers: 3"))
     with pytest.raises(RecipeError, match=r"two pools have the same name"):
         load(Path(), GOOD, fleet=FLEET.replace("name: b", "name: a"))
+    with pytest.raises(RecipeError, match=r"a name has letters"):
+        load(Path(), GOOD, fleet=FLEET.replace("name: b", "name: .."))
+    (tmp_path / "f.yaml").write_text(FLEET.replace("workers: 2", "platform: cdua"))
+    with pytest.raises(RecipeError) as unknown:
+        load_recipe("r.yaml", stages.specs(), platforms=["cpu", "cuda"])
+    assert unknown.value.render() == (
+        "error: unknown platform 'cdua'\n  where: f.yaml:5:15\n  mend:  did you mean 'cuda'?"
+    )
+
+
+def test_what_is_no_text_file(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"name: \xff\n")
+    for path, what in ((tmp_path, "this is a folder"), (tmp_path / "r.yaml", "not text in UTF-8")):
+        with pytest.raises(RecipeError, match=what) as error:
+            document.read(path)
+        assert error.value.where == str(path)
+        assert error.value.fix
 
 
 def test_missing_file() -> None:

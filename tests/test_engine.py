@@ -24,7 +24,7 @@ from ottava.checkpoint import safetensors
 from ottava.engine.evaluate import answer, evaluate, evaluate_folder, well_formed
 from ottava.engine.generate import ThinkBudget, choose, generate, uniform
 from ottava.engine.session import Engine, QueueFull, Reader, Sampling, Token
-from ottava.errors import DataError, ResourceError
+from ottava.errors import CheckpointError, DataError, ResourceError
 from ottava.models.build import from_config
 from ottava.models.chat import Chat, write_tiny
 from ottava.models.published import published, stored
@@ -75,6 +75,17 @@ def random_model(seed: int = 0, *, quiet: Sequence[int] = ()) -> nn.Module:
         head.weight[list(quiet)] = 0
         # a zero row has logit 0, and the largest of many random logits is above it
     return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"hidden_size": "abc"}, "hidden_size"), ({"hidden_size": -8}, "negative dimension"), ({"model_type": "x"}, "x")],
+)
+def test_a_config_that_describes_no_model_is_named(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said) as caught:
+        from_config(CONFIG | change, Path("folder/config.json"))
+    assert caught.value.where == "folder/config.json"
+    assert caught.value.fix
 
 
 def write_folder(folder: Path, model: nn.Module) -> Path:

@@ -460,6 +460,26 @@ def test_a_fault_of_the_model_is_told_and_the_server_lives() -> None:
     engine.close()
 
 
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [({"stop": ""}, "stop"), ({"stop": 5}, "stop"), ({"response_format": {"x": "text"}}, "response_format.x"),
+     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"), ({"a-b": 1}, "a-b"), ({"str": 1}, "str")],
+)  # fmt: skip
+def test_errors_name_the_field_as_the_client_wrote_it(more: dict[str, Any], field: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        schema.parse(json.dumps({"messages": USER, **more}).encode())
+    assert caught.value.param == field
+    assert caught.value.message.startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize("url", ["http://[::bad", "ftp://x", "x", "", "http://", "http://x:99999"])
+def test_what_is_no_address_is_said(url: str) -> None:
+    with pytest.raises(DataError) as caught:
+        next(ask(url, "hi"))
+    assert caught.value.what == "not an http(s) address"
+    assert caught.value.fix
+
+
 def test_errors_of_the_schema_never_repeat_the_input() -> None:
     with pytest.raises(ApiError) as caught:
         schema.parse(json.dumps({"messages": USER, "temperature": "secret"}).encode())

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +18,9 @@ from hypothesis import strategies as st
 from ottava import recipe
 from ottava.artifact import Artifact
 from ottava.context import Context
-from ottava.errors import OttavaError, PlatformError, RecipeError
+from ottava.errors import LauncherGone, OttavaError, PlatformError, RecipeError, ResourceError
 from ottava.journal import Journal
-from ottava.planner import chips, cost
+from ottava.planner import chips, cost, reach
 from ottava.planner.cost import Estimate
 from ottava.planner.schedule import Job, makespan, schedule
 from ottava.recipe import Fleet, Pool, load_fleet
@@ -241,6 +240,7 @@ class Train(recipe.Spec):
     """A train section, as far as the plan looks at it."""
 
     steps: int = 600
+    virtual_shards: int = 2
 
 
 DEFAULT = plan.Spec()
@@ -304,6 +304,7 @@ def test_a_missing_pool_is_left_out_and_said() -> None:
     assert set(placed(result).values()) == {"nvidia"}
     train = next(stage for stage in result["stages"] if stage["name"] == "train")
     assert "ascend cannot be used" in train["reason"]
+    assert all("ascend cannot be used" in stage["reason"] for stage in result["stages"])
     assert result["unavailable"] == {"ascend": "it is not here"}
     with pytest.raises(PlatformError, match="pinned to the pool 'ascend'"):
         make(pinned={"serve": "ascend"}, nvidia=speed())
@@ -323,7 +324,20 @@ def test_seconds_and_cost_by_hand() -> None:
     assert result["makespan_s"] == 30 + 5 * 20
     assert result["over_budget"] == ["train"]  # 30 / 1.36 = 22 s, and the budget is 20 s
     slow = make(ascend=speed("AVX2", factor=1.5), nvidia=speed(factor=1.3))
-    assert slow["over_budget"] == ["qualify", "train", "serve"]
+    assert slow["over_budget"] == ["train"]  # a budget is a ceiling: nobody can be found to exceed it
+
+
+def test_what_is_only_a_budget_is_said_to_be_a_ceiling() -> None:
+    result = make(ascend=speed("AVX2", factor=1.5), nvidia=speed(factor=10))
+    rows = {stage["name"]: stage for stage in result["stages"]}
+    assert (rows["serve"]["low"], rows["serve"]["seconds"], rows["serve"]["high"]) == (0, 30, pytest.approx(40.8))
+    # ten times slower: the middle follows to a factor of 4, the high end all the way
+    assert (rows["label"]["low"], rows["label"]["seconds"], rows["label"]["high"]) == (0, 80, pytest.approx(272))
+    assert [name for name, row in rows.items() if "a ceiling, not a prediction" not in row["basis"]] == ["train"]
+    assert rows["train"]["low"] > 0
+    estimate, basis = plan.predict(DEFAULT, "serve", recipe.Spec(budget_s=20), plan.Speed(1.0, "unheard of"))
+    assert (estimate.low, estimate.mid, estimate.high) == (0, 20, pytest.approx(27.2))
+    assert "a ceiling, not a prediction" in basis
 
 
 def test_the_gantt_shows_every_stage_on_every_pool_it_occupies() -> None:
@@ -350,20 +364,26 @@ def test_the_reference_fleet_prices_the_same_work_and_a_larger_one() -> None:
     assert big["usd"]["low"] < big["usd"]["mid"] < big["usd"]["high"]
 
 
-class Launcher:
-    """Answers the two probes as a machine would; pools in `missing` have no device."""
+MATMUL, STEPS = "ottava.platforms.probe:throughput", "ottava.trainer.probe:throughput"
 
-    def __init__(self, missing: tuple[str, ...] = ()):
-        self.missing, self.asked = missing, []
+
+class Launcher:
+    """Answers the probes as a machine would; pools in `missing` have no device, and `accidents` come first."""
+
+    def __init__(self, missing: tuple[str, ...] = (), accidents: Mapping[str, list[OttavaError]] = {}):
+        self.missing, self.accidents, self.asked = missing, accidents, []
 
     def call(self, target: str, args: Any, *, pool: Pool, workers: int, logs: Path) -> list[dict[str, Any]]:
         self.asked.append((target, pool.name, workers))
-        if pool.name in self.missing:
-            raise PlatformError("torch_npu is not installed")
-        if target == "ottava.platforms.probe:throughput":
+        if self.accidents.get(target):
+            raise self.accidents[target].pop(0)
+        if target == reach.PRESENCE:
+            return [{"missing": "torch_npu is not installed" if pool.name in self.missing else None}]
+        assert pool.name not in self.missing
+        if target == MATMUL:
             isa = "AVX2" if pool.env else "AVX512"
             return [{"together_gflops": 100.0 + rank, "instruction_set": isa} for rank in range(workers)]
-        assert target == "ottava.trainer.probe:throughput"
+        assert target == STEPS
         assert args["spec"]["steps"] == 600
         answer = {"tokens_per_s": 10_000.0, "tokens_per_step": 640.0, "parameters": 137_600}
         answer |= {"active_parameters": 100_736, "flops_per_token": 604_416}
@@ -398,7 +418,8 @@ def test_the_stage_measures_each_pool_and_writes_the_plan(tmp_path: Path) -> Non
     assert [s["name"] for s in result["stages"]] == ["qualify", "label", "train", "convert", "verify", "serve"]
     keys = {"name", "pool", "fallback", "start_s", "end_s", "seconds", "low", "high", "usd", "reason"}
     assert all(keys <= set(stage) for stage in result["stages"])
-    assert {(pool, workers) for _, pool, workers in launcher.asked} == {("ascend", 2), ("nvidia", 2)}
+    asked = {(pool, workers) for target, pool, workers in launcher.asked if target != reach.PRESENCE}
+    assert asked == {("ascend", 2), ("nvidia", 2)}
     train = next(stage for stage in result["stages"] if stage["name"] == "train")
     assert train["seconds"] == pytest.approx(600 * 0.06)  # the slowest worker sets the pace
     assert result["measured"]["ascend"]["gflops"] == 100.0
@@ -413,7 +434,7 @@ def test_a_recipe_without_training_is_planned_from_budgets(tmp_path: Path) -> No
     made = run_plan(tmp_path, launcher, convert=recipe.Spec(budget_s=5), serve=recipe.Spec(budget_s=7))
     result = made.json("plan.json")
     assert placed(result) == {"convert": "nvidia", "serve": "ascend"}
-    assert {target for target, *_ in launcher.asked} == {"ottava.platforms.probe:throughput"}
+    assert {target for target, *_ in launcher.asked} == {reach.PRESENCE, MATMUL}
     assert result["stages"][0]["seconds"] == pytest.approx(5 * 155 / 100)
     assert set(result["reference"]["works"]) == {"at_scale"}
 
@@ -429,7 +450,63 @@ def test_no_pool_at_all_is_an_error_and_nothing_is_written(tmp_path: Path) -> No
     assert not (tmp_path / "plan").exists()
 
 
-def test_an_error_that_is_not_a_missing_device_is_not_swallowed(tmp_path: Path) -> None:
-    launcher = SimpleNamespace(call=lambda *a, **k: (_ for _ in ()).throw(OttavaError("disk full")))
-    with pytest.raises(OttavaError, match="disk full"):
-        run_plan(tmp_path, launcher)  # type: ignore[arg-type]
+def test_a_pool_that_is_not_here_is_named_in_the_plan_and_its_summary(tmp_path: Path) -> None:
+    made = run_plan(tmp_path, Launcher(missing=("ascend",)))
+    assert made.summary["unavailable"] == {"ascend": "torch_npu is not installed"}
+    result = made.json("plan.json")
+    assert result["unavailable"] == made.summary["unavailable"]
+    assert all("ascend cannot be used" in stage["reason"] for stage in result["stages"])
+
+
+@pytest.mark.parametrize("target", [reach.PRESENCE, MATMUL, STEPS])
+def test_a_worker_that_died_is_no_missing_pool(tmp_path: Path, target: str) -> None:
+    """Killed once, it is asked again and nothing is lost; killed twice, the stage fails and publishes nothing."""
+    killed = PlatformError("a worker was killed by SIGKILL")
+    (tmp_path / "once").mkdir()
+    launcher = Launcher(accidents={target: [killed]})
+    made = run_plan(tmp_path / "once", launcher)
+    assert made.summary["unavailable"] == {}
+    assert len(launcher.asked) == 2 * 3 + 1
+    (tmp_path / "twice").mkdir()
+    with pytest.raises(PlatformError, match="SIGKILL"):
+        run_plan(tmp_path / "twice", Launcher(accidents={target: [killed, killed]}))
+    assert not (tmp_path / "twice" / "plan").exists()
+
+
+@pytest.mark.parametrize("error", [LauncherGone("gone"), ResourceError("disk full"), OttavaError("other")])
+@pytest.mark.parametrize("target", [reach.PRESENCE, MATMUL, STEPS])
+def test_what_is_not_a_pools_fault_is_raised_at_once(tmp_path: Path, target: str, error: OttavaError) -> None:
+    launcher = Launcher(accidents={target: [error]})
+    with pytest.raises(type(error), match=error.what):
+        run_plan(tmp_path, launcher)
+    assert [asked for asked, *_ in launcher.asked].count(target) == 1
+    assert not (tmp_path / "plan").exists()
+
+
+def test_presence_is_what_the_platform_says() -> None:
+    assert reach.presence({"platform": "cpu"}) == {"missing": None}
+    assert "unknown platform 'tpu'" in reach.presence({"platform": "tpu"})["missing"]
+
+
+def test_the_step_is_measured_with_as_many_workers_as_will_train(tmp_path: Path) -> None:
+    launcher = Launcher()
+    run_plan(tmp_path, launcher, train=Train(virtual_shards=1))
+    workers = {(target, workers) for target, _, workers in launcher.asked}
+    assert workers == {(reach.PRESENCE, 1), (MATMUL, 2), (STEPS, 1)}
+
+
+@pytest.mark.parametrize(("key", "file"), [("chips", "chips.json"), ("reference", "reference.yaml")])
+def test_the_key_follows_the_contents_of_the_files(tmp_path: Path, key: str, file: str) -> None:
+    path = tmp_path / file
+    path.write_bytes((FLEETS / file).read_bytes())
+    spec = plan.Spec.model_validate({key: str(path)})
+    before = spec.model_dump(mode="json")
+    assert before[f"{key}_sha256"] == plan.Spec().model_dump()[f"{key}_sha256"] is not None
+    path.write_bytes(path.read_bytes() + b"\n")
+    after = spec.model_dump(mode="json")
+    assert [name for name in after if after[name] != before[name]] == [f"{key}_sha256"]
+    path.unlink()
+    assert spec.model_dump()[f"{key}_sha256"] is None  # the run says that it is gone
+    with pytest.raises(ValueError, match="no such file") as caught:
+        plan.Spec.model_validate({key: str(path)})
+    assert key in str(caught.value)

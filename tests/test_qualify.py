@@ -14,7 +14,9 @@ import pytest
 
 from ottava.artifact import Artifact
 from ottava.context import Context
+from ottava.errors import LauncherGone, OttavaError, PlatformError, ResourceError
 from ottava.journal import Journal
+from ottava.planner import reach
 from ottava.recipe import Fleet, Pool, load_fleet
 from ottava.stages import qualify
 from ottava.supervisor.local import LocalLauncher
@@ -179,6 +181,7 @@ def test_the_laptop_pools_qualify(tmp_path: Path, launcher: LocalLauncher) -> No
     assert made.manifest["verdict"] is True
     assert made.summary["passed"] == ["ascend", "nvidia"]
     assert made.summary["reasons"] == []
+    assert "reason" not in made.summary
     for name, pool in made.summary["pools"].items():
         assert pool["passed"]
         assert len(pool["numerics_class"]) == 12
@@ -187,7 +190,7 @@ def test_the_laptop_pools_qualify(tmp_path: Path, launcher: LocalLauncher) -> No
         assert pool["straggler_ratio"] >= 1
         assert pool["rehearsal"] == LAPTOP.pool(name).stands_for
         checks = report["pools"][name]["checks"]
-        assert set(checks) == {"numerics_class", "matmul", "collectives", "resources", "straggler"}
+        assert set(checks) == {"platform", "numerics_class", "matmul", "collectives", "resources", "straggler"}
         assert all(check["bound"] for check in checks.values())
         assert checks["collectives"]["value"] == pool["bandwidth_gb_s"]
     assert json.loads(json.dumps(report)) == report
@@ -219,9 +222,12 @@ def test_a_broken_pool_is_caught_and_said(
     assert reason in pool["checks"][check]["reason"]
     assert made.manifest["verdict"] is False
     assert any(line.startswith(f"nvidia: {check}: ") for line in made.summary["reasons"])
+    assert made.summary["reason"].startswith("no pool of the fleet 'one' qualifies: nvidia: ")
+    assert reason in made.summary["reason"]
 
 
 GOOD = {
+    "presence": {"missing": None},
     "numerics_class": {"numerics_class": "ab" * 32, "describe": {"instruction_set": "AVX2"}},
     "matmul_error": {"ok": True, "max_ratio": 0.5, "max_error": 1e-7},
     "collectives": {"exact": True, "bandwidth_gb_s": 1.0},
@@ -231,13 +237,19 @@ GOOD = {
 
 
 class Scripted:
-    """A launcher without processes: good answers, but for those in `bad`, by pool and probe."""
+    """A launcher without processes: good answers, but for those in `bad`, by pool and probe; `accidents` come first."""
 
-    def __init__(self, bad: Mapping[tuple[str, str], Mapping[str, Any]] = {}):
-        self.bad = bad
+    def __init__(
+        self,
+        bad: Mapping[tuple[str, str], Mapping[str, Any]] = {},
+        accidents: Mapping[str, list[OttavaError]] = {},
+    ):
+        self.bad, self.accidents = bad, accidents
 
     def call(self, target: str, args: Any, *, pool: Pool, workers: int, logs: Path) -> list[dict[str, Any]]:
-        name = target.removeprefix(PROBE)
+        name = "presence" if target == reach.PRESENCE else target.removeprefix(PROBE)
+        if self.accidents.get(name):
+            raise self.accidents[name].pop(0)
         return [{**GOOD[name], **self.bad.get((pool.name, name), {}), "rank": rank} for rank in range(workers)]
 
 
@@ -248,6 +260,37 @@ def test_one_good_pool_is_enough(tmp_path: Path) -> None:
     assert [reason.split(":")[:2] for reason in made.summary["reasons"]] == [["ascend", " matmul"]]
 
 
+@pytest.mark.parametrize("probe", ["presence", "numerics_class", "collectives"])
+def test_a_worker_that_died_is_asked_once_more(tmp_path: Path, probe: str) -> None:
+    killed = PlatformError("a worker was killed by SIGKILL")
+    for times, passed in ((1, True), (2, False)):
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        made, _ = run_qualify(folder, Scripted(accidents={probe: [killed] * times}), only("nvidia"))
+        assert made.manifest["verdict"] is passed
+        assert ("SIGKILL" in made.summary.get("reason", "")) is not passed
+
+
+@pytest.mark.parametrize("error", [LauncherGone("gone"), ResourceError("disk full"), OttavaError("other")])
+@pytest.mark.parametrize("probe", list(GOOD))
+def test_what_is_not_a_pools_fault_is_no_verdict(tmp_path: Path, probe: str, error: OttavaError) -> None:
+    for accidents in ([error], [PlatformError("a worker died"), error]):
+        folder = tmp_path / str(len(accidents))
+        folder.mkdir()
+        with pytest.raises(type(error), match=error.what):
+            run_qualify(folder, Scripted(accidents={probe: accidents}))
+        assert not (folder / "qualify").exists()
+
+
+def test_the_end_of_the_process_that_starts_workers_is_no_verdict(tmp_path: Path) -> None:
+    with LocalLauncher() as launcher:
+        assert launcher._zygote is not None
+        launcher._zygote.kill()
+        with pytest.raises(LauncherGone):
+            run_qualify(tmp_path, launcher)
+    assert not (tmp_path / "qualify").exists()
+
+
 def test_a_fleet_of_missing_chips_does_not_qualify(tmp_path: Path, launcher: LocalLauncher) -> None:
     fleet = Fleet(name="far", pools=(Pool(name="far", platform="npu", workers=2),))
     made, report = run_qualify(tmp_path, launcher, fleet)
@@ -255,6 +298,8 @@ def test_a_fleet_of_missing_chips_does_not_qualify(tmp_path: Path, launcher: Loc
         pytest.skip("this machine has NPUs")
     assert made.manifest["verdict"] is False
     assert all("cannot be used here" in reason for reason in made.summary["reasons"])
+    assert "far: platform: the platform 'npu' cannot be used here" in made.summary["reason"]
+    assert set(report["pools"]["far"]["checks"]) == {"platform"}
     assert made.summary["pools"]["far"]["numerics_class"] is None
     assert made.summary["classes_differ"] is False
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ottava import artifact
 from ottava.console import charts, report, words
 from ottava.console.history import Point, history
-from ottava.errors import OttavaError
+from ottava.errors import ArtifactError, OttavaError
 
 DIGEST = "d" * 64
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>\x1b[31m{{ 7*7 }}'
@@ -412,6 +412,32 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, kind: str) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("stages", [["x"], "x", None])
+def test_records_of_another_shape_are_an_error_that_names_the_file(tmp_path: Path, stages: Any) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"digest": "a", "stages": stages}))
+    with pytest.raises(ArtifactError, match="records cannot be read") as caught:
+        report.build(tmp_path)
+    assert caught.value.where == str(tmp_path / "run.json")
+    (tmp_path / "run.json").write_text(json.dumps({"digest": "a", "stages": {"x": []}}))
+    with pytest.raises(ArtifactError, match="records cannot be read"):
+        report.build(tmp_path)
+    with pytest.raises(ArtifactError, match="records cannot be read"):
+        report.write(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{}", "3", '{"t":1,"event":"stage.done"}', '{"t":1,"event":5}', '{"event":"stage.done","stage":"plan"}',
+     '{"t":1,"event":"run.start"}', '{"t":1,"event":"stage.start","stage":"plan"}', '{"t":1,"event":"train.step"}',
+     '{"t":1,"event":"stage.progress","stage":"plan","fraction":"x"}', '{"t":1,"event":"train.fallback"}'],
+)  # fmt: skip
+def test_one_bad_event_does_not_spoil_the_rest(whole: Made, line: str) -> None:
+    before = report.build(whole.folder)
+    with (whole.folder / "journal.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert report.build(whole.folder) == before
+
+
 # --- the journal -------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +513,17 @@ def test_evidence_has_a_level_and_rehearsals_are_never_proven(whole: Made) -> No
     assert all(row["level"] == "rehearsal" and "L0 to L4: none" in row["how"] for row in stand_ins)
     assert all(row["level"] != "proven" for row in rows if "Ascend" in row["claim"])
     assert [row["level"] for row in rows if "traces are wrong" in row["claim"]] == ["rehearsal"]
+
+
+def test_the_replay_can_be_looked_at_again(whole: Made) -> None:
+    (row,) = claims(report.build(whole.folder), "Without the fault")
+    said = subprocess.run(row["check"], shell=True, check=True, capture_output=True, text=True, cwd=whole.folder).stdout
+    assert said.split() == ["2b" * 32, "2b" * 32]
+
+
+def test_the_audit_speaks_of_the_traces_it_judged(whole: Made) -> None:
+    (row,) = claims(report.build(whole.folder), "traces are wrong")
+    assert row["claim"] == "At most 3.0% of the 200 cold-start traces are wrong (95% confidence)"
 
 
 FALSE = [

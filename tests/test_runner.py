@@ -167,8 +167,38 @@ def test_only_and_until(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
     assert [stage.runs for stage in fakes.values()] == [0, 1, 1, 0]
     with pytest.raises(RecipeError, match=r"--until names no stage of the recipe: 'qualify'"):
         go(tmp_path, recipe(tmp_path), until="qualify")
-    with pytest.raises(RecipeError, match="needs 'label', which the recipe does not have"):
-        go(tmp_path, recipe(tmp_path, names=("train",)))
+
+
+def test_a_recipe_without_a_needed_stage_is_refused_before_anything_is_written(
+    tmp_path: Path, fakes: dict[str, FakeStage]
+) -> None:
+    for names, missing in ((("train",), "label"), (("label", "serve"), "train")):
+        with pytest.raises(RecipeError, match=f"the stage '{names[-1]}' needs '{missing}'") as error:
+            go(tmp_path, recipe(tmp_path, names=names))
+        assert error.value.fix
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ResourceError) as error:
+        go(tmp_path, recipe(tmp_path))
+    assert error.value.render() == (
+        f"error: a file is where the run's folder would be\n  where: {tmp_path}/run\n  mend:  choose another --out"
+    )
+
+
+def test_a_refusal_tells_its_reasons() -> None:
+    summaries = ({"reason": "a", "reasons": ["b"]}, {"reasons": ["b", "c"]}, {"x": 1})
+    said = [runner._reason(Artifact(Path(), {"summary": summary})) for summary in summaries]
+    assert said == ["a", "b; c", '{"x": 1}']
+
+
+def test_an_event_that_was_not_written_whole_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = journal.Journal(tmp_path / "journal.jsonl")
+    monkeypatch.setattr(journal.os, "write", lambda _, data: len(data) - 1)
+    with pytest.raises(OSError, match="No space left"):
+        told.append("x")
 
 
 def test_pools(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:

@@ -19,7 +19,7 @@ from ottava.errors import DataError, PlatformError, TrainingFailed
 from ottava.journal import Journal
 from ottava.recipe import Pool
 from ottava.supervisor.decide import Failure, FallBack, Restart, Stop, decide
-from ottava.supervisor.loop import Run, Segment, handoff_file, kept_file, replay, supervise
+from ottava.supervisor.loop import Run, Segment, handoff_file, kept_file, replay, supervise, window
 from ottava.trainer import snapshot
 from ottava.trainer.spec import Fault, TrainSpec
 
@@ -200,7 +200,8 @@ def test_a_fault_costs_no_step_and_no_bit(
     assert [s.pool for s in segments] == ["a", "b"]
     assert (segments[0].lost, state.fallbacks[0]["lost_steps"]) == (0, 0)
     at = segments[1].start
-    handoff = snapshot.load(handoff_file(run.folder))
+    assert at == 17, "the fault is at a known step, so the same command gives the same weights"
+    handoff = snapshot.load(handoff_file(run.folder, at))
     arrived = [j["digest"] for j in state.joins if (j["pool"], j["step"]) == ("b", at)]
     assert arrived == [handoff.digest]
     assert snapshot.load(kept_file(run.folder, at + 4)).step == at + 4
@@ -262,6 +263,43 @@ def test_a_replay_on_other_pools_is_told_apart(dataset: Path, launcher: Any, tmp
     other = [replace(segments[0], end=segments[0].end - 1), replace(segments[1], start=segments[1].start - 1)]  # type: ignore[operator]
     again = replay(replace(run, phase="replay", folder=tmp_path / "replay"), other)
     assert again.digest != final.digest
+
+
+def test_a_real_death_near_the_end_and_a_second_fallback(
+    dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str
+) -> None:
+    """Nobody planned the second death: a worker of the second pool is killed two steps before the end."""
+    run = make(dataset, tmp_path, launcher, (*PLAIN, Pool(name="c", workers=2)))
+    killed: list[int] = []
+
+    def kill(step: int) -> None:
+        joins = journal.fold(journal.read(run.journal.path)).joins
+        if step >= 36 and not killed and joins[-1]["pool"] == "b":
+            killed.append(step)
+            os.kill(joins[-1]["pid"], signal.SIGKILL)
+
+    final, segments = supervise(replace(run, progress=kill), Fault(pool="a", at_step=17))
+    assert final.digest == undisturbed
+    assert [s.pool for s in segments] == ["a", "b", "c"]
+    assert all(s.lost == 0 for s in segments)
+    last = segments[-1].start
+    assert last >= killed[0]
+    joins = journal.fold(journal.read(run.journal.path)).joins
+    for segment in segments[1:]:
+        handoff = snapshot.load(handoff_file(run.folder, segment.start))
+        arrived = {j["digest"] for j in joins if (j["pool"], j["step"]) == (segment.pool, segment.start)}
+        assert arrived == {handoff.digest}
+    span = window(run.spec, last)
+    assert 0 < span <= 4
+    assert snapshot.load(kept_file(run.folder, last + span)).step == last + span
+
+
+def test_a_stop_is_remembered(dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str) -> None:
+    """The injected fault comes once: asked again after a stop, the run goes on and ends as it should."""
+    run = make(dataset, tmp_path, launcher, PLAIN[:1])
+    with pytest.raises(TrainingFailed):
+        supervise(run, Fault(pool="a", at_step=17))
+    assert supervise(run, Fault(pool="a", at_step=17))[0].digest == undisturbed
 
 
 def test_no_pool_left(dataset: Path, launcher: Any, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_world_size_does_not_change_a_bit(dataset: Path, launcher: Any, tmp_path
         folder.mkdir()
         args = {
             **base(dataset, its), "phase": "t", "pool": "p", "attempt": 0, "folder": str(folder), "start": None,
-            "until": 6, "keep": {}, "journal": str(folder / "j"),
+            "until": 6, "keep": {}, "fault": None, "journal": str(folder / "j"),
         }  # fmt: skip
         results = launcher.call("ottava.trainer.worker:run", args, workers=world, logs=tmp_path / "logs")
         digests[world] = {result["digest"] for result in results}

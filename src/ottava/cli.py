@@ -33,14 +33,14 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe; stopped at any moment, the same command goes on where it was."""
-    from ottava import runner, stages
+    from ottava import platforms, runner, stages
     from ottava.console import report
     from ottava.console.terminal import Terminal
     from ottava.errors import OttavaError
     from ottava.recipe import load_recipe
     from ottava.supervisor.local import LocalLauncher
 
-    loaded = load_recipe(recipe, stages.specs(), set_ or ())
+    loaded = load_recipe(recipe, stages.specs(), set_ or (), platforms.names())
     folder = out or Path("runs") / loaded.name
     with Terminal(list(loaded.stages)) as terminal:
         try:

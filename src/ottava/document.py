@@ -23,7 +23,8 @@ from ottava.errors import RecipeError
 Key = tuple[str | int, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
-_INT = re.compile(r"[-+]?[0-9]+\Z")
+DEPTH = 50  # of nesting; no recipe needs more, and an alias inside itself has no end
+_INT = re.compile(r"[-+]?[0-9]{1,1000}\Z")  # longer ones are infinite, as floats
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _WORDS = {"": None, "~": None, "null": None, "true": True, "True": True, "false": False, "False": False}
 
@@ -56,7 +57,7 @@ class Document:
         """Apply one `a.b=c` to the mapping at `under`; the value is YAML. Raises RecipeError."""
         where = f"--set {assignment}"
         name, equals, text = assignment.partition("=")
-        parts = tuple(int(p) if p.isdigit() else p for p in name.split("."))
+        parts = tuple(int(p) if p.isdecimal() else p for p in name.split("."))
         parts = (*under, *parts)
         if not equals or "" in parts:
             raise RecipeError("an assignment is written key.key=value", where=where, fix="e.g. --set train.steps=200")
@@ -64,6 +65,7 @@ class Document:
         for i, part in enumerate(parts[:-1]):
             if isinstance(node, dict) and part not in node:
                 node[part] = {}
+                self.keys[parts[: i + 1]] = self.values[parts[: i + 1]] = where
             try:
                 node = node[part]
             except (KeyError, IndexError, TypeError):
@@ -124,38 +126,60 @@ def read(path: Path | str) -> Document:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError("no such file", where=path, fix="check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot be read: {error}", where=path) from None
+    except IsADirectoryError:
+        raise RecipeError("this is a folder, not a file", where=path, fix="name a YAML file in it") from None
+    except UnicodeDecodeError:
+        raise RecipeError("the file is not text in UTF-8", where=path, fix="save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot be read: {error}", where=path, fix="check the path and its permissions") from None
     node = _compose(text, str(path))
     keys: dict[Key, str] = {}
     values: dict[Key, str] = {}
     data = _plain(node, str(path), keys, values, ())
     if not isinstance(data, dict):
-        raise RecipeError("the file is not a mapping of keys to values", where=path)
+        what = "the file is empty" if data is None else "the file is not a mapping of keys to values"
+        raise RecipeError(what, where=path, fix="write `key: value` lines, as in recipes/tiny.yaml")
     return Document(str(path), data, keys, values)
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:
+    depth = 0
     try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH:
+                raise _too_deep(_at(source, event.start_mark))
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        where = _at(source, error.problem_mark) if error.problem_mark else source
         raise RecipeError(f"not valid YAML: {error.problem}", where=where) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"not valid YAML: {error}", where=source) from None
 
 
+def _at(source: str, mark: Any) -> str:
+    return f"{source}:{mark.line + 1}:{mark.column + 1}"
+
+
+def _too_deep(where: str) -> RecipeError:
+    return RecipeError(
+        f"nested more than {DEPTH} deep", where=where, fix="nest less, and put no alias (*x) inside what it names (&x)"
+    )
+
+
 def _plain(node: yaml.Node | None, source: str, keys: dict[Key, str], values: dict[Key, str], path: Key) -> Any:
     if node is None:
         return None
-    here = f"{source}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-    values[path] = here
+    values[path] = _at(source, node.start_mark)
+    if len(path) > DEPTH:
+        raise _too_deep(values[path])
     if isinstance(node, yaml.MappingNode):
         out: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            at = _at(source, key_node.start_mark)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError("a key is a list or a mapping", where=at, fix="write a word as the key")
             key = str(key_node.value)
-            at = f"{source}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
             if key in out:
                 raise RecipeError(f"the key {key!r} stands twice", where=at, fix="keep one of them")
             keys[(*path, key)] = at

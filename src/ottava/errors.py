@@ -9,7 +9,8 @@ message and an exit code. Anything else that escapes is an internal fault (exit 
     +- ArtifactError        a stage's folder is missing, torn or altered
     +- CheckpointError      a model folder or a safetensors file
     +- FormatError          values that have no UE8M0-FP8 form (inf, NaN)
-    +- PlatformError        a device, a library or a pool that is not there
+    +- PlatformError        a device, a library or a pool that is not there, or a worker that died
+    |  +- LauncherGone      the process that starts workers is gone: it says nothing about any pool
     +- ResourceError        disk full, port in use, no memory
     +- Busy                 another process holds this run
     Verdict                 exit 1: the command worked and its answer is no
@@ -65,7 +66,11 @@ class FormatError(OttavaError):
 
 
 class PlatformError(OttavaError):
-    """A device, library or pool is not there."""
+    """A device, library or pool is not there, or a worker ended without an answer."""
+
+
+class LauncherGone(PlatformError):
+    """The process that starts workers is gone. It says nothing about any pool."""
 
 
 class ResourceError(OttavaError):

@@ -6,6 +6,7 @@ report and the supervisor read folds of it, so what they show is what happened.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -32,12 +33,11 @@ class Journal:
             os.write(self._fd, b"\n")
 
     def append(self, event: str, **fields: Any) -> None:
-        """Append one event with the time in seconds since the epoch."""
+        """Append one event with the time in seconds since the epoch. OSError where it was not written whole."""
         line = json.dumps({"t": round(time.time(), 4), "event": event, **fields}, separators=(",", ":"))
-        os.write(self._fd, line.encode() + b"\n")
-
-    def close(self) -> None:
-        os.close(self._fd)
+        data = line.encode() + b"\n"
+        if os.write(self._fd, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def _torn(path: Path) -> bool:

@@ -6,22 +6,32 @@ satisfy. Recipes are checked whole before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ottava.artifact import digest_of
 from ottava.document import Document, read, suggest
 from ottava.errors import RecipeError
 
 
-class Frozen(BaseModel):
-    """The base of everything read from a file: immutable, and unknown keys are mistakes."""
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("a name has letters, digits, '.', '_' and '-' only, and begins with a letter or digit")
+    return name
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+Name = Annotated[str, AfterValidator(_plain_name)]  # it may become the name of a folder
+
+
+class Frozen(BaseModel):
+    """The base of everything read from a file: immutable, finite, and unknown keys are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class Spec(Frozen):
@@ -42,7 +52,7 @@ class Sourced(Frozen):
 class Pool(Frozen):
     """Workers of one kind. env is set in each of its processes; stands_for names the chip a rehearsal imitates."""
 
-    name: str
+    name: Name
     platform: str = "cpu"
     workers: Annotated[int, Field(ge=1)] = 1
     stands_for: str | None = None
@@ -87,7 +97,7 @@ class Fleet(Frozen):
 
 
 class _Head(Frozen):
-    name: str
+    name: Name
     description: str = ""
     seed: int = 0
     fleet: str
@@ -107,26 +117,44 @@ class Recipe:
     digest: str
 
 
-def load_fleet(path: Path) -> Fleet:
-    """Read and check a fleet file."""
-    return read(path).parse(Fleet)
+def load_fleet(path: Path, platforms: Collection[str] | None = None) -> Fleet:
+    """Read and check a fleet file. platforms: those that its pools may name; None: any."""
+    document = read(path)
+    fleet = document.parse(Fleet)
+    for index, pool in enumerate(fleet.pools):
+        if platforms is not None and pool.platform not in platforms:
+            raise RecipeError(
+                f"unknown platform {pool.platform!r}",
+                where=document.where(("pools", index, "platform")),
+                fix=suggest(pool.platform, platforms),
+            )
+    return fleet
 
 
-def load_recipe(path: Path | str, specs: Mapping[str, type[Spec]], sets: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path | str,
+    specs: Mapping[str, type[Spec]],
+    sets: Sequence[str] = (),
+    platforms: Collection[str] | None = None,
+) -> Recipe:
     """Read a recipe and its fleet, and check all of both.
 
     specs: the Spec of every known stage, in the order in which stages run. sets: `a.b=c`
-    assignments; a first part that names a stage may leave out `stages.`. Raises RecipeError.
+    assignments; a first part that names a stage may leave out `stages.`. platforms: those that the
+    fleet's pools may name; None: any. Raises RecipeError.
     """
     document = read(path)
     for assignment in sets:
         head = assignment.split("=", 1)[0].split(".", 1)[0]
+        known = [*_Head.model_fields, *specs]
+        if head and head not in known:
+            raise RecipeError(f"unknown key {head!r}", where=f"--set {assignment}", fix=suggest(head, known))
         document.set(assignment, ("stages",) if head in specs else ())
     head_model = document.parse(_Head)
     _check_stage_names(document, head_model.stages, specs)
     stages = {name: document.parse(specs[name], ("stages", name)) for name in specs if name in head_model.stages}
     fleet_path = _find_fleet(document, head_model.fleet, Path(path))
-    fleet = load_fleet(fleet_path)
+    fleet = load_fleet(fleet_path, platforms)
     for name, spec in stages.items():
         if spec.pool is not None and spec.pool not in [p.name for p in fleet.pools]:
             raise RecipeError(

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from ottava import artifact, stages
 from ottava.artifact import Artifact, digest_of, write_json
 from ottava.context import Context, Launcher
-from ottava.errors import ArtifactError, Busy, OttavaError, RecipeError, Verdict, from_os_error
+from ottava.errors import ArtifactError, Busy, OttavaError, RecipeError, ResourceError, Verdict, from_os_error
 from ottava.journal import Journal
 from ottava.recipe import Pool, Recipe, Spec
 from ottava.supervisor.memory import Watch
@@ -61,8 +61,13 @@ def run(
     be there; until: stop after this one. Raises OttavaError; Verdict where a stage says no.
     """
     names = _selected(recipe, only, until)
+    _complete(recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ResourceError(
+            "a file is where the run's folder would be", where=folder, fix="choose another --out"
+        ) from None
     except OSError as error:
         raise from_os_error(error, "making the run's folder") from error
     with locked(folder), launcher() as processes, Watch() as memory:
@@ -199,15 +204,11 @@ class Walk:
             optional, plain = wanted.startswith("?"), wanted.removeprefix("?")
             if plain in self.done:
                 inputs[plain] = self.done[plain]
-            elif not optional and plain in self.recipe.stages:
+            elif not optional:
                 raise ArtifactError(
                     f"the stage {name!r} needs the artifact of {plain!r}, which is not there",
                     where=self.folder,
                     fix=f"run without --only first, or --only {plain}",
-                )
-            elif not optional:
-                raise RecipeError(
-                    f"the stage {name!r} needs {plain!r}, which the recipe does not have", where=self.recipe.path
                 )
         return inputs
 
@@ -243,6 +244,18 @@ def _selected(recipe: Recipe, only: str | None, until: str | None) -> list[str]:
     return names if until is None else names[: names.index(until) + 1]
 
 
+def _complete(recipe: Recipe) -> None:
+    """Every stage's required inputs must be stages of the recipe."""
+    for name in recipe.stages:
+        for wanted in stages.load(name).INPUTS:
+            if not wanted.startswith("?") and wanted not in recipe.stages:
+                raise RecipeError(
+                    f"the stage {name!r} needs {wanted!r}, which the recipe does not have",
+                    where=recipe.path,
+                    fix=f"add {wanted!r} to its stages, or leave {name!r} out",
+                )
+
+
 def _remember(recipe: Recipe, folder: Path) -> None:
     """Keep what was asked beside the journal, for the report."""
     content = {
@@ -257,7 +270,8 @@ def _remember(recipe: Recipe, folder: Path) -> None:
 
 
 def _reason(found: Artifact) -> str:
-    return str(found.summary.get("reason") or json.dumps(found.summary)[:300])
+    summary = found.summary
+    return str(summary.get("reason") or "; ".join(summary.get("reasons") or ()) or json.dumps(summary)[:300])
 
 
 def _spent(work: Path) -> float:

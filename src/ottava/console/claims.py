@@ -20,7 +20,8 @@ NO_CHIP = "no NPU, GPU or vendor library took part, so nothing is shown of the c
 def evidence(content: Content) -> list[dict[str, Any]]:
     """Rows {claim, how, level, holds, check}, by level. holds: None where there is nothing to fail.
 
-    check: a command to run in the run's folder, or None; RECIPE in it is the file that the run was made from.
+    check: a command to look again, to run in the run's folder, or None. Some compute the claim anew, others only
+    show the record of it.
     """
     sections = (_moved, _weighed, _answered, _served, _labelled, _qualified, _rehearsed, _priced)
     rows = [row for section in sections for row in section(content)]
@@ -65,7 +66,8 @@ def _labelled(content: Content) -> Iterator[dict[str, Any]]:
     stands_in = "oracle" in str(labels["annotator"])
     yield _row(
         "rehearsal" if stands_in else "measured",
-        f"At most {percent(labels['error_upper_95'])} of {labels['cold_start']:,} traces are wrong (95% confidence)",
+        f"At most {percent(labels['error_upper_95'])} of the {labels['cold_start']:,} cold-start traces are wrong "
+        "(95% confidence)",
         f"blind random audit of {labels['audited']}, {plural(labels['errors'] or 0, 'error')} found, Clopper-Pearson "
         f"bound; judged by: {labels['annotator']}",
         None if labels["max_error"] is None else labels["error_upper_95"] <= labels["max_error"],
@@ -93,8 +95,8 @@ def _moved(content: Content) -> Iterator[dict[str, Any]]:
             f"the whole run was replayed; SHA-256 of the last state: {short(training['final_state'])} and "
             f"{short(training['replayed_state'])}",
             training["replay_identical"],
-            "ottava run RECIPE --until train --out /tmp/again; grep -h '\"final\"' "
-            f"{_artifact(content, 'train')}/proof.json /tmp/again/artifacts/train-*/proof.json",
+            f"python -c \"import json; p = json.load(open('{_artifact(content, 'train')}/proof.json')); "
+            "print(p['final'], p['replay'])\"",
         )  # fmt: skip
 
 

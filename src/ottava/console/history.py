@@ -16,6 +16,15 @@ from ottava.journal import Event, RunState
 
 KEY = 12  # hex digits of a stage's key in its artifact's name
 KILLED = "the process was killed; the same command goes on where it was"
+NUMBER = (int, float)
+PARTS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {  # what an event must have to be told
+    "run.start": {"recipe": str, "stages": list},
+    "stage.start": {"stage": str, "key": str},
+    "stage.progress": {"stage": str, "fraction": NUMBER},
+    "train.join": {"pool": str},
+    "train.step": {"pool": str, "step": int},
+    "train.fallback": {"source": str, "target": str},
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class _Attempt:
 
 def history(events: Iterable[Event], digest: str, alive: bool) -> History:
     """The story of the recipe `digest`. alive: a process holds the run, so that its open stage is still running."""
-    everything = [dict(event) for event in events]
+    everything = [dict(event) for event in events if _whole(event)]
     keys = _present_keys(everything, digest)
     items = _grouped(everything)
     newest = next((item for item in reversed(items) if isinstance(item, _Attempt)), None)
@@ -89,6 +98,15 @@ def history(events: Iterable[Event], digest: str, alive: bool) -> History:
     memory = [float(e["peak_memory_mb"]) for e in kept if e.get("peak_memory_mb") is not None]
     injected = [e for e in kept if e["event"] == "train.injected"]
     return History(state, curve(state.steps), bars(attempts), injected, max(memory, default=None))
+
+
+def _whole(event: Event) -> bool:
+    """False where an event lacks a part; one bad line must not spoil the rest."""
+    kind = event["event"]
+    if not isinstance(kind, str):
+        return False
+    parts = PARTS.get(kind, {"stage": str} if kind.startswith("stage.") else {})
+    return all(isinstance(event.get(name), wanted) for name, wanted in {"t": NUMBER, **parts}.items())
 
 
 def _present_keys(events: Sequence[Event], digest: str) -> dict[str, str]:

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -56,8 +57,13 @@ class Source:
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """The report of a run as one JSON object; stages that have not finished give nulls. OttavaError: no run there."""
-    return _content(_read(folder))
+    """The report of a run as one JSON object; stages that have not finished give nulls.
+
+    Raises OttavaError where there is no run, ArtifactError where its records cannot be read.
+    """
+    source = _read(folder)
+    with _readable(source.folder):
+        return _content(source)
 
 
 def write(folder: Path) -> None:
@@ -65,34 +71,49 @@ def write(folder: Path) -> None:
     from ottava.console.page import render
 
     source = _read(folder)
-    content = _content(source)
+    with _readable(source.folder):
+        content = _content(source)
+        page = render(content, source.history)
     _replace(source.folder / "report.json", json.dumps(content) + "\n")
-    _replace(source.folder / "report.html", render(content, source.history))
+    _replace(source.folder / "report.html", page)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Records that are not as a run writes them become an ArtifactError that names `path`."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"the run's records cannot be read: {error!r}", where=path, fix="run the recipe again, in another --out"
+        ) from error
 
 
 def _read(folder: Path) -> Source:
     folder = Path(folder).resolve()
     try:
-        asked = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        digest, names = str(asked["digest"]), list(asked["stages"])
+        with _readable(folder / "run.json"):
+            asked = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            digest, names = str(asked["digest"]), list(asked["stages"].keys())
     except (FileNotFoundError, NotADirectoryError):
         raise OttavaError(
             "this is not the folder of a run: it has no run.json",
             where=folder,
             fix="name a folder that `ottava run` made, such as runs/tiny",
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise OttavaError("run.json cannot be read", where=folder / "run.json", fix="run the recipe again") from None
-    told = history(journal.read(folder / "journal.jsonl"), digest, _at_work(folder))
+    except OSError as error:
+        raise from_os_error(error, "reading run.json") from error
     artifacts: dict[str, Artifact] = {}
     altered: dict[str, str] = {}
-    for name in names:
-        stage = told.state.stages.get(name)
-        if stage is not None and stage.artifact and stage.status in FINISHED:
-            try:
-                artifacts[name] = artifact.load(folder / "artifacts" / stage.artifact)
-            except ArtifactError as error:
-                altered[name] = error.what
+    with _readable(folder / "journal.jsonl"):
+        told = history(journal.read(folder / "journal.jsonl"), digest, _at_work(folder))
+        for name in names:
+            stage = told.state.stages.get(name)
+            if stage is not None and stage.artifact and stage.status in FINISHED:
+                try:
+                    artifacts[name] = artifact.load(folder / "artifacts" / stage.artifact)
+                except ArtifactError as error:
+                    altered[name] = error.what
     return Source(folder, asked, told, artifacts, altered)
 
 

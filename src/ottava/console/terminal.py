@@ -81,6 +81,8 @@ def percent(entry: Mapping[str, Any]) -> str:
 def _train(summary: Mapping[str, Any]) -> str:
     thinking = f"thinking {percent(summary['accuracy']['thinking'])}"
     fallback = summary["fallback"]
+    if summary["fault_happened"] is False:
+        return f"{thinking}; the planned fault did not happen"
     if fallback is None:
         return thinking
     moved = f"{fallback['from']} -> {fallback['to']} at step {fallback['at_step']}"
@@ -95,7 +97,7 @@ def _serve(summary: Mapping[str, Any]) -> str:
 
 
 HEADLINES = {
-    "plan": lambda s: f"{s['makespan_s']:.0f} s in all" if "makespan_s" in s else "",
+    "plan": lambda s: f"at most {s['makespan_s']:.0f} s" + "".join(f"; without {pool}" for pool in s["unavailable"]),
     "qualify": lambda s: f"passed: {', '.join(s['passed'])}",
     "label": lambda s: f"{s['cold_start']} traces, error of labels < {s['error_upper_95']:.1%} (95%)",
     "train": _train,

@@ -19,11 +19,13 @@ def ask(
     """Ask a server and yield (part, text) as the answer comes.
 
     url: the server's root, as http://127.0.0.1:8000. thinking None: the server's default. earlier: the
-    turns before this one. Raises DataError where the request is refused, ResourceError where nobody answers.
+    turns before this one. Raises DataError where the address is none or the request is refused,
+    ResourceError where nobody answers.
     """
     body: dict[str, Any] = {"messages": [*earlier, {"role": "user", "content": text}], "stream": True}
     if thinking is not None:
         body["thinking"] = {"type": "enabled" if thinking else "disabled"}
+    _require_address(url)
     where = f"{url.rstrip('/')}/v1/chat/completions"
     try:
         with (
@@ -38,6 +40,16 @@ def ask(
         raise ResourceError("no server answers", where=where, fix="start one with: ottava serve DIR") from None
     except httpx.HTTPError as error:
         raise ResourceError(f"the connection broke: {error}", where=where, fix="ask again") from None
+
+
+def _require_address(url: str) -> None:
+    try:
+        parts = httpx.URL(url)
+        good = parts.scheme in ("http", "https") and parts.host and 0 <= (parts.port or 0) < 2**16
+    except httpx.InvalidURL:
+        good = False
+    if not good:
+        raise DataError("not an http(s) address", where=url, fix="write it as http://127.0.0.1:8000")
 
 
 def _deltas(lines: Iterator[str], where: str) -> Iterator[tuple[Part, str]]:

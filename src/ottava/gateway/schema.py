@@ -162,13 +162,21 @@ def parse(body: bytes) -> ChatRequest:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(map(str, first["loc"])) or None
+    field = ".".join(_public(first["loc"], first["type"])) or None
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"
         if len(first["loc"]) == 1:
             message += f"; {suggest(str(field), list(ChatRequest.model_fields))}"
     raise ApiError(400, f"{field}: {message}" if field else message, param=field, code=first["type"])
+
+
+def _public(loc: tuple[int | str, ...], kind: str) -> list[str]:
+    """A fault's place without the names that pydantic gives to the members of a union."""
+    unknown = kind == "extra_forbidden"  # the last part is the client's own word
+    inner = loc[:-1] if unknown else loc
+    parts = [str(part) for part in inner if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    return [*parts, str(loc[-1])] if unknown else parts
 
 
 def usage(prompt: int, total: int, reasoning: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ instruction sets, and a run that starts from other bits can never be compared wi
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from ottava.errors import CheckpointError
 FAMILIES = ("deepseek_v3", "llama", "qwen3")
 
 
-def from_config(config: dict[str, Any]) -> nn.Module:
+def from_config(config: dict[str, Any], where: Path | str = "config.json") -> nn.Module:
     """A Hugging Face causal LM in float32 on the CPU; its parameters hold no meaningful values yet.
 
-    config: the content of `config.json`. Attention is `eager` and experts `grouped_mm`: both are
-    plain matrix products, so the numerics class has few members. Raises CheckpointError.
+    config: the content of `config.json`; where: that file, for messages. Attention is `eager` and
+    experts `grouped_mm`: both are plain matrix products, so the numerics class has few members.
+    Raises CheckpointError.
     """
     family = config.get("model_type")
     settings = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config", "architectures")}
@@ -37,13 +39,19 @@ def from_config(config: dict[str, Any]) -> nn.Module:
         from transformers.models.qwen3 import Qwen3ForCausalLM as Model
     else:
         raise CheckpointError(
-            f"the model type {family!r} is not supported", where="config.json", fix=f"known: {', '.join(FAMILIES)}"
+            f"the model type {family!r} is not supported", where=where, fix=f"known: {', '.join(FAMILIES)}"
         )
     settings.pop("dtype", None)
     settings.pop("torch_dtype", None)
-    model: nn.Module = Model(Config(**settings, attn_implementation="eager", dtype="float32"))
-    if family == "deepseek_v3":
-        model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+    try:
+        model: nn.Module = Model(Config(**settings, attn_implementation="eager", dtype="float32"))
+        if family == "deepseek_v3":
+            model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+    except Exception as error:  # transformers checks fields here and there, with many kinds of exceptions
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"config.json describes no {family} model: {said}", where=where, fix="correct that field of config.json"
+        ) from error
     return model.float()
 
 

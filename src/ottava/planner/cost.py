@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 
 from ottava.planner.chips import Chip, Family
 
+# A speed measured for a moment moves the middle of a budget's estimate by no more than this factor.
+MOST_SLOWNESS = 4.0
+
 # Error of time predictions for small models on one node, relative (34 published rows not used for fitting).
 SMALL_MODEL_ERROR = 0.36
 
@@ -60,6 +63,15 @@ def measured_seconds(units: float, seconds_per_unit: float, error: float = SMALL
     """Wall seconds of work whose speed was measured here: units times seconds, give or take `error`."""
     seconds = units * seconds_per_unit
     return Estimate(seconds / (1 + error), seconds, seconds * (1 + error))
+
+
+def ceiling_seconds(budget: float, slowness: float, error: float = SMALL_MODEL_ERROR) -> Estimate:
+    """Wall seconds of a stage of which only a budget is known: a ceiling, so nothing is claimed of the low end.
+
+    slowness: of this machine against the one for which the budget was set. mid, by which the schedule goes, follows it
+    up to MOST_SLOWNESS; high follows it all the way.
+    """
+    return Estimate(0.0, budget * min(slowness, MOST_SLOWNESS), budget * slowness * (1 + error))
 
 
 def reference_seconds(flops: float, active_parameters: float, chip: Chip, family: Family, workers: int) -> Estimate:

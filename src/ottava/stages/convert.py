@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field, computed_field, field_validator
 
 import ottava.recipe
-from ottava.artifact import Artifact, write_json
+from ottava.artifact import Artifact, digest_of, write_json
 from ottava.context import Context
 from ottava.errors import CheckpointError, RecipeError
 
@@ -62,6 +62,16 @@ class Spec(ottava.recipe.Spec):
         except metadata.PackageNotFoundError:
             return None
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def source_files(self) -> str | None:
+        """Part of the stage's key: a digest of the names, sizes and times of the source folder's files."""
+        if self.source is None or self.package is not None:
+            return None
+        folder = Path(self.source).expanduser()
+        files = [(path.relative_to(folder).as_posix(), path.stat()) for path in folder.rglob("*") if path.is_file()]
+        return digest_of(sorted([name, found.st_size, found.st_mtime_ns] for name, found in files))
+
 
 def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Convert the source to model/ and conversion.json."""
@@ -74,11 +84,6 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     ctx.progress(1.0, f"{report['label']}, {report['bytes'] / 1e6:.1f} MB")
     summary = {key: report[key] for key in ("digest", "on_grid", "label", "sqnr_db", "bytes")}
     return ctx.commit(summary | ({"source": origin["statement"]} if spec.package else {}))
-
-
-def find_source(spec: Spec, inputs: Mapping[str, Artifact]) -> Path:
-    """The folder to convert. Raises RecipeError where neither a source nor a trained model is there."""
-    return _find(spec, inputs)[0]
 
 
 def _find(spec: Spec, inputs: Mapping[str, Artifact]) -> tuple[Path, dict[str, Any]]:

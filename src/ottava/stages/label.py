@@ -48,8 +48,8 @@ class Spec(recipe.Spec):
     budget_s: Annotated[float, Field(gt=0, description="wall seconds planned for this stage")] = 10.0
     task: str = "chains"
     steps: Annotated[tuple[int, int], Field(description="shortest and longest of the multi-step problems")] = (2, 6)
-    cold_start: Annotated[Count, Field(description="traces to deliver, as many of every length")] = 200
-    answers: Annotated[Count, Field(description="problems with answers only to deliver")] = 20000
+    cold_start: Annotated[Count, Field(le=100_000, description="traces to deliver, as many of every length")] = 200
+    answers: Annotated[Count, Field(le=1_000_000, description="problems with answers only to deliver")] = 20000
     one_step_share: Annotated[
         float, Field(ge=0, le=1, description="of `answers`, with one step; fewer where there are not so many")
     ] = 0.05

@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, computed_field
 
 from ottava import recipe
-from ottava.artifact import Artifact, write_json
+from ottava.artifact import Artifact, file_digest, write_json
 from ottava.context import Context
-from ottava.errors import PlatformError
-from ottava.planner import chips, cost
+from ottava.errors import PlatformError, RecipeError
+from ottava.planner import chips, cost, reach
 from ottava.planner.chips import Catalogue
 from ottava.planner.cost import Estimate
 from ottava.planner.schedule import Job, Placement, makespan, schedule
 from ottava.recipe import Fleet, Frozen, Pool
 
-VERSION = "1"
+VERSION = "2"
 INPUTS: tuple[str, ...] = ()
 
 
@@ -69,17 +69,48 @@ class Workload(Frozen):
         return per_token * self.tokens
 
 
+def _found(name: str) -> str:
+    try:
+        chips.locate(name)
+    except RecipeError as error:
+        raise ValueError(f"{error.what}: {error.fix}") from None
+    return name
+
+
+def _digest(name: str) -> str | None:
+    """None where the file cannot be read: the run then says so."""
+    try:
+        return file_digest(chips.locate(name))
+    except (RecipeError, OSError):
+        return None
+
+
+File = Annotated[str, AfterValidator(_found)]
+
+
 class Spec(recipe.Spec):
     """How to plan."""
 
     rules: tuple[Rule, ...] = RULES
-    chips: Annotated[str, Field(description="file of chips' figures")] = "chips.json"
-    reference: Annotated[str, Field(description="fleet on which the same work is priced")] = "reference"
+    chips: Annotated[File, Field(description="file of chips' figures")] = "chips.json"
+    reference: Annotated[File, Field(description="fleet on which the same work is priced")] = "reference"
     at_scale: Annotated[Workload | None, Field(description="a run of a size worth pricing there")] = Workload()
     reference_gflops: dict[str, float] = Field(
         {"AVX512": 155.0, "AVX2": 92.0}, description="by ISA: matmul speed of a worker where the budgets were set"
     )
     probe_s: Annotated[float, Field(gt=0, description="seconds of one speed measurement")] = 0.04
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def chips_sha256(self) -> str | None:
+        """Part of the stage's key: other figures give another plan."""
+        return _digest(self.chips)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def reference_sha256(self) -> str | None:
+        """Part of the stage's key: another fleet has other prices."""
+        return _digest(self.reference)
 
 
 @dataclass(frozen=True)
@@ -123,15 +154,20 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
 
 
 def _measure(spec: Spec, stages: Mapping[str, recipe.Spec], ctx: Context) -> tuple[dict[str, Speed], dict[str, str]]:
-    """The speed of each pool that can be used, and why each other one cannot."""
+    """The speed of each pool whose platform is here, and why each other one is not.
+
+    Any other failure is raised, so that nothing is published of a pool that could not be measured.
+    """
     speeds: dict[str, Speed] = {}
     missing: dict[str, str] = {}
     for number, pool in enumerate(ctx.fleet.pools):
         ctx.progress(number / len(ctx.fleet.pools), f"measuring {pool.name}")
-        try:
+        reason = reach.missing(ctx, pool)
+        if reason is None:
             speeds[pool.name] = _measure_pool(spec, stages.get("train"), pool, ctx)
-        except PlatformError as error:
-            missing[pool.name] = error.what
+        else:
+            missing[pool.name] = reason
+            ctx.progress((number + 1) / len(ctx.fleet.pools), f"{pool.name} is left out: {reason}")
     if not speeds:
         raise PlatformError(f"no pool of the fleet {ctx.fleet.name!r} can be used: {missing}", fix="try another fleet")
     return speeds, missing
@@ -140,12 +176,13 @@ def _measure(spec: Spec, stages: Mapping[str, recipe.Spec], ctx: Context) -> tup
 def _measure_pool(spec: Spec, train: recipe.Spec | None, pool: Pool, ctx: Context) -> Speed:
     """A short matmul loop, and a few steps of the model to be trained where there is one."""
     args = {"platform": pool.platform, "seconds": spec.probe_s, "repeats": 3}
-    loops = ctx.call("ottava.platforms.probe:throughput", args, pool=pool, workers=pool.workers)
+    loops = reach.ask(ctx, pool, "ottava.platforms.probe:throughput", args)
     gflops, instruction_set = min(r["together_gflops"] for r in loops), str(loops[0]["instruction_set"])
     if train is None:
         return Speed(gflops, instruction_set)
     model = {"spec": train.model_dump(mode="json")}
-    probes = ctx.call("ottava.trainer.probe:throughput", model, pool=pool, workers=pool.workers)
+    workers = min(pool.workers, getattr(train, "virtual_shards", pool.workers))  # as many as will train
+    probes = reach.ask(ctx, pool, "ottava.trainer.probe:throughput", model, workers)
     probe = probes[0]
     return Speed(
         gflops,
@@ -177,7 +214,7 @@ def make(
         if stage.pool is not None and stage.pool in missing:
             raise PlatformError(f"{name} is pinned to the pool {stage.pool!r}: {missing[stage.pool]}")
         prefer, everywhere, reason = decide(spec, name, stage.pool, parameters, fleet, catalogue)
-        reasons[name] = reason + "".join(f"; {pool} cannot be used" for pool in prefer if pool in missing)
+        reasons[name] = reason + "".join(f"; {pool} cannot be used" for pool in missing)
         seconds = {pool: estimate.mid or estimate.low for pool, (estimate, _) in predicted[name].items()}
         if everywhere:  # it takes as long as on the slowest pool
             slowest = max(seconds, key=seconds.__getitem__)
@@ -209,15 +246,19 @@ def make(
 
 
 def predict(spec: Spec, name: str, stage: recipe.Spec, speed: Speed) -> tuple[Estimate, str]:
-    """A stage's wall seconds on a pool and what they rest on: measured steps, or the budget at this machine's speed."""
+    """A stage's wall seconds on a pool and what they rest on.
+
+    Only training is measured. What other stages have is a budget: a ceiling, so the low end is 0.
+    """
     if name == "train" and speed.step_seconds is not None and speed.steps:
         estimate = cost.measured_seconds(speed.steps, speed.step_seconds)
         return estimate, f"{speed.steps} steps of {1000 * speed.step_seconds:.1f} ms, measured"
     expected = spec.reference_gflops.get(speed.instruction_set)
     if expected is None:
-        return cost.measured_seconds(1, stage.budget_s), "its budget"
+        return cost.ceiling_seconds(stage.budget_s, 1.0), "its budget: a ceiling, not a prediction"
     slowness = expected / speed.gflops
-    return cost.measured_seconds(slowness, stage.budget_s), f"its budget x {slowness:.2f}, this machine's slowness"
+    basis = f"its budget x {slowness:.2f}, this machine's slowness: a ceiling, not a prediction"
+    return cost.ceiling_seconds(stage.budget_s, slowness), basis
 
 
 def decide(

@@ -18,10 +18,11 @@ from pydantic import Field
 from ottava import recipe
 from ottava.artifact import Artifact, write_json
 from ottava.context import Context
-from ottava.errors import OttavaError
+from ottava.errors import LauncherGone, PlatformError
+from ottava.planner import reach
 from ottava.recipe import Pool
 
-VERSION = "1"
+VERSION = "2"
 INPUTS: tuple[str, ...] = ()
 
 Positive = Annotated[float, Field(gt=0)]
@@ -70,27 +71,59 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
         "classes_differ": len(classes) > 1,
         "reasons": reasons,
     }
+    if not passed:
+        summary["reason"] = f"no pool of the fleet {ctx.fleet.name!r} qualifies: {'; '.join(reasons)}"
     return ctx.commit(summary, verdict=bool(passed))
 
 
 def check_pool(spec: Spec, pool: Pool, ctx: Context) -> dict[str, Any]:
-    """All checks of one pool. A check that cannot be run has failed, with its error as the reason."""
+    """All checks of one pool; where its platform is not here, that alone.
+
+    A check whose workers failed twice has failed, with their error as the reason. Errors that are not the pool's, such
+    as a full disk or the end of the process that starts workers, are raised: they are no verdict.
+    """
+    described: list[Mapping[str, Any]] = []
+    checks = _checks(spec, pool, ctx, described)
+    values = {name: check.value for name, check in checks.items() if check.passed or name != "numerics_class"}
+    return {
+        "passed": all(check.passed for check in checks.values()),
+        "rehearsal": pool.stands_for,
+        "numerics_class": values.get("numerics_class"),
+        "matmul_max_error": values.get("matmul"),
+        "bandwidth_gb_s": values.get("collectives"),
+        "straggler_ratio": values.get("straggler"),
+        "reasons": [f"{name}: {check.reason}" for name, check in checks.items() if not check.passed],
+        "checks": {name: asdict(check) for name, check in checks.items()},
+        "workers": pool.workers,
+        "describe": described[0] if described else None,
+    }
+
+
+def _checks(spec: Spec, pool: Pool, ctx: Context, described: list[Mapping[str, Any]]) -> dict[str, Check]:
+    """The checks by name; what the platform says of itself is appended to `described`."""
     free_disk = shutil.disk_usage(ctx.out).free
     args = {"platform": pool.platform, "seconds": spec.probe_s}
 
-    def ask(function: str, judge: Callable[[Results], Check]) -> Check:
+    def attempt(name: str, judge: Callable[[], Check]) -> Check:
         try:
-            return judge(ctx.call(f"ottava.platforms.probe:{function}", args, pool=pool, workers=pool.workers))
-        except OttavaError as error:
-            return Check(function, False, None, "the check can be run", error.what)
+            return judge()
+        except LauncherGone:
+            raise
+        except PlatformError as error:
+            return Check(name, False, None, "the check can be run", error.what)
 
-    described: list[Mapping[str, Any]] = []
+    def ask(function: str, judge: Callable[[Results], Check]) -> Check:
+        return attempt(function, lambda: judge(reach.ask(ctx, pool, f"ottava.platforms.probe:{function}", args)))
 
     def bits(results: Results) -> Check:
         described.append(results[0]["describe"])
         return judge_bits(results)
 
+    present = attempt("platform", lambda: judge_presence(pool, reach.missing(ctx, pool)))
+    if not present.passed:
+        return {"platform": present}
     checks = {
+        "platform": present,
         "numerics_class": ask("numerics_class", bits),
         "matmul": ask("matmul_error", judge_matmul),
         "collectives": ask("collectives", lambda results: judge_collectives(results, spec.min_bandwidth_gb_s)),
@@ -100,18 +133,12 @@ def check_pool(spec: Spec, pool: Pool, ctx: Context) -> dict[str, Any]:
         checks["straggler"] = ask("throughput", lambda results: judge_speed(results, spec.straggler_factor))
         if checks["straggler"].passed:
             break
-    return {
-        "passed": all(check.passed for check in checks.values()),
-        "rehearsal": pool.stands_for,
-        "numerics_class": checks["numerics_class"].value if checks["numerics_class"].passed else None,
-        "matmul_max_error": checks["matmul"].value,
-        "bandwidth_gb_s": checks["collectives"].value,
-        "straggler_ratio": checks["straggler"].value,
-        "reasons": [f"{name}: {check.reason}" for name, check in checks.items() if not check.passed],
-        "checks": {name: asdict(check) for name, check in checks.items()},
-        "workers": pool.workers,
-        "describe": described[0] if described else None,
-    }
+    return checks
+
+
+def judge_presence(pool: Pool, missing: str | None) -> Check:
+    """The pool's platform must be usable on this machine. value: its name."""
+    return Check("platform", missing is None, pool.platform, "can be used here", missing or "")
 
 
 def judge_bits(results: Results) -> Check:

@@ -8,6 +8,7 @@ was measured, not chosen.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from typing import Any
 from ottava import journal
 from ottava.artifact import Artifact, write_json
 from ottava.context import Context
-from ottava.errors import PlatformError
+from ottava.document import suggest
+from ottava.errors import PlatformError, RecipeError
+from ottava.journal import RunState
 from ottava.models.chat import write_tiny
 from ottava.recipe import Pool
 from ottava.supervisor.drift import measure
-from ottava.supervisor.loop import Run, Segment, handoff_file, kept_file, replay, supervise
+from ottava.supervisor.loop import Run, Segment, handoff_file, kept_file, replay, supervise, window
 from ottava.trainer import snapshot
+from ottava.trainer.snapshot import Snapshot
 from ottava.trainer.spec import TrainSpec
 
 VERSION = "1"
@@ -31,13 +35,7 @@ Spec = TrainSpec
 def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Train, prove, evaluate, export."""
     pools = (ctx.pool, *ctx.fallback)
-    for pool in pools:
-        if pool.platform != "cpu":
-            raise PlatformError(
-                f"the trainer runs on cpu pools so far, not on {pool.platform!r}",
-                where=f"pool {pool.name}",
-                fix="take that pool out of the fleet",
-            )
+    _check(spec, pools)
     label = inputs["label"]
     model = ctx.out / "model"
     write_tiny(model, label.json("vocabulary.json"))
@@ -46,29 +44,48 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
         ctx.journal.append("train.begin")
     main = _run(spec, ctx, pools, base, "main", 0.0)
     final, segments = supervise(main, spec.fault)
-    moves = [segment for segment in segments if segment.end and segment.end > segment.start]  # pools that did a step
     again = replay(_run(spec, ctx, pools, base, "replay", 0.46), segments)
+    last = next(pool for pool in pools if pool.name == segments[-1].pool)
     proof = {
         "segments": [vars(segment) for segment in segments],
         "final": final.digest,
         "replay": again.digest,
         "replay_identical": again.digest == final.digest,
         "classes": _classes(ctx),
-        "fallback": _fallback(spec, ctx, main, base, moves) if len(moves) > 1 else None,
+        "fallback": _fallback(spec, ctx, main, base, segments),
     }
     ctx.progress(0.97, "evaluation")
-    last = next(pool for pool in pools if pool.name == segments[-1].pool)
-    state = ctx.work / "final.state"
-    snapshot.save(state, final)
-    exported = ctx.call(
-        "ottava.trainer.worker:export",
-        {**base, "state": str(state), "model": str(model), "latent": str(ctx.out / "latent.safetensors")},
-        pool=last,
-    )[0]
+    exported = _export(ctx, base, final, model, last)
     accuracy = {pool.name: _evaluate(ctx, model, label, pool) for pool in pools}
     write_json(ctx.out / "evaluation.json", {**accuracy[last.name], "pool": last.name, "pools": accuracy})
     write_json(ctx.out / "proof.json", proof)
-    return ctx.commit(_summary(spec, proof, accuracy[last.name], last, exported), verdict=_good(proof))
+    reason = _reason(spec, proof, accuracy[last.name])
+    summary = _summary(spec, proof, accuracy[last.name], last, exported)
+    return ctx.commit({**summary, **({"reason": reason} if reason else {})}, verdict=reason is None)
+
+
+def _check(spec: TrainSpec, pools: Sequence[Pool]) -> None:
+    for pool in pools:
+        if pool.platform != "cpu":
+            raise PlatformError(
+                f"the trainer runs on cpu pools so far, not on {pool.platform!r}",
+                where=f"pool {pool.name}",
+                fix="take that pool out of the fleet",
+            )
+    names = [pool.name for pool in pools]
+    if spec.fault is not None and spec.fault.pool not in names:
+        raise RecipeError(
+            f"the fault is planned on the pool {spec.fault.pool!r}, which this stage may not use",
+            where="train.fault.pool",
+            fix=suggest(spec.fault.pool, names),
+        )
+
+
+def _export(ctx: Context, base: Mapping[str, Any], final: Snapshot, model: Path, pool: Pool) -> dict[str, Any]:
+    state = ctx.work / "final.state"
+    snapshot.save(state, final)
+    args = {**base, "state": str(state), "model": str(model), "latent": str(ctx.out / "latent.safetensors")}
+    return ctx.call("ottava.trainer.worker:export", args, pool=pool)[0]
 
 
 def _run(
@@ -83,29 +100,51 @@ def _run(
 
 def _fallback(
     spec: TrainSpec, ctx: Context, main: Run, base: Mapping[str, Any], segments: Sequence[Segment]
-) -> dict[str, Any]:
-    """What the move is proven to be: the journal's account, checked against the files."""
+) -> dict[str, Any] | None:
+    """What the moves are proven to be; None where the run stayed on one pool. Drift is that of the last move."""
+    done = [segment for segment in segments if segment.end and segment.end > segment.start]  # pools that did a step
+    if len(done) < 2:
+        return None
     ctx.progress(0.93, "drift against staying")
-    source, target = segments[0], segments[1]
     state = journal.fold(journal.read(ctx.journal.path))
-    arrived = ("main", target.pool, target.start)
-    before = snapshot.load(handoff_file(main.folder))
-    after = sorted({e["digest"] for e in state.joins if (e["phase"], e["pool"], e["step"]) == arrived})
-    (ctx.out / "handoff.state").write_bytes(handoff_file(main.folder).read_bytes())
+    moves = [_move(main, state, source, target) for source, target in itertools.pairwise(done)]
+    source, target = done[-2:]
     old, new = (ctx.fleet.pool(segment.pool) for segment in (source, target))
-    drift = measure(ctx.launcher, base, old, new, handoff_file(main.folder), spec.drift, ctx.work / "drift")
-    kept = snapshot.load(kept_file(main.folder, target.start + spec.drift.window))
+    sizes = spec.drift.model_copy(update={"window": window(spec, target.start)})
+    handoff = handoff_file(main.folder, target.start)
+    (ctx.out / "handoff.state").write_bytes(handoff.read_bytes())
+    drift = measure(ctx.launcher, base, old, new, handoff, sizes, ctx.work / "drift")
+    kept = snapshot.load(kept_file(main.folder, target.start + sizes.window))
+    return {
+        **moves[-1],
+        "lost_steps": sum(move["lost_steps"] for move in moves),
+        "handoff_identical": all(move["handoff_identical"] for move in moves),
+        "moves": moves,
+        **drift,
+        "one_worker_identical": drift["moved"] == kept.digest,
+    }
+
+
+def _move(main: Run, state: RunState, source: Segment, target: Segment) -> dict[str, Any]:
+    """One move between pools. The witnesses of what left: the file, and the digest journaled with the step.
+
+    handoff_identical: every worker of the new pool joined with live tensors of that very digest.
+    """
+    before = snapshot.load(handoff_file(main.folder, target.start)).digest
+    arrived = ("main", target.pool, target.start)
+    joins = [e for e in state.joins if (e["phase"], e["pool"], e["step"]) == arrived]
+    journaled = [e["digest"] for e in state.steps if (e["phase"], e["step"]) == ("main", target.start)]
+    everyone = bool(joins) and {e["rank"] for e in joins} == set(range(joins[-1]["world"]))
+    after = sorted({e["digest"] for e in joins})
     return {
         "from": source.pool,
         "to": target.pool,
         "at_step": target.start,
         "lost_steps": source.lost,
         "seconds_without_a_step": _gap(state.steps, target.start),
-        "before": before.digest,
+        "before": before,
         "after": after,
-        "handoff_identical": bool(after) and after == [before.digest],
-        **drift,
-        "one_worker_identical": drift["moved"] == kept.digest,
+        "handoff_identical": everyone and after == [before] and all(before.startswith(d) for d in journaled),
     }
 
 
@@ -141,15 +180,27 @@ def _summary(
         "accuracy": {mode: accuracy[mode] for mode in ("thinking", "direct", "direct_one_step")},
         "replay_identical": proof["replay_identical"],
         "fallback": None if fallback is None else {**fallback, "replay_identical": proof["replay_identical"]},
-        "on_grid_from_step": int(spec.grid_from * spec.steps),
+        "fault_happened": None if spec.fault is None else fallback is not None or _restarted(proof),
+        "on_grid_from_step": int(spec.grid_from * spec.steps) if spec.grid_from < 1 else None,
         "state_digest": proof["final"],
     }
 
 
-def _good(proof: Mapping[str, Any]) -> bool:
-    fallback = proof["fallback"]
+def _restarted(proof: Mapping[str, Any]) -> bool:
+    return any(segment["failures"] for segment in proof["segments"])
+
+
+def _reason(spec: TrainSpec, proof: Mapping[str, Any], accuracy: Mapping[str, Any]) -> str | None:
+    """Why the verdict is no; None where it is yes."""
+    fallback, thinking = proof["fallback"], accuracy["thinking"]["value"]
     if not proof["replay_identical"]:
-        return False
-    return fallback is None or (
-        fallback["handoff_identical"] and fallback["inside"] and fallback["one_worker_identical"]
-    )
+        return "the same schedule of pools without the fault ended in other bytes"
+    if fallback is not None and not fallback["handoff_identical"]:
+        return "the state that arrived is not the state that left"
+    if fallback is not None and not fallback["one_worker_identical"]:
+        return "one worker computed other bits than the pool's workers"
+    if fallback is not None and not fallback["inside"]:
+        return f"the drift {fallback['drift']:.3g} is above its envelope {fallback['envelope']:.3g}"
+    if thinking < spec.min_thinking:
+        return f"thinking solves {thinking:.1%}, and min_thinking is {spec.min_thinking:.1%}"
+    return None

@@ -83,6 +83,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
         "on_grid": convert.summary["on_grid"],
         "label": convert.summary["label"],
         "accuracy": None,
+        "trained_on_grid": "train" in inputs and inputs["train"].summary["on_grid_from_step"] is not None,
         "answers_identical": None,
         "divergence": None,
     }
@@ -144,6 +145,8 @@ def _reason(result: Mapping[str, Any], converted: str) -> str | None:
         return f"the master holds other values than the conversion wrote: {result['digest']}, {converted}"
     if not result["digest_equal"]:
         return f"the layouts hold different values: {result['layouts']}"
+    if result["trained_on_grid"] and not result["on_grid"]:
+        return "the training ended on the grid, and conversion rounded its weights"
     if result.get("weights_identical") is False:
         return f"the master does not hold the trained weights; tensors that differ: {result['different']}"
     if result["answers_identical"] is False:

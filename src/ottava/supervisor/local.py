@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ottava import errors
-from ottava.errors import OttavaError, PlatformError
+from ottava.errors import LauncherGone, OttavaError, PlatformError
 from ottava.recipe import Pool
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -47,9 +47,6 @@ class LocalProcess:
     def kill(self) -> None:
         self._launcher.signal(self.pid, signal.SIGKILL)
 
-    def stop(self) -> None:
-        self._launcher.signal(self.pid, signal.SIGSTOP)
-
     def result(self) -> dict[str, Any]:
         """What the function returned. Raises the OttavaError that it raised, or PlatformError if it died."""
         status = self.wait()
@@ -72,6 +69,10 @@ def _epitaph(status: int | None, log: Path) -> str:
         return f"a worker was killed by {signal.Signals(-status).name}"
     tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
     return f"a worker died with status {status}" + (f": {tail[0]}" if tail else "")
+
+
+def _gone() -> LauncherGone:
+    return LauncherGone("the process that starts workers is gone", fix="run the same command again")
 
 
 class LocalLauncher:
@@ -182,15 +183,18 @@ class LocalLauncher:
         try:
             self._control.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
-            raise PlatformError("the process that starts workers is gone", fix="run the same command again") from None
+            raise _gone() from None
 
     def _pump(self, timeout: float) -> None:
         readable, _, _ = select.select([self._control], [], [], timeout)
         if not readable:
             return
-        data = self._control.recv(1 << 16)
+        try:
+            data = self._control.recv(1 << 16)
+        except ConnectionResetError:  # it ended with requests unread
+            data = b""
         if not data:
-            raise PlatformError("the process that starts workers is gone", fix="run the same command again")
+            raise _gone()
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
             message = json.loads(line)

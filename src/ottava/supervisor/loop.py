@@ -1,8 +1,8 @@
 """The supervisor's loop: start a pool's workers, watch them, decide on a failure, move the run.
 
-It holds no state of its own that could be lost: the steps are in the workers' snapshots, the pools
-that the run went through are in `segments.json`, everything else is in the journal. Killed and
-started again, it goes on.
+What must not be lost is in files: the steps in the workers' snapshots, the pools that the run went
+through in `segments.json`. Killed and started again, it goes on; only the count of failures towards a
+pool's restarts begins anew, as a new start is a new chance.
 """
 
 from __future__ import annotations
@@ -88,15 +88,15 @@ def supervise(run: Run, fault: Fault | None) -> tuple[Snapshot, list[Segment]]:
             continue
         failures.append(failure)
         action = decide(run.names, run.spec.restarts, failures)
+        if not isinstance(action, FallBack):  # remembered first, so that an injected fault comes once
+            segments = [*segments[:-1], replace(segments[-1], failures=segments[-1].failures + 1)]
+            _write_segments(run, segments)
         if isinstance(action, Stop):
             raise TrainingFailed(
                 action.reason, where=f"pool {pool.name}", fix="see the workers' logs in the run's folder"
             )
         if isinstance(action, FallBack):
             segments = _fall_back(run, segments, action)
-        else:
-            segments = [*segments[:-1], replace(segments[-1], failures=segments[-1].failures + 1)]
-            _write_segments(run, segments)
 
 
 def replay(run: Run, segments: Sequence[Segment]) -> Snapshot:
@@ -136,11 +136,12 @@ def attempt(run: Run, stretch: Stretch, number: int) -> Failure | None:
         **run.base, "phase": run.phase, "pool": stretch.pool.name, "attempt": number, "folder": str(run.folder),
         "start": str(stretch.start or run.folder), "until": stretch.until, "keep": dict(stretch.keep),
         "journal": str(run.journal.path),
+        "fault": stretch.fault and stretch.fault.model_dump(mode="json"),
     }  # fmt: skip
     tail = Tail(run.journal.path)
     group = [run.launcher.spawn(WORKER, args, pool=stretch.pool, logs=run.logs, env=env) for env in rendezvous(workers)]
     try:
-        return _watch(run, stretch.pool, group, tail, stretch.fault)
+        return _watch(run, stretch.pool, group, tail)
     finally:
         for process in group:
             process.kill()
@@ -148,17 +149,13 @@ def attempt(run: Run, stretch: Stretch, number: int) -> Failure | None:
             process.wait()
 
 
-def _watch(run: Run, pool: Pool, group: list[Process], tail: Tail, fault: Fault | None) -> Failure | None:
+def _watch(run: Run, pool: Pool, group: list[Process], tail: Tail) -> Failure | None:
     step, seen = 0, time.monotonic() + GRACE
     while True:
         for event in tail.events():
             if event["event"] == "train.step" and event["phase"] == run.phase:
                 step, seen = event["step"], time.monotonic()
                 run.progress(step)
-        if fault is not None and step >= fault.at_step:
-            run.journal.append("train.injected", pool=pool.name, kind=fault.kind, rank=fault.rank, step=step)
-            _inject(run, group[fault.rank % len(group)], fault)
-            fault = None
         statuses = [process.wait(0.01) for process in group]
         if all(status == 0 for status in statuses):
             run.progress(step)
@@ -200,20 +197,13 @@ def _error(process: Process) -> OttavaError:
     return OttavaError("no message")
 
 
-def _inject(run: Run, process: Process, fault: Fault) -> None:
-    if fault.kind == "sigkill":
-        process.kill()
-    else:
-        process.stop()
-
-
 def _fall_back(run: Run, segments: list[Segment], action: FallBack) -> list[Segment]:
     """Make the newest state durable as the hand-off, and open a segment on the next pool."""
     found = snapshot.newest(run.folder)
     step = 0 if found is None else found.step
     lost = max(0, _last_reported(run) - step)
     if found is not None:
-        snapshot.save(handoff_file(run.folder), found)
+        snapshot.save(handoff_file(run.folder, step), found)
     segments = [*segments[:-1], replace(segments[-1], end=step, lost=lost), Segment(action.target, step)]
     _write_segments(run, segments)
     run.journal.append(
@@ -228,9 +218,9 @@ def _last_reported(run: Run) -> int:
     return max((event["step"] for event in steps if event["phase"] == run.phase), default=0)
 
 
-def handoff_file(folder: Path) -> Path:
-    """Where the state that moved between pools is kept."""
-    return folder / "handoff" / "state"
+def handoff_file(folder: Path, step: int) -> Path:
+    """Where the state that moved between pools after `step` steps is kept."""
+    return folder / "handoff" / f"state-{step}"
 
 
 def kept_file(folder: Path, step: int) -> Path:
@@ -244,15 +234,20 @@ def _handoff(run: Run, segments: list[Segment]) -> Path | None:
         return None
     found = snapshot.newest(run.folder)
     moved = found is not None and found.step > segments[-1].start
-    return None if moved else handoff_file(run.folder)
+    return None if moved else handoff_file(run.folder, segments[-1].start)
 
 
 def _keep(run: Run, segments: Sequence[Segment]) -> dict[str, str]:
     """The states after the hand-off that the drift measurement needs, and where they are kept."""
     if len(segments) < 2:
         return {}
-    at = segments[1].start + run.spec.drift.window
+    at = segments[-1].start + window(run.spec, segments[-1].start)
     return {str(at): str(kept_file(run.folder, at))}
+
+
+def window(spec: TrainSpec, start: int) -> int:
+    """Over how many steps after a move the drift is measured: fewer where the run ends before."""
+    return min(spec.drift.window, spec.steps - start)
 
 
 def _segment_file(run: Run) -> Path:
@@ -266,7 +261,7 @@ def _segments(run: Run) -> list[Segment]:
 
 
 def _write_segments(run: Run, segments: Sequence[Segment]) -> None:
-    handoff_file(run.folder).parent.mkdir(parents=True, exist_ok=True)
+    handoff_file(run.folder, 0).parent.mkdir(parents=True, exist_ok=True)
     write_json(_segment_file(run), [vars(segment) for segment in segments])
 
 

@@ -132,6 +132,7 @@ class TrainSpec(recipe.Spec):
     restarts: Annotated[int, Field(ge=0, description="restarts on one pool before the run falls back")] = 0
     hang_s: Annotated[float, Field(gt=0, description="seconds without a step that count as a hang")] = 60.0
     checkpoint_every: Positive = 100
+    min_thinking: Annotated[Fraction, Field(description="the verdict is no below this thinking accuracy")] = 0.0
     drift: Drift = Drift()
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ottava.journal import Journal
 from ottava.models.chat import Chat
 from ottava.trainer import data, reduce, snapshot
 from ottava.trainer.loop import Report, Trainer, finite
-from ottava.trainer.spec import TrainSpec
+from ottava.trainer.spec import Fault, TrainSpec
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
     """Train from a state to step `until`, keeping every step. The supervisor's worker.
 
     args: spec, seed, data, chat; phase, pool, attempt; folder (snapshots, one file a rank); start
-    (a folder with snapshots, or a state file, or None); until; keep: {step: path}; journal.
+    (a folder with snapshots, or a state file, or None); until; keep: {step: path}; journal; fault: one to
+    commit, or None.
     Returns {step, digest}. Raises TrainingFailed on a loss that is not finite.
     """
     group = join()
@@ -80,7 +82,7 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
     writer = snapshot.Writer(folder / f"rank{group.rank}.snap", trainer.state.arena.numel() * 4)
     where = {"phase": args["phase"], "pool": args["pool"], "attempt": args["attempt"]}
     journal.append(
-        "train.join", **where, rank=group.rank, world=group.world, numerics_class=its_class,
+        "train.join", **where, rank=group.rank, world=group.world, pid=os.getpid(), numerics_class=its_class,
         step=trainer.state.step, digest=trainer.state.digest(),
     )  # fmt: skip
     keep = {int(step): Path(path) for step, path in args["keep"].items()}
@@ -91,6 +93,8 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         if not finite(report):
             raise TrainingFailed(f"the loss of step {report.step} is not finite", where=f"pool {args['pool']}")
         value = writer.write(trainer.state.snapshot())
+        if args["fault"] is not None:
+            _commit_fault(Fault.model_validate(args["fault"]), report.step, group, journal, args["pool"])
         if group.rank == 0:
             _save(trainer, folder, keep)
             now = time.monotonic()
@@ -122,6 +126,13 @@ def export(args: Mapping[str, Any]) -> dict[str, Any]:
     latent = ((slot.name, slot.view(trainer.state.weights).contiguous()) for slot in trainer.state.slots)
     write(Path(args["latent"]), latent)
     return {"parameters": sum(slot.size for slot in trainer.state.slots), "step": trainer.state.step}
+
+
+def _commit_fault(fault: Fault, step: int, group: Group, journal: Journal, pool: str) -> None:
+    """Die or hang, if this is the worker and the step. The step itself is kept, so the fault is at a known place."""
+    if step == fault.at_step and group.rank == fault.rank % group.world:
+        journal.append("train.injected", pool=pool, kind=fault.kind, rank=group.rank, step=step)
+        os.kill(os.getpid(), signal.SIGKILL if fault.kind == "sigkill" else signal.SIGSTOP)
 
 
 def _save(trainer: Trainer, folder: Path, keep: Mapping[int, Path]) -> None:
