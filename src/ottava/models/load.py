@@ -23,7 +23,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     dtype: float32 or bfloat16, the type computed in; both hold every value of a folder exactly,
     except F32 tensors (the router's bias), which stay float32. Raises CheckpointError.
     """
-    model = from_config(read_config(folder))
+    model = from_config(read_config(folder), folder / "config.json")
     if dtype != torch.float32:
         model = model.to(dtype)
         for name, buffer in model.named_buffers():

@@ -83,7 +83,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
         "on_grid": convert.summary["on_grid"],
         "label": convert.summary["label"],
         "accuracy": None,
-        "trained_on_grid": "train" in inputs and inputs["train"].summary["on_grid_from_step"] is not None,
+        "trained_on_grid": "train" in inputs and inputs["train"].summary.get("on_grid_from_step") is not None,
         "answers_identical": None,
         "divergence": None,
     }
