@@ -11,8 +11,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shared machine")
+settings.register_profile(
+    "ottava",
+    deadline=None,  # the machine may be shared
+    derandomize="CI" in os.environ,  # elsewhere every run looks at other examples
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("ottava")
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -252,6 +252,7 @@ def test_templates_run_in_a_sandbox_and_their_failures_are_data_errors(tmp_path:
 @given(st.text())
 def test_streamed_text_is_never_broken(text: str) -> None:
     chat = _byte_chat()
+    assume(not any(word in text for word in chat.control))  # those become control tokens, which have no text
     ids, reader = chat.encode(text), Detokeniser(chat)
     pieces = [reader.add(i) for i in ids]
     assert "".join(pieces) + reader.end() == text
