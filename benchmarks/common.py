@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from scipy.stats import t
+
 
 def options(description: str, **more: int) -> argparse.Namespace:
     """--json, and a number for each name in `more`."""
@@ -28,7 +30,7 @@ def paired(name: str, ours: Callable[[], float], baseline: Callable[[], float], 
         a.append(ours())
         b.append(baseline())
     logs = [math.log(x / y) for x, y in zip(a, b, strict=True)]
-    half = 2.262 * statistics.stdev(logs) / math.sqrt(pairs) if pairs > 1 else math.inf  # Student, 9 degrees
+    half = t.ppf(0.975, pairs - 1) * statistics.stdev(logs) / math.sqrt(pairs) if pairs > 1 else math.inf
     centre = statistics.mean(logs)
     return {
         "name": name,
