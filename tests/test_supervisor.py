@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from ottava import journal
-from ottava.errors import DataError, PlatformError, TrainingFailed
+from ottava.errors import DataError, PlatformError, ResourceError, TrainingFailed
 from ottava.journal import Journal
 from ottava.recipe import Pool
+from ottava.supervisor import loop
 from ottava.supervisor.decide import Failure, FallBack, Restart, Stop, decide
 from ottava.supervisor.loop import Run, Segment, handoff_file, kept_file, replay, supervise, window
 from ottava.trainer import snapshot
@@ -314,3 +315,46 @@ def test_a_bug_does_not_burn_the_other_pool(dataset: Path, launcher: Any, tmp_pa
     with pytest.raises(TrainingFailed, match=r"the same error came back at step .* not finite"):
         supervise(run, None)
     assert {j["pool"] for j in journal.fold(journal.read(run.journal.path)).joins} == {"a"}
+
+
+class Ended:
+    """A process that ended with a status, and what it said."""
+
+    def __init__(self, status: int | None, error: Exception | None = None):
+        self.status, self.error, self.pid, self.log = status, error, 0, Path()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        return self.status
+
+    def result(self) -> dict[str, Any]:
+        raise self.error or AssertionError
+
+
+LOST_PEER = PlatformError("a worker died with status 70: connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("group", "kind", "message"),
+    [
+        ([Ended(70, LOST_PEER), Ended(-9)], "killed", "a worker was killed by SIGKILL"),
+        ([Ended(-9), Ended(70, LOST_PEER)], "killed", "a worker was killed by SIGKILL"),
+        ([Ended(None), Ended(-15)], "killed", "a worker was killed by SIGTERM"),
+        ([Ended(70, LOST_PEER), Ended(1, TrainingFailed("not finite"))], "error", "not finite"),
+        ([Ended(70, LOST_PEER), Ended(None)], "error", LOST_PEER.what),
+        ([Ended(None), Ended(None)], "hang", "no step for 6 s"),
+    ],
+)
+def test_the_cause_is_named_not_its_consequence(
+    dataset: Path, tmp_path: Path, group: list[Any], kind: str, message: str
+) -> None:
+    """A killed worker breaks its peers' exchange: that is one death, not an error that may come back."""
+    run = make(dataset, tmp_path, None, PLAIN)
+    found = loop._failure(run, PLAIN[0], 3, loop.Tail(run.journal.path), loop._dead(group))
+    assert (found.kind, found.message) == (kind, message)
+
+
+def test_a_full_disk_is_no_pool_s_fault(dataset: Path, tmp_path: Path) -> None:
+    run = make(dataset, tmp_path, None, PLAIN)
+    group: list[Any] = [Ended(70, LOST_PEER), Ended(2, ResourceError("disk full"))]
+    with pytest.raises(ResourceError, match="disk full"):
+        loop._failure(run, PLAIN[0], 3, loop.Tail(run.journal.path), loop._dead(group))

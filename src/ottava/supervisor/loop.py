@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from ottava import journal
 from ottava.artifact import write_json
 from ottava.context import Launcher, Process
-from ottava.errors import CheckpointError, DataError, OttavaError, ResourceError, TrainingFailed
+from ottava.errors import CheckpointError, DataError, OttavaError, PlatformError, ResourceError, TrainingFailed
 from ottava.journal import Journal
 from ottava.recipe import Pool
 from ottava.supervisor.decide import Failure, FallBack, Stop, decide
@@ -28,6 +29,7 @@ from ottava.trainer.spec import Fault, TrainSpec
 
 WORKER = "ottava.trainer.worker:run"
 NOT_THE_POOLS = (ResourceError, DataError, CheckpointError)
+SETTLE = 0.3  # seconds for the deaths of one failure to become known
 GRACE = 60.0  # seconds that workers may take to reach their first step
 
 
@@ -160,9 +162,14 @@ def _watch(run: Run, pool: Pool, group: list[Process], tail: Tail) -> Failure | 
         if all(status == 0 for status in statuses):
             run.progress(step)
             return None
-        bad = {process: status for process, status in zip(group, statuses, strict=True) if status}
-        if bad or time.monotonic() - seen > run.spec.hang_s:
-            return _failure(run, pool, step, tail, bad)
+        if any(statuses) or time.monotonic() - seen > run.spec.hang_s:
+            return _failure(run, pool, step, tail, _dead(group) if any(statuses) else {})
+
+
+def _dead(group: list[Process]) -> dict[Process, int]:
+    """The workers that ended badly, by status. The first to be seen may only have lost its peer, so wait a little."""
+    statuses = [process.wait(SETTLE) for process in group]
+    return {process: status for process, status in zip(group, statuses, strict=True) if status}
 
 
 def _failure(run: Run, pool: Pool, step: int, tail: Tail, bad: Mapping[Process, int]) -> Failure:
@@ -174,15 +181,17 @@ def _failure(run: Run, pool: Pool, step: int, tail: Tail, bad: Mapping[Process, 
         if event["event"] == "train.step" and event["phase"] == run.phase:
             step = event["step"]
     errors = [_error(process) for process, status in bad.items() if status > 0]
+    signalled = [status for status in bad.values() if status < 0]
     for error in errors:
         if isinstance(error, NOT_THE_POOLS):
             raise error
     if not bad:
         failure = Failure(pool.name, "hang", step, f"no step for {run.spec.hang_s:g} s")
-    elif errors:
-        failure = Failure(pool.name, "error", step, errors[0].what)
+    elif signalled:  # what the others say then is that they lost their peer
+        failure = Failure(pool.name, "killed", step, f"a worker was killed by {Signals(-signalled[0]).name}")
     else:
-        failure = Failure(pool.name, "killed", step, f"a worker ended with status {next(iter(bad.values()))}")
+        errors.sort(key=lambda error: isinstance(error, PlatformError))  # a worker's own words before an epitaph
+        failure = Failure(pool.name, "error", step, errors[0].what)
     run.journal.append(
         "train.fault", phase=run.phase, pool=pool.name, kind=failure.kind, step=step, message=failure.message
     )
