@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,20 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ottava.checkpoint import layouts
 from ottava.checkpoint import safetensors as st_files
-from ottava.checkpoint.digest import values_digest
-from ottava.checkpoint.layouts import MASTER_CONFIG, to_bf16, to_master, to_mxfp8
+from ottava.checkpoint import stream
+from ottava.checkpoint.convert import convert
+from ottava.checkpoint.digest import digests, model_digest, values_digest
+from ottava.checkpoint.layouts import LAYOUTS, MASTER_CONFIG, exact, weights
 from ottava.checkpoint.safetensors import DTYPES, SINGLE, entries, iter_tensors, load, plan_of, read, read_header, write
 from ottava.checkpoint.safetensors import write_folder as write_model
 from ottava.errors import CheckpointError, OttavaError, ResourceError
 from ottava.fp8.codec import quantise
-from ottava.verify.weights import compare, prove_layouts
 
 UP, DOWN, NORM = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
 BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
@@ -186,6 +185,7 @@ def item(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4), **more: An
 
 
 FOUR = b"abcd"
+TRUNCATED = "truncated file"
 ATTACKS = {
     "empty file": b"",
     "half a length": b"\1\0\0",
@@ -360,37 +360,192 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
 # The digest.
 
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+KINDS = {"BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "U16": np.uint16, "I32": np.int32}
+KINDS |= {"U32": np.uint32, "I64": np.int64, "U64": np.uint64, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+KINDS |= {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+
+
+def numpy_digests(folder: Path) -> dict[str, list[bytes]]:
+    """The definition by another way: NumPy's own reading and arithmetic in float64, ml_dtypes' types.
+
+    Weight -> [tensor hash, band hashes...].
+    """
+    data = (folder / SINGLE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    raw = {n: data[8 + length :][slice(*item["data_offsets"])] for n, item in header.items()}
+    owners = {n: o for n in header for o in [owner_of(n, header)] if o}
+    out: dict[str, list[bytes]] = {}
+    for name in sorted(set(header) - set(owners)):
+        kind, shape = header[name]["dtype"], header[name]["shape"]
+        scale = next((n for n, owner in owners.items() if owner == name), None)
+        value = np.frombuffer(raw[name], KINDS[kind]).reshape(shape)
+        if scale is not None:
+            value = scaled(value, header[scale], raw[scale])
+            shape = list(value.shape)
+        rows = value.reshape(-1, shape[-1] if shape else 1)
+        bands = [spelled(rows[i : i + 128]) for i in range(0, len(rows), 128)] if rows.size else []
+        head = json.dumps([name, shape], separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        out[name] = [blake3(head + b"".join(bands)).digest(), *bands]
+    return out
+
+
+def owner_of(name: str, header: dict[str, Any]) -> str | None:
+    for suffix in ("_scale_inv", "_scale"):
+        if name.endswith(".weight" + suffix):
+            return name.removesuffix(suffix)
+    owner = name.removesuffix("scale") + "weight"
+    return owner if name.endswith(".scale") and header.get(owner, {}).get("dtype") in ("F8_E4M3", "I8") else None
+
+
+def scaled(codes: Any, head: dict[str, Any], data: bytes) -> Any:
+    if head["dtype"] in ("U8", "F8_E8M0"):
+        bytes_ = np.frombuffer(data, np.uint8)
+        scales = np.where(bytes_ == 255, np.nan, np.ldexp(1.0, bytes_.astype(int) - 127))
+    else:
+        scales = np.frombuffer(data, KINDS[head["dtype"]]).astype(np.float64)
+    scales = scales.reshape(head["shape"])
+    if codes.dtype == np.int8:
+        pairs = np.stack([codes.view(np.uint8) & 15, codes.view(np.uint8) >> 4], -1).reshape(len(codes), -1)
+        value = np.array([*E2M1, *(-x for x in E2M1)])[pairs]
+    else:
+        value = codes.astype(np.float64)
+    rows, columns = value.shape
+    fits = [block for block in ((128, 128), (32, 32), (1, 32))
+            if scales.shape == (-(-rows // block[0]), -(-columns // block[1]))]  # fmt: skip
+    height, width = fits[0]
+    with np.errstate(invalid="ignore", over="ignore"):
+        out = value * scales[np.arange(rows) // height][:, np.arange(columns) // width]
+    out[np.isnan(out)] = np.nan
+    return out
+
+
+def spelled(band: Any) -> bytes:
+    names = {np.dtype(kind): name for name, kind in KINDS.items()}
+    if band.dtype == np.float16:
+        band = np.where(np.isnan(band), np.float32(np.nan), band.astype(np.float32))
+    if band.dtype in (np.float32, np.float64) and not np.isnan(band).any():
+        for kind in (ml_dtypes.bfloat16, np.float32):
+            with np.errstate(over="ignore"):
+                narrow = band.astype(kind)
+            if narrow.astype(band.dtype).tobytes() == band.tobytes():
+                band = narrow
+                break
+    return blake3(names[band.dtype].encode() + b"\n" + band.tobytes()).digest()
+
+
 def numpy_digest(folder: Path) -> str:
-    """The digest by another way: the library's bytes, ml_dtypes' types, NumPy's arithmetic."""
-    raw: dict[str, tuple[str, list[int], bytes]] = {}
-    with safetensors.safe_open(folder / SINGLE, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            part = file.get_slice(name)
-            raw[name] = part.get_dtype(), part.get_shape(), as_bytes(file.get_tensor(name))
-    digests = []
-    for name in sorted(raw):
-        dtype, shape, data = raw[name]
-        if name.endswith(("_scale", "_scale_inv")):
-            continue
-        if dtype == "F8_E4M3":
-            height, width, suffix = (128, 128, "_scale_inv") if name + "_scale_inv" in raw else (1, 32, "_scale")
-            scale_type, scale_shape, scale_data = raw[name + suffix]
-            assert scale_type in ("F8_E8M0", "U8")
-            exponents = np.frombuffer(scale_data, np.uint8).reshape(scale_shape).astype(int) - 127
-            exponents = exponents[np.arange(shape[0]) // height][:, np.arange(shape[1]) // width]
-            codes = np.frombuffer(data, ml_dtypes.float8_e4m3fn).astype(np.float64).reshape(shape)
-            value = np.ldexp(codes, exponents).astype(ml_dtypes.bfloat16)
-            dtype, data = "BF16", value.tobytes()
-        head = json.dumps([name, dtype, shape], separators=(",", ":")).encode()
-        digests.append(hashlib.sha256(head + data).hexdigest())
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    found = numpy_digests(folder)
+    return blake3(b"".join(found[name][0] for name in sorted(found))).hexdigest()
+
+
+def check_digest(folder: Path) -> str:
+    """The digest, after it was found to be what the second implementation says, band by band."""
+    found = digests(folder)
+    assert {name: [item.hash, *item.bands] for name, item in found.items()} == numpy_digests(folder)
+    assert list(found) == sorted(found)
+    assert model_digest(found.values()) == numpy_digest(folder) == values_digest(folder, workers=3)
+    return values_digest(folder)
+
+
+def relaid(source: Path, out: Path, layout: str) -> Path:
+    """`source` in another layout, never rounded."""
+    convert({"source": str(source), "out": str(out), "layout": layout, "exact": True})
+    return out
 
 
 def test_the_digest_is_what_it_is_said_to_be(tmp_path: Path) -> None:
     master = tiny_master(tmp_path / "master")
-    assert values_digest(master) == numpy_digest(master)
-    to_mxfp8(master, tmp_path / "mx")
-    assert values_digest(tmp_path / "mx") == numpy_digest(tmp_path / "mx")
+    found = {check_digest(relaid(master, tmp_path / layout, layout)) for layout in LAYOUTS}
+    assert found == {check_digest(master)}
+
+
+def test_the_digest_of_every_type(tmp_path: Path) -> None:
+    tensors = {n: t for n, t in tensors_of_every_type().items() if not n.startswith("F8_")}
+    torch.manual_seed(0)
+    for rows in (1, 127, 128, 129, 576):
+        tensors[f"f32 {rows}"] = torch.randn(rows, 3)
+        tensors[f"narrow {rows}"] = torch.randn(rows, 3).bfloat16().float()
+        tensors[f"f64 {rows}"] = torch.randn(rows, 3).double()
+        tensors[f"half {rows}"] = torch.randn(2, rows, 3).half()
+    mixed = torch.zeros(300, 2, dtype=torch.float64)  # a band in each type
+    mixed[130, 1], mixed[299, 0] = 0.1, torch.tensor(0.1, dtype=torch.float32).double()
+    nans = torch.tensor([[1.0, torch.nan]])
+    tensors |= {"mixed": mixed, "nan": nans, "nan16": nans.half(), "nan64": nans.double(), "name with ü": mixed[0]}
+    check_digest(save(tmp_path / "m", tensors))
+
+
+def fp8_of_any_scales() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(150).reshape(150, 256)
+    codes = torch.where((codes & 0x7F) == 0x7F, 0, codes)
+    nan = codes.clone()
+    nan[140, 9] = 0xFF
+    any_bytes = torch.randint(0, 256, (150, 8), dtype=torch.uint8)
+    f8 = torch.float8_e4m3fn
+    return {
+        "a.weight": codes.view(f8), "a.weight_scale_inv": torch.rand(2, 2),
+        "b.weight": codes.view(f8), "b.weight_scale_inv": torch.tensor([[0.25, -3.0], [torch.inf, 1e-45]]),
+        "c.weight": codes.view(f8), "c.weight_scale": any_bytes,
+        "d.weight": nan.view(f8), "d.weight_scale_inv": torch.full((2, 2), 120, dtype=torch.uint8),
+        "e.weight": codes.view(f8), "e.scale": torch.randint(3, 246, (5, 8), dtype=torch.uint8),
+        "f.weight": torch.arange(256, dtype=torch.uint8).view(torch.int8).reshape(2, 128), "f.scale": any_bytes[:2],
+        "g.weight": codes.view(f8)[:, :200], "g.weight_scale_inv": torch.tensor([[0.5, 1.0], [2.0, 1.3]]).bfloat16(),
+        "h.weight": codes.view(f8), "h.weight_scale_inv": torch.tensor([[2, 0], [247, 255]], dtype=torch.uint8),
+    }  # fmt: skip
+
+
+def in_pieces_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make bands of more than `size` bytes too large to be read at once."""
+    monkeypatch.setattr("ottava.checkpoint.digest.LARGEST", size)
+    monkeypatch.setattr(stream, "LARGEST", size)
+    monkeypatch.setattr(stream, "UNIT", size)
+
+
+def test_the_digest_exists_whatever_the_scales_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tmp_path / "m", {name: t.contiguous() for name, t in fp8_of_any_scales().items()})
+    digest = check_digest(folder)
+    in_pieces_of(12_000, monkeypatch)
+    assert check_digest(folder) == digest
+
+
+def test_bands_larger_than_memory_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(1, 5000)
+    narrow = wide.bfloat16().float()
+    late = narrow.clone()
+    late[0, -1] = 0.1
+    tensors = {"wide": wide, "narrow": narrow, "late": late, "half": wide.half(), "line": wide[0].bfloat16()}
+    tensors |= {
+        "many": torch.randn(3, 5000).double(),
+        "int": torch.arange(5000),
+        "nan": torch.where(late == 0.1, torch.nan, late),
+    }
+    folder = save(tmp_path / "m", tensors)
+    digest = check_digest(folder)
+    in_pieces_of(1000, monkeypatch)
+    assert check_digest(folder) == digest
+
+
+def test_values_of_a_band_are_those_that_are_hashed(tmp_path: Path) -> None:
+    tensors = {name: t.contiguous() for name, t in fp8_of_any_scales().items()} | {"x": torch.randn(200, 3)}
+    folder = save(tmp_path / "m", tensors)
+    found = digests(folder)
+    for name, weight in weights(folder).items():
+        for band in stream.bands(weight):
+            value = stream.values(band)
+            head = st_files.NAMES[value.dtype].encode() + b"\n"
+            assert blake3(head + as_bytes(value)).digest() == found[name].bands[band.index]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([1, 2, 31, 127, 128, 129, 255, 300, 576]), st.sampled_from([1, 31, 32, 33, 128, 160, 257]))
+def test_the_digest_over_shapes(tmp_path: Path, rows: int, columns: int) -> None:
+    codes, scales = quantise(torch.randn(rows, columns))
+    folder = save(tmp_path / "m", {UP: codes, UP + "_scale_inv": scales, "x": torch.randn(rows, columns)})
+    check_digest(folder)
 
 
 def test_scales_may_be_spelt_three_ways(tmp_path: Path) -> None:
@@ -418,7 +573,8 @@ def test_the_digest_tells_zero_from_minus_zero_and_names_from_names(tmp_path: Pa
     renamed, reshaped = {NORM + "2": plus[NORM]}, {NORM: plus[NORM][:, None]}
     seen = {values_digest(save(tmp_path / str(i), t)) for i, t in enumerate((plus, minus, renamed, reshaped))}
     assert len(seen) == 4
-    assert values_digest(save(tmp_path / "f32", {NORM: torch.zeros(2)})) not in seen
+    assert values_digest(save(tmp_path / "i32", {NORM: torch.zeros(2).int()})) not in seen
+    assert values_digest(save(tmp_path / "f32", {NORM: torch.zeros(2)})) == values_digest(tmp_path / "0")
 
 
 def f32_scales(value: float) -> Tensor:
@@ -443,28 +599,41 @@ NOT_POWERS = (0.0, -0.0, -0.25, 1.32288, 0.3, 0.25 + 2**-25, torch.inf, -torch.i
         *((byte_scales(b, torch.uint8), 3 <= b <= 246) for b in (2, 3, 246, 247, 255)),
         *((f32_scales(2.0**k), -124 <= k <= 119) for k in (-140, -127, -126, -125, -124, 119, 120, 127)),
         *((f32_scales(bad), False) for bad in NOT_POWERS),
-        (f32_scales(0.25).bfloat16(), False),
-        (f32_scales(0.25)[:1], False),
-        (f32_scales(0.25).flatten(), False),
-        (f32_scales(0.25)[None], False),
+        (f32_scales(0.25).bfloat16(), True),
     ],
 )
 def test_only_exact_scales_are_believed(scales: Tensor, good: bool, tmp_path: Path) -> None:
     master = tiny_master(tmp_path / "m")
     rewrite(master, **{UP + "_scale_inv": scales})
+    check_digest(master)
+    weight = weights(master)[UP]
     if good:
-        values_digest(master)
+        exact(weight)
     else:
         with pytest.raises(CheckpointError, match="quantise from the BF16/FP32 master") as caught:
-            values_digest(master)
+            exact(weight)
         assert UP in str(caught.value)
+        assert caught.value.tensor == UP
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [f32_scales(0.25)[:1], f32_scales(0.25).flatten(), f32_scales(0.25)[None], f32_scales(0.25).half()],
+    ids=["short", "flat", "deep", "half"],
+)
+def test_scales_of_another_shape_or_type(scales: Tensor, tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "m")
+    rewrite(master, **{UP + "_scale_inv": scales})
+    with pytest.raises(CheckpointError, match="quantise from the BF16/FP32 master") as caught:
+        weights(master)
+    assert caught.value.tensor == UP
 
 
 def test_a_bad_scale_is_pointed_at(tmp_path: Path) -> None:
     master = tiny_master(tmp_path / "m")
     rewrite(master, **{UP + "_scale_inv": f32_scales(1.5)})
     with pytest.raises(CheckpointError, match=r"scale of block \(1, 0\) is 1\.5"):
-        values_digest(master)
+        exact(weights(master)[UP])
 
 
 def test_codes_without_scales_and_scales_without_codes(tmp_path: Path) -> None:
@@ -475,11 +644,56 @@ def test_codes_without_scales_and_scales_without_codes(tmp_path: Path) -> None:
         ({UP: torch.ones(4, 4), UP + "_scale_inv": scales}, "scales of no FP8 weight"),
         ({UP: codes, UP + "_scale_inv": scales, UP + "_scale": scales}, "one that has others"),
         ({UP: codes.float().to(torch.float8_e5m2), UP + "_scale_inv": scales}, "scales of no FP8 weight"),
-        ({UP: torch.full((4, 4), torch.nan).to(torch.float8_e4m3fn), UP + "_scale_inv": scales}, "is NaN"),
     ]
     for i, (tensors, message) in enumerate(cases):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=message) as caught:
             values_digest(save(tmp_path / str(i), tensors))
+        assert caught.value.tensor == UP
+    nan = {UP: torch.full((4, 4), torch.nan).to(torch.float8_e4m3fn), UP + "_scale_inv": scales}
+    with pytest.raises(CheckpointError, match="is NaN"):
+        exact(weights(save(tmp_path / "nan", nan))[UP])
+
+
+def test_faults_are_laid_at_one_tensors_door(tmp_path: Path) -> None:
+    tensors = {name: torch.full((40,), float(i)) for i, name in enumerate("abcd")}
+    write_model(tmp_path, plan_of(tensors), tensors.items(), shard_bytes=320)
+    first, second = sorted(tmp_path.glob("*.safetensors"))
+    whole = second.read_bytes()
+    for size, tensor, cause in (
+        (len(whole) - 1, "d", TRUNCATED),
+        (len(whole) - 161, "c", TRUNCATED),
+        (9, "c", TRUNCATED),
+    ):
+        second.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError) as caught:
+            entries(tmp_path)
+        assert (caught.value.tensor, caught.value.cause) == (tensor, cause)
+    second.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        entries(tmp_path)
+    assert (caught.value.tensor, caught.value.cause) == ("c", "missing shard")
+    second.write_bytes(whole.replace(b'"shape":[40]', b'"shape":[41]', 1))
+    with pytest.raises(CheckpointError) as caught:
+        entries(tmp_path)
+    assert (caught.value.tensor, caught.value.cause) == ("c", "lying header")
+    with pytest.raises(CheckpointError) as caught:
+        read_header(first.with_name("none.safetensors"))
+    assert (caught.value.tensor, caught.value.cause) == (None, "missing file")
+
+
+def test_symbolic_links_to_blobs_are_followed(tmp_path: Path) -> None:
+    """The cache of the Hugging Face hub keeps files elsewhere, under their hashes."""
+    master = tiny_master(tmp_path / "m")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, path in enumerate(sorted(master.iterdir())):
+        (tmp_path / "blobs" / str(number)).write_bytes(path.read_bytes())
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{number}")
+    assert check_digest(tmp_path / "snapshot") == check_digest(master)
+    a, b = (relaid(tmp_path / name, tmp_path / f"{name}.out", "mxfp8") for name in ("m", "snapshot"))
+    assert [(p.name, p.read_bytes()) for p in sorted(a.iterdir())] == [
+        (p.name, p.read_bytes()) for p in sorted(b.iterdir())
+    ]
 
 
 def flip(path: Path, place: int, bit: int) -> None:
@@ -488,73 +702,35 @@ def flip(path: Path, place: int, bit: int) -> None:
     path.write_bytes(data)
 
 
-def compare_or_message(a: Path, b: Path) -> dict[str, Any] | str:
-    try:
-        return compare(a, b)
-    except CheckpointError as error:
-        return str(error)
-
-
-@pytest.mark.parametrize("make", [to_master, to_mxfp8, to_bf16])
-def test_one_flipped_bit_changes_the_digest_and_names_the_tensor(
-    make: Callable[[Path, Path], None], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_flipped_bit_changes_the_digest_and_names_the_tensor(layout: str, tmp_path: Path) -> None:
     good, bad = tiny_master(tmp_path / "good"), tmp_path / "bad"
-    make(good, bad)
-    digest = values_digest(good)
-    assert compare(good, bad)["equal"]
+    relaid(good, bad, layout)
+    wanted = digests(good)
+    assert wanted == digests(bad)
     for name, entry in entries(bad).items():
         owner = name.removesuffix("_inv").removesuffix("_scale")
-        zero_block = entry.start if name == UP + "_scale_inv" else None  # no value of that block depends on its scale
-        for place in {entry.start, (entry.start + entry.end) // 2, entry.end - 1} - {zero_block}:
+        size = entry.end - entry.start
+        for place in {entry.start, entry.start + size // 2, entry.end - 1}:
+            if name == UP + "_scale_inv" and place - entry.start < size // 4:
+                continue  # no value of the zero block depends on its scale
             if name == UP + "_scale" and (place - entry.start) // 7 < 128 and (place - entry.start) % 7 < 4:
                 continue  # the same zero block, written as 1x32 blocks
             for bit in (0, 3, 7):
                 flip(bad / SINGLE, place, bit)
-                result = compare_or_message(good, bad)
-                if isinstance(result, str):
-                    assert owner in result
-                else:
-                    assert not result["equal"], (name, place, bit)
-                    assert result["different"] == [owner]
-                    assert result["digests"][0] == digest != result["digests"][1]
+                found = digests(bad)
+                assert [n for n in wanted if wanted[n] != found[n]] == [owner], (name, place, bit)
+                assert model_digest(found.values()) != model_digest(wanted.values())
                 flip(bad / SINGLE, place, bit)
-    assert compare(good, bad)["equal"]
-
-
-def test_compare_lists_what_only_one_side_has(tmp_path: Path) -> None:
-    a = save(tmp_path / "a", {"x": torch.zeros(1), "y": torch.zeros(1), "w": torch.ones(1)})
-    b = save(tmp_path / "b", {"x": torch.zeros(1), "z": torch.zeros(1), "w": torch.zeros(1)})
-    result = compare(a, b)
-    assert (result["equal"], result["different"], result["only_a"], result["only_b"]) == (False, ["w"], ["y"], ["z"])
+    assert wanted == digests(bad)
 
 
 # The layouts.
 
 
-def test_all_layouts_hold_the_same_values(tmp_path: Path) -> None:
-    master = tiny_master(tmp_path / "master")
-    proof = prove_layouts({"folder": str(master), "scratch": str(tmp_path / "scratch")})
-    assert proof["equal"]
-    assert set(proof["layouts"]) == {"master", "mxfp8", "bf16"}
-    assert set(proof["layouts"].values()) == {proof["digest"]} == {numpy_digest(master)}
-    assert list((tmp_path / "scratch").iterdir()) == []
-
-
-def test_a_layout_that_lies_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lies(source: Path, out: Path) -> None:
-        to_mxfp8(source, out)
-        rewrite(out, **{UP + "_scale": read(out, UP + "_scale") + 1})
-
-    monkeypatch.setattr("ottava.verify.weights.to_mxfp8", lies)
-    proof = prove_layouts({"folder": str(tiny_master(tmp_path / "m")), "scratch": str(tmp_path / "s")})
-    assert not proof["equal"]
-    assert proof["layouts"]["bf16"] == proof["digest"] != proof["layouts"]["mxfp8"]
-
-
 def test_mxfp8_repeats_the_scale_and_keeps_the_codes(tmp_path: Path) -> None:
     master = tiny_master(tmp_path / "master")
-    to_mxfp8(master, tmp_path / "mx")
+    relaid(master, tmp_path / "mx", "mxfp8")
     for name in (UP, DOWN):
         codes, scales = read(tmp_path / "mx", name), read(tmp_path / "mx", name + "_scale")
         assert as_bytes(codes) == as_bytes(read(master, name))
@@ -567,46 +743,57 @@ def test_mxfp8_repeats_the_scale_and_keeps_the_codes(tmp_path: Path) -> None:
     assert not any(name.endswith("_inv") for name in entries(tmp_path / "mx"))
 
 
-def test_every_layout_leads_back_to_the_same_master_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_leads_back_to_the_same_files(layout: str, tmp_path: Path) -> None:
     master = tiny_master(tmp_path / "master")
-    for make in (to_mxfp8, to_bf16, to_master):
-        make(master, tmp_path / "a")
-        to_master(tmp_path / "a", tmp_path / "b")
-        assert (tmp_path / "b" / SINGLE).read_bytes() == (master / SINGLE).read_bytes()
-        assert json.loads((tmp_path / "b" / "config.json").read_text()) == json.loads(
-            (master / "config.json").read_text()
-        )
-        for folder in ("a", "b"):
-            for file in (tmp_path / folder).iterdir():
-                file.unlink()
+    relaid(relaid(master, tmp_path / "a", layout), tmp_path / "b", "e8m0")
+    assert (tmp_path / "b" / SINGLE).read_bytes() == (master / SINGLE).read_bytes()
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == json.loads((master / "config.json").read_text())
+    for other in LAYOUTS:
+        one, two = (relaid(tmp_path / name, tmp_path / f"{name} {other}", other) for name in ("a", "b"))
+        assert (one / SINGLE).read_bytes() == (two / SINGLE).read_bytes()
+        assert (one / "config.json").read_bytes() == (two / "config.json").read_bytes()
 
 
-def test_foreign_masters_keep_their_values(tmp_path: Path) -> None:
-    """A master made by ceil-448, whose scale bytes differ from ours, has a BF16 form with one digest."""
+def test_deepseek_scales_are_the_powers_that_the_bytes_name(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "master")
+    scales = torch.tensor([[3, 10], [127, 246]], dtype=torch.uint8)
+    rewrite(master, **{UP + "_scale_inv": scales.view(torch.float8_e8m0fnu)})
+    relaid(master, tmp_path / "d", "deepseek")
+    stored = read(tmp_path / "d", UP + "_scale_inv")
+    assert stored.dtype == torch.float32
+    assert stored.tolist() == [[2.0**-124, 2.0**-117], [1.0, 2.0**119]]
+    assert as_bytes(read(tmp_path / "d", UP)) == as_bytes(read(master, UP))
+
+
+def test_foreign_masters_keep_their_codes(tmp_path: Path) -> None:
+    """A master made by ceil-448 keeps its codes and scale bytes wherever there are blocks; BF16 has no such choice."""
     torch.manual_seed(3)
     codes = torch.randn(128, 256).mul(10).clamp(-60, 60).to(torch.float8_e4m3fn)
     foreign = save(tmp_path / "f", {UP: codes, UP + "_scale_inv": torch.tensor([[120, 121]], dtype=torch.uint8)})
-    to_bf16(foreign, tmp_path / "b")
-    to_master(tmp_path / "b", tmp_path / "m")
-    assert as_bytes(read(tmp_path / "m", UP)) != as_bytes(codes)
-    assert len({values_digest(tmp_path / name) for name in "fbm"}) == 1
+    seen = {check_digest(foreign)}
+    for layout in LAYOUTS:
+        back = relaid(relaid(foreign, tmp_path / layout, layout), tmp_path / f"{layout} back", "e8m0")
+        assert (as_bytes(read(back, UP)) == as_bytes(codes)) == (layout != "bf16")
+        seen |= {check_digest(tmp_path / layout), check_digest(back)}
+    assert len(seen) == 1
 
 
 def test_configs_of_the_layouts(tmp_path: Path) -> None:
     master = tiny_master(tmp_path / "master")
-    for name, make in {"mx": to_mxfp8, "bf": to_bf16, "ma": to_master}.items():
-        make(master, tmp_path / name)
-        assert (tmp_path / name / "tokenizer.json").exists()
-    configs = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("mx", "bf", "ma")}
-    assert "quantization_config" not in configs["bf"]
-    assert configs["ma"]["quantization_config"] == {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "scale_fmt": "ue8m0",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-    }
-    mx = configs["mx"]["quantization_config"]
+    for layout in LAYOUTS:
+        assert (relaid(master, tmp_path / layout, layout) / "tokenizer.json").exists()
+    configs = {layout: json.loads((tmp_path / layout / "config.json").read_text()) for layout in LAYOUTS}
+    assert "quantization_config" not in configs["bf16"]
+    for layout in ("e8m0", "deepseek"):
+        assert configs[layout]["quantization_config"] == {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "scale_fmt": "ue8m0",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+        }
+    mx = configs["mxfp8"]["quantization_config"]
     assert (mx["quant_method"], mx["format"]) == ("compressed-tensors", "mxfp8-quantized")
     assert mx["config_groups"]["group_0"]["weights"]["group_size"] == 32
     assert mx["config_groups"]["group_0"]["weights"]["scale_dtype"] == "torch.uint8"
@@ -614,19 +801,19 @@ def test_configs_of_the_layouts(tmp_path: Path) -> None:
     assert not any("mlp" in name for name in mx["ignore"])
 
 
-def test_what_is_off_the_grid_has_no_master_layout(tmp_path: Path) -> None:
+def test_what_is_off_the_grid_has_no_exact_layout(tmp_path: Path) -> None:
     off = save(tmp_path / "off", {UP: torch.randn(4, 4).bfloat16()})
-    for make in (to_master, to_mxfp8):
+    for layout in LAYOUTS:
         with pytest.raises(CheckpointError, match="not lie on the grid") as caught:
-            make(off, tmp_path / "out")
-        assert UP in str(caught.value)
-    inexact = save(tmp_path / "inexact", {UP: torch.full((4, 4), 1 / 3)})
-    with pytest.raises(CheckpointError, match="not lie on the grid"):
-        to_bf16(inexact, tmp_path / "out")
+            relaid(off, tmp_path / "out", layout)
+        assert caught.value.tensor == UP
+    on = {UP: torch.ones(4, 4).bfloat16(), NORM: torch.full((4,), 1 / 3)}
+    with pytest.raises(CheckpointError, match="BF16 does not"):
+        relaid(save(tmp_path / "norm", on), tmp_path / "out", "e8m0")
     infinite = save(tmp_path / "infinite", {UP: torch.full((4, 4), torch.inf)})
-    with pytest.raises(CheckpointError, match="infinity or NaN"):
-        to_master(infinite, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["inexact", "infinite", "off"]
+    with pytest.raises(OttavaError, match="infinity or NaN"):
+        relaid(infinite, tmp_path / "out", "e8m0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["infinite", "norm", "off"]
 
 
 def test_an_output_folder_is_never_overwritten(tmp_path: Path) -> None:
@@ -634,13 +821,14 @@ def test_an_output_folder_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(CheckpointError, match="not empty"):
-        to_bf16(master, tmp_path / "out")
+        relaid(master, tmp_path / "out", "bf16")
     assert (tmp_path / "out" / "precious").read_text() == "x"
     (tmp_path / "out" / "precious").unlink()
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "left by a kill").write_text("x")
-    to_bf16(master, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", SINGLE, "tokenizer.json"]
+    relaid(master, tmp_path / "out", "bf16")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["config.json", "conversion.json", SINGLE, "tokenizer.json"]
 
 
 def test_folders_without_a_config_are_refused(tmp_path: Path) -> None:
@@ -650,4 +838,4 @@ def test_folders_without_a_config_are_refused(tmp_path: Path) -> None:
         if text is not None:
             (master / "config.json").write_text(text, encoding="latin-1")
         with pytest.raises(OttavaError, match=r"config\.json"):
-            layouts.to_bf16(master, tmp_path / "out")
+            relaid(master, tmp_path / "out", "bf16")

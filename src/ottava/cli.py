@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,6 +20,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class Layout(StrEnum):
+    """How the weights are written down; the values are the same."""
+
+    e8m0 = "e8m0"
+    deepseek = "deepseek"
+    mxfp8 = "mxfp8"
+    bf16 = "bf16"
+
+
+class Rounding(StrEnum):
+    """How values off the grid are put on it."""
+
+    nearest = "nearest"
+    gptq = "gptq"
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
@@ -79,14 +97,39 @@ def report_command(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder in BF16 or FP32.")],
-    out: Annotated[Path, typer.Argument(help="Where to write the UE8M0-FP8 master.")],
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder: BF16, FP16, FP32 or FP8.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    layout: Annotated[Layout, typer.Option(help="How the same values are written down.")] = Layout.e8m0,
+    rounding: Annotated[Rounding, typer.Option(help="gptq: fewer errors, from calibration text.")] = Rounding.nearest,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text for --rounding gptq; by default Python's own manual.")
+    ] = None,
+    for_: Annotated[
+        str | None, typer.Option("--for", help="An engine; refuse what it would load wrongly: transformers, vllm.")
+    ] = None,
+    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Round FP8 again, and mark the result.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one a core, at most 4.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a model into the UE8M0-FP8 master, and say whether that rounded it."""
-    from ottava.checkpoint.convert import convert as convert_folder
+    """Write a model as UE8M0 FP8, in any layout, and say whether that rounded it; stopped, it goes on where it was."""
+    from ottava.console.terminal import bytes_bar
+    from ottava.errors import RecipeError
 
-    result = convert_folder({"source": str(source), "out": str(out)})
+    args: dict[str, Any] = {"source": str(source), "out": str(out), "layout": layout.value, "allow_lossy": allow_lossy}
+    args |= {"engine": for_, "workers": workers}
+    with bytes_bar("converting") as progress:
+        if rounding is Rounding.gptq:
+            from ottava.models.calibrate import convert_calibrated
+
+            result = convert_calibrated(args | {"text": None if calibration is None else str(calibration)}, progress)
+        elif calibration is not None:
+            raise RecipeError(
+                "calibration text is for --rounding gptq", where="--calibration", fix="add --rounding gptq"
+            )
+        else:
+            from ottava.checkpoint.convert import convert as convert_folder
+
+            result = convert_folder(args, progress)
     _show(result, as_json)
 
 
@@ -94,15 +137,55 @@ def convert(
 def verify(
     first: Annotated[Path, typer.Argument(help="A model folder, in any layout.")],
     second: Annotated[Path, typer.Argument(help="Another, in any layout.")],
+    certificate: Annotated[Path | None, typer.Option(help="Write a signed certificate here if they are equal.")] = None,
+    key: Annotated[Path | None, typer.Option(help="The private key to sign with; see ottava keygen.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one a core, at most 4.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Prove that two folders hold the same values, or name the tensors that differ."""
+    """Prove that two folders hold the same values, or name the first faulty tensor, its block and the likely cause."""
+    from ottava.console.terminal import bytes_bar
+    from ottava.errors import RecipeError
     from ottava.verify.weights import compare
 
-    result = compare(first, second)
+    if (certificate is None) != (key is None):
+        raise RecipeError(
+            "a certificate needs a file to be written to and a key to be signed with",
+            where="--certificate, --key",
+            fix="give both; ottava keygen FILE makes a key",
+        )
+    with bytes_bar("comparing") as progress:
+        result = compare(first, second, workers=workers, progress=progress)
+    identical = result["verdict"] == "identical"
+    if identical and certificate is not None and key is not None:
+        from ottava.verify import certificate as certificates
+
+        certificates.write(certificate, certificates.sign(result, key, folders=(first, second)))
     _show(result, as_json)
-    if not result["equal"]:
+    if not identical:
         raise typer.Exit(1)
+
+
+@app.command()
+def keygen(
+    path: Annotated[Path, typer.Argument(help="Where to write the private key (PEM, readable by you only).")],
+) -> None:
+    """Make an Ed25519 key for certificates; prints the public key, which ottava serve --trust takes."""
+    from ottava.verify.certificate import new_key
+
+    typer.echo(new_key(path))
+
+
+@app.command()
+def targets(
+    model: Annotated[Path, typer.Argument(help="A UE8M0 FP8 folder.")],
+    chip: Annotated[str | None, typer.Option(help="One chip by name; by default all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Which layout each chip can serve, exactly or lossily, and how many blocks of this model that touches."""
+    from ottava.checkpoint.targets import examine
+
+    result = examine(model, chip)
+    _show(result, as_json)
 
 
 @app.command()
@@ -111,11 +194,16 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Loopback by default.")] = "127.0.0.1",
     name: Annotated[str | None, typer.Option(help="The model's name; by default the folder's.")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="Serve only the values that this certificate names.")] = None,
+    trust: Annotated[
+        list[str] | None, typer.Option(help="A public key, or a file of one, that may have signed.")
+    ] = None,
 ) -> None:
     """Serve a model over the OpenAI API, thinking on or off; SIGTERM drains."""
     from ottava.gateway.server import serve as serve_folder
 
-    serve_folder({"model": str(model), "port": port, "host": host, "name": name, "announce": True})
+    args = {"model": str(model), "port": port, "host": host, "name": name, "announce": True}
+    serve_folder(args | {"certificate": None if certificate is None else str(certificate), "trust": trust or []})
 
 
 @app.command()

@@ -58,7 +58,23 @@ class ArtifactError(OttavaError):
 
 
 class CheckpointError(OttavaError):
-    """A model folder or safetensors file cannot be used."""
+    """A model folder or safetensors file cannot be used.
+
+    tensor: the published name of the one tensor at whose door the fault lies, where there is one;
+    cause: the fault in two or three words ("truncated file", "missing shard", "lying header", ...).
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | Path | None = None,
+        fix: str | None = None,
+        tensor: str | None = None,
+        cause: str | None = None,
+    ):
+        super().__init__(what, where=where, fix=fix)
+        self.tensor, self.cause = tensor, cause
 
 
 class FormatError(OttavaError):

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 Storage = Literal["fp8", "bf16", "f32"]
 
+_IN_A_LAYER = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?(?:layers|mtp)\.\d+\.")
 
-KEPT = ("mlp.gate.weight", "weights_proj.weight", "eh_proj.weight")
+_LINEAR = re.compile(
+    r"(?:_proj(?:_with_mqa)?"  # Llama, Qwen, DeepSeek-V2 and V3
+    r"|\.indexer\.(?:wq_b|wk)"  # DeepSeek-V3.2's sparse attention
+    r"|\.(?:experts\.\d+|shared_experts)\.w[123]"  # Mixtral, DeepSeek-V4
+    r"|\.attn\.(?:wq_a|wq_b|wkv|wo_a|wo_b)"  # DeepSeek-V4
+    r")\.weight$"
+)
+
+KEPT = re.compile(r"(?:\.gate|weights_proj|eh_proj|shared_expert_gate)\.weight$|\.compressor\.")
+"""Linear weights inside layers that stay as they are: routers, the indexer's weights, what joins predicted tokens."""
+
+_SINGLE = re.compile(
+    r"(?:e_score_correction_bias|\.ffn\.gate\.bias|\.attn_sink|\.compressor\.ape|\.indexer\.k_norm\.(?:weight|bias))$"
+    r"|(?:^|\.)hc_(?:attn|ffn|head)_\w+$"
+)
 
 
 def storage_of(name: str, dims: int) -> Storage:
-    """How the master stores a published tensor, as in DeepSeek-V3's checkpoints.
+    """How the master stores a published tensor, as in DeepSeek's checkpoints.
 
-    Linear weights inside layers are FP8; embeddings, head, norms, the router, the indexer's
-    `weights_proj` and multi-token prediction's `eh_proj` stay BF16; the router's correction bias stays F32.
+    Linear weights inside layers are FP8, also where names are bare as in DeepSeek-V4; embeddings, head, norms,
+    routers, the indexer's `weights_proj`, the compressor and multi-token prediction's `eh_proj` stay BF16; the
+    router's correction bias and what else DeepSeek publishes in F32 stays F32.
     """
-    if name.endswith("e_score_correction_bias"):
+    if _SINGLE.search(name):
         return "f32"
-    if dims != 2 or not name.startswith("model.layers.") or name.endswith(KEPT):
-        return "bf16"
-    return "fp8" if name.endswith(("_proj.weight", "_proj_with_mqa.weight")) else "bf16"
+    if dims == 2 and _IN_A_LAYER.match(name) and _LINEAR.search(name) and not KEPT.search(name):
+        return "fp8"
+    return "bf16"

@@ -31,6 +31,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000
 SHARD_BYTES = 5_000_000_000
 DIMENSIONS = 16
+LYING = "lying header"
 
 Plan = Mapping[str, tuple[str, tuple[int, ...]]]
 """What a file will hold: name -> (dtype as the format calls it, shape)."""
@@ -41,7 +42,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""What the format calls a type."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,11 @@ def read_header(path: Path) -> dict[str, Entry]:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, HEADER_LIMIT):
-                _reject(path, f"the file has {size} bytes and claims a header of {length}; the limit is 100 MB")
+                what = f"the file has {size} bytes and claims a header of {length}; the limit is 100 MB"
+                _reject(path, what, cause="truncated file" if length < HEADER_LIMIT else LYING)
             text = file.read(length)
     except FileNotFoundError:
-        raise CheckpointError("no such file", where=path, fix="check the path") from None
+        raise CheckpointError("no such file", where=path, fix="check the path", cause="missing file") from None
     except OSError as error:
         raise from_os_error(error, "reading a checkpoint") from error
     entries = [_entry(path, 8 + length, name, item) for name, item in _parse(path, text).items()]
@@ -84,10 +87,15 @@ def read_header(path: Path) -> dict[str, Entry]:
     reached = 8 + length
     for entry in entries:
         if entry.start != reached:
-            _reject(entry.where, f"its bytes start at {entry.start}, the tensor before it ends at {reached}")
+            what = f"its bytes start at {entry.start}, the tensor before it ends at {reached}"
+            _reject(entry.where, what, tensor=entry.name)
         reached = entry.end
-    if reached != size:
-        _reject(path, f"its tensors end at byte {reached}, the file at {size}: it is cut short, or more was added")
+    if reached > size:
+        lost = next(entry for entry in entries if entry.end > size)
+        what = f"its bytes end at {lost.end}, the file at {size}: it is cut short"
+        _reject(lost.where, what, tensor=lost.name, cause="truncated file")
+    if reached < size:
+        _reject(path, f"its tensors end at byte {reached}, the file at {size}: more was added", cause="trailing bytes")
     return {entry.name: entry for entry in entries}
 
 
@@ -109,14 +117,27 @@ def entries(folder: Path) -> dict[str, Entry]:
     weight_map = _read_index(index)
     found: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
-        for name, entry in read_header(folder / shard).items():
+        for name, entry in _read_shard(folder / shard, weight_map).items():
             if weight_map.get(name) != shard:
-                _reject(entry.where, f"the index places this tensor in {weight_map.get(name, 'no shard')!r}")
+                what = f"the index places this tensor in {weight_map.get(name, 'no shard')!r}"
+                _reject(entry.where, what, tensor=name, cause="index and shards disagree")
             found[name] = entry
-    for name, shard in weight_map.items():
+    for name, shard in sorted(weight_map.items()):
         if name not in found:
-            _reject(f"{folder / shard}: {name}", "the index names a tensor that the shard does not hold")
+            what = "the index names a tensor that the shard does not hold"
+            _reject(f"{folder / shard}: {name}", what, tensor=name, cause="index and shards disagree")
     return found
+
+
+def _read_shard(path: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:
+    """`read_header` of a shard; faults of the file as a whole are laid at its first tensor by name."""
+    try:
+        return read_header(path)
+    except CheckpointError as error:
+        if error.tensor is None:
+            error.tensor = min(name for name, shard in weight_map.items() if shard == path.name)
+            error.cause = "missing shard" if error.cause == "missing file" else error.cause
+        raise
 
 
 def read_bytes(entry: Entry) -> bytearray:
@@ -129,11 +150,16 @@ def read_bytes(entry: Entry) -> bytearray:
             while done < len(data):
                 count = file.readinto(view[done:])
                 if not count:
-                    _reject(entry.where, "the file was cut short while it was read")
+                    cut_short(entry)
                 done += count
     except OSError as error:
         raise from_os_error(error, "reading a checkpoint") from error
     return data
+
+
+def cut_short(entry: Entry) -> NoReturn:
+    """Say that a file lost bytes after its header was read."""
+    _reject(entry.where, "the file was cut short while it was read", tensor=entry.name, cause="truncated file")
 
 
 def load(entry: Entry) -> Tensor:
@@ -160,7 +186,7 @@ def iter_tensors(folder: Path) -> Iterator[tuple[str, str, tuple[int, ...], byte
 
 def plan_of(tensors: Mapping[str, Tensor]) -> Plan:
     """The plan of a file that holds these tensors as they are."""
-    return {name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]], plan: Plan | None = None) -> None:
@@ -183,25 +209,31 @@ def write_folder(
 
     tensors come in any order, each is written as it comes. A tensor larger than a shard gets one to itself.
     """
+    files, index = split(plan, shard_bytes)
+    _write({folder / name: shard for name, shard in files.items()}, tensors)
+    if index is not None:
+        _replace(folder / INDEX, lambda file: file.write_text(index))
+
+
+def split(plan: Plan, shard_bytes: int = SHARD_BYTES) -> tuple[dict[str, Plan], str | None]:
+    """A model's files, name -> plan, and the text of their index (None where one file holds all of it)."""
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     filled = 0
     for name in sorted(plan):
-        size = _nbytes(*plan[name])
+        size = nbytes(*plan[name])
         if shards[-1] and filled + size > shard_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = plan[name]
         filled += size
     if len(shards) == 1:
-        _write({folder / SINGLE: shards[0]}, tensors)
-        return
+        return {SINGLE: shards[0]}, None
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    _write({folder / name: shard for name, shard in zip(names, shards, strict=True)}, tensors)
     index = {
-        "metadata": {"total_size": sum(_nbytes(*item) for item in plan.values())},
+        "metadata": {"total_size": sum(nbytes(*item) for item in plan.values())},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
     }
-    _replace(folder / INDEX, lambda file: file.write_text(json.dumps(index, indent=1) + "\n"))
+    return dict(zip(names, shards, strict=True)), json.dumps(index, indent=1) + "\n"
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -217,7 +249,7 @@ def _write(files: Mapping[Path, Plan], tensors: Iterable[tuple[str, Tensor]]) ->
         with ExitStack() as stack:
             opened = [stack.enter_context(parts[path].open("wb")) for path in files]
             for file, plan in zip(opened, files.values(), strict=True):
-                header, offsets = _layout(plan)
+                header, offsets = head_of(plan)
                 file.write(header)
                 places.update((name, (file, offset)) for name, offset in offsets.items())
             for name, tensor in tensors:
@@ -248,13 +280,13 @@ def _replace(path: Path, fill: Callable[[Path], Any]) -> None:
         raise from_os_error(error, "writing a checkpoint") from error
 
 
-def _layout(plan: Plan) -> tuple[bytes, dict[str, int]]:
-    """The head of a file and every tensor's offset in it; wide types come first, so that all are aligned."""
+def head_of(plan: Plan) -> tuple[bytes, dict[str, int]]:
+    """The head of a file, and every tensor's offset in it; wide types come first, so that all are aligned."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     reached = 0
     for name in sorted(plan, key=lambda name: (-DTYPES[plan[name][0]].itemsize, name)):
         dtype, shape = plan[name]
-        start, reached = reached, reached + _nbytes(dtype, shape)
+        start, reached = reached, reached + nbytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, reached]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -263,12 +295,13 @@ def _layout(plan: Plan) -> tuple[bytes, dict[str, int]]:
 
 
 def _check_planned(name: str, tensor: Tensor, planned: tuple[str, tuple[int, ...]]) -> None:
-    given = _NAMES[tensor.dtype], tuple(tensor.shape)
+    given = NAMES[tensor.dtype], tuple(tensor.shape)
     bytes_of_e8m0 = given[0] == "U8" and planned[0] == "F8_E8M0"
     assert given == planned or (bytes_of_e8m0 and given[1] == planned[1]), f"{name}: {given}, planned {planned}"
 
 
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """The size of a tensor of this type and shape."""
     return DTYPES[dtype].itemsize * math.prod(shape)
 
 
@@ -298,20 +331,24 @@ def _json(path: Path, text: bytes) -> dict[str, Any]:
 
 def _entry(path: Path, base: int, name: str, item: Any) -> Entry:
     where = f"{path}: {name!r}"
+
+    def lies(what: str) -> NoReturn:
+        _reject(where, what, tensor=name)
+
     if not name.isprintable():
-        _reject(where, "its name holds characters that cannot be printed")
+        lies("its name holds characters that cannot be printed")
     if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
-        _reject(where, "its entry does not hold exactly dtype, shape and data_offsets")
+        lies("its entry does not hold exactly dtype, shape and data_offsets")
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        _reject(where, f"unknown type {dtype!r}; known: {', '.join(DTYPES)}")
+        lies(f"unknown type {dtype!r}; known: {', '.join(DTYPES)}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        _reject(where, f"shape {shape!r} and data_offsets {offsets!r} must be lists of whole numbers, not negative")
+        lies(f"shape {shape!r} and data_offsets {offsets!r} must be lists of whole numbers, not negative")
     if len(shape) > DIMENSIONS or math.prod(max(size, 1) for size in shape) >= 2**62:
-        _reject(where, f"a shape of {len(shape)} dimensions or more elements than any memory holds")
+        lies(f"a shape of {len(shape)} dimensions or more elements than any memory holds")
     start, end = offsets
-    if end - start != _nbytes(dtype, tuple(shape)):
-        _reject(where, f"{dtype} of shape {shape} has {_nbytes(dtype, tuple(shape))} bytes, its range {end - start}")
+    if end - start != nbytes(dtype, tuple(shape)):
+        lies(f"{dtype} of shape {shape} has {nbytes(dtype, tuple(shape))} bytes, its range {end - start}")
     return Entry(path, name, dtype, tuple(shape), base + start, base + end)
 
 
@@ -326,15 +363,15 @@ def _read_index(index: Path) -> dict[str, str]:
         raise from_os_error(error, "reading a checkpoint") from error
     weight_map = data.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        _reject(index, "it has no weight_map")
+        _reject(index, "it has no weight_map", cause="lying index")
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\:\0")
         if not plain:
-            _reject(f"{index}: {name}", f"{shard!r} is no plain name of a safetensors file beside the index")
+            what = f"{shard!r} is no plain name of a safetensors file beside the index"
+            _reject(f"{index}: {name}", what, tensor=name, cause="lying index")
     return weight_map
 
 
-def _reject(where: str | Path, what: str) -> NoReturn:
-    raise CheckpointError(
-        f"this is no sound checkpoint: {what}", where=where, fix="fetch or write the checkpoint again"
-    )
+def _reject(where: str | Path, what: str, *, tensor: str | None = None, cause: str = LYING) -> NoReturn:
+    fix = "fetch or write the checkpoint again"
+    raise CheckpointError(f"this is no sound checkpoint: {what}", where=where, fix=fix, tensor=tensor, cause=cause)

@@ -2,6 +2,6 @@
 
 A power-of-two scale only moves exponents, so the value a code stands for is exact in BF16, and the
 same bytes can be handed from one chip family to another without rounding. `spec` states the format
-and its one rule without any library; `codec` applies it to tensors, and is the reference that every
-faster kernel put beside it must equal bit for bit.
+and its one rule without any library; `reference` applies it to tensors in plain torch, `kernels` in C
+with the same bits, and `codec` is what everyone calls: it takes whichever of the two fits.
 """

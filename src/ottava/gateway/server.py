@@ -14,9 +14,11 @@ from typing import Any
 import uvicorn
 
 from ottava.artifact import write_json
+from ottava.checkpoint.stream import default_workers
 from ottava.engine.session import Engine
-from ottava.errors import from_os_error
+from ottava.errors import DataError, from_os_error
 from ottava.gateway.app import Gateway
+from ottava.verify.certificate import check
 
 LOOPBACK = "127.0.0.1"
 
@@ -27,14 +29,16 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
     args: model (folder); name (default: the folder's name); port (default 8000; 0 picks a free one);
     host (default loopback); slots, queue (see Engine); max_body (bytes); drain_s (default 60: what
     still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens;
-    announce: say the address on stderr then.
+    announce: say the address on stderr then; certificate (file) and trust (public keys): serve only a
+    folder whose values the certificate names, signed with one of these keys (with any, where there are none).
     Returns {"port", "drained"}; drained False: something was cut off. Raises ResourceError where the
-    port is in use, before anything is loaded.
+    port is in use, and Verdict where the certificate does not fit, before anything is loaded.
     """
     listener = _listen(args.get("host", LOOPBACK), int(args.get("port", 8000)))
     with listener:
         port = listener.getsockname()[1]
         folder = Path(args["model"])
+        _certified(folder, args)
         engine = Engine.load(folder, slots=args.get("slots", 4), queue=args.get("queue", 16))
         gateway = Gateway(engine, args.get("name") or folder.resolve().name, args.get("max_body", 1 << 20))
         server = _Server(gateway, listener, args)
@@ -43,6 +47,16 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
         finally:
             engine.close()
     return {"port": port, "drained": not server.cut}
+
+
+def _certified(folder: Path, args: Mapping[str, Any]) -> None:
+    if args.get("certificate") is None:
+        if args.get("trust"):
+            raise DataError("keys to trust, and no certificate", where="--trust", fix="add --certificate FILE")
+        return
+    found = check(args["certificate"], folder, args.get("trust") or None, workers=default_workers())
+    if args.get("announce"):
+        print(f"certified: {found['digest']}, {found['label'] or 'no label'}", file=sys.stderr, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -12,18 +12,13 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from ottava import document
+from ottava.checkpoint.chips import Formats, Provenance, locate
 from ottava.errors import RecipeError
 from ottava.recipe import Frozen
 
+__all__ = ["Catalogue", "Chip", "Family", "Figure", "Provenance", "Range", "Span", "load", "locate"]
+
 Positive = Annotated[float, Field(gt=0)]
-
-
-class Provenance(Frozen):
-    """Where a figure is from, when it was read, and how sure it is."""
-
-    source: str
-    date: str
-    certainty: str
 
 
 class Figure(Provenance):
@@ -74,10 +69,11 @@ class Family(Frozen):
 
 
 class Catalogue(Frozen):
-    """All chips and families of a data file."""
+    """All chips and families of a data file, and which formats chips take (`ottava.checkpoint.targets`)."""
 
     chips: dict[str, Chip]
     families: dict[str, Family]
+    formats: dict[str, Formats]
 
     @model_validator(mode="after")
     def _families_known(self) -> Catalogue:
@@ -100,13 +96,3 @@ class Catalogue(Frozen):
 def load(path: Path) -> Catalogue:
     """Read and check a file of chips; RecipeError with file, line and column where it is wrong."""
     return document.read(path).parse(Catalogue)
-
-
-def locate(name: str) -> Path:
-    """A file of fleets/: `name` as a path, in ./fleets, or in the fleets folder beside this source tree."""
-    places = [Path(name), Path("fleets") / name, Path(__file__).parents[3] / "fleets" / name]
-    for place in places:
-        for candidate in (place, place.with_name(place.name + ".yaml")):
-            if candidate.is_file():
-                return candidate
-    raise RecipeError(f"no such file {name!r}", fix="give its path, or put it in fleets/")

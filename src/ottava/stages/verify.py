@@ -21,7 +21,7 @@ from ottava.artifact import Artifact, file_digest, write_json
 from ottava.context import Context
 from ottava.errors import ArtifactError, CheckpointError
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = ("convert", "?train", "?label")
 
 

@@ -1,0 +1,1 @@
+"""What Ottava writes, loaded by other engines and compared by numbers."""
