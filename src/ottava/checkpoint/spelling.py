@@ -31,7 +31,7 @@ from ottava.checkpoint.safetensors import DTYPES, NAMES, raw
 from ottava.checkpoint.stream import FLOATS, LARGEST, Reader, Unit, narrow, pieces, read_scales, scaled_rows
 from ottava.errors import CheckpointError, FormatError, from_os_error
 from ottava.fp8 import fp4
-from ottava.fp8.codec import measure, quantise
+from ottava.fp8.codec import measure, quantise_measured
 from ottava.fp8.spec import BIAS, BLOCK, grid
 
 WIDEST = 1 << 17
@@ -158,12 +158,10 @@ def _round(reader: Reader, task: Task, unit: Unit, source: Tensor) -> _Spelled:
     scales = reader.buffer("bytes", torch.uint8, *grid(rows, columns))
     values = reader.buffer("rounded", torch.bfloat16, rows, columns)
     if task.overlay is None:
-        quantise(narrowed, out=(codes, scales))
-        changed, signal, noise = measure(narrowed, codes, scales, out=values)
+        changed, signal, noise = quantise_measured(narrowed, out=(codes, scales), values=values)
     else:
         laid = reader.rows(task.overlay.data, unit.first, unit.last, "overlay")
-        quantise(laid, out=(codes, scales))
-        if measure(laid, codes, scales, out=values).changed:
+        if quantise_measured(laid, out=(codes, scales), values=values).changed:
             what = "the overlay's values do not lie on the grid"
             raise FormatError(what, where=task.overlay.data.where, fix="write them as a rounding onto the grid does")
         changed, signal, noise = measure(narrowed, codes, scales)

@@ -18,7 +18,7 @@ from ottava.fp8 import kernels, reference
 from ottava.fp8.reference import TYPE_NAMES, Errors
 from ottava.fp8.spec import BLOCK, grid
 
-__all__ = ["Errors", "dequantise", "measure", "project", "quantise"]
+__all__ = ["Errors", "dequantise", "measure", "project", "quantise", "quantise_measured"]
 
 
 @torch.no_grad()
@@ -48,6 +48,23 @@ def quantise(w: Tensor, *, out: tuple[Tensor, Tensor] | None = None) -> tuple[Te
         for target, source in zip((codes, scales), _elsewhere(w).quantise(w), strict=True):
             target.copy_(source)
     return codes, scales
+
+
+@torch.no_grad()
+def quantise_measured(w: Tensor, *, out: tuple[Tensor, Tensor], values: Tensor) -> Errors:
+    """`quantise` into out, and what `measure` says of it with the exact values (bfloat16) in `values`; one pass.
+
+    Arguments, errors and bits are those of the two; none of the tensors may overlap another.
+    """
+    codes, scales = out
+    plain = w.dtype in TYPE_NAMES and kernels.fits(w, codes, scales, values) and scales.is_contiguous()
+    if kernels.levels() and plain and all(map(kernels.rows_of, (w, codes, values))):
+        reference.matrix(w)
+        errors = kernels.quantise_measured(w, codes, scales, values)
+        _written(codes, scales, values)
+        return errors
+    quantise(w, out=out)
+    return measure(w, codes, scales, out=values)
 
 
 @torch.no_grad()

@@ -98,6 +98,27 @@ def quantise(w: Tensor, codes: Tensor, scales: Tensor, *, level: str | None = No
         raise not_finite()
 
 
+def quantise_measured(
+    w: Tensor, codes: Tensor, scales: Tensor, out: Tensor | None = None, *, level: str | None = None
+) -> Errors:
+    """`quantise` and then `measure` of the result, block by block while it is in the cache. Nothing may overlap."""
+    kind = _kind(w)
+    _check(codes, "codes", w.shape, (_F8,), writable=True)
+    if out is not None:
+        _check(out, "out", w.shape, (torch.bfloat16,), writable=True)
+    check_grid(codes, scales, (BLOCK, BLOCK))
+    _contiguous_bytes(scales)
+    sums = torch.empty((scales.numel(), 3), dtype=torch.float64)
+    target = Rows(0, 0, 0) if out is None else _rows(out)
+    places = _rows(w), _rows(codes), scales.data_ptr(), target, sums.data_ptr()
+    found = _call("quantise_measured", level, _sizes(w), kind, *places)
+    if found is None:
+        codes.view(torch.uint8).fill_(0x7F)
+        scales.fill_(0xFF)
+        raise not_finite()
+    return Errors(*found)
+
+
 def dequantise(
     codes: Tensor, scales: Tensor, out: Tensor, *, block: tuple[int, int] = (BLOCK, BLOCK), level: str | None = None
 ) -> None:

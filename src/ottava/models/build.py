@@ -16,7 +16,7 @@ from torch import nn
 
 from ottava.errors import CheckpointError
 
-FAMILIES = ("deepseek_v3", "llama", "qwen3")
+FAMILIES = ("deepseek_v3", "llama", "qwen3", "qwen3_moe")
 
 
 def from_config(config: dict[str, Any], where: Path | str = "config.json") -> nn.Module:
@@ -37,6 +37,9 @@ def from_config(config: dict[str, Any], where: Path | str = "config.json") -> nn
     elif family == "qwen3":
         from transformers.models.qwen3 import Qwen3Config as Config
         from transformers.models.qwen3 import Qwen3ForCausalLM as Model
+    elif family == "qwen3_moe":
+        from transformers.models.qwen3_moe import Qwen3MoeConfig as Config
+        from transformers.models.qwen3_moe import Qwen3MoeForCausalLM as Model
     else:
         raise CheckpointError(
             f"the model type {family!r} is not supported", where=where, fix=f"known: {', '.join(FAMILIES)}"
@@ -45,7 +48,7 @@ def from_config(config: dict[str, Any], where: Path | str = "config.json") -> nn
     settings.pop("torch_dtype", None)
     try:
         model: nn.Module = Model(Config(**settings, attn_implementation="eager", dtype="float32"))
-        if family == "deepseek_v3":
+        if family in ("deepseek_v3", "qwen3_moe"):
             model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
     except Exception as error:  # transformers checks fields here and there, with many kinds of exceptions
         said = " ".join(str(error).split()) or type(error).__name__

@@ -57,7 +57,7 @@ static struct tile tile_of(const struct work *work, size_t block) {
         tile.w = at(&work->w, matrix, row) + column * width(work->type);
     if (work->codes.address)
         tile.codes = (uint8_t *)at(&work->codes, matrix, row) + column;
-    if (work->out.address) /* measure writes BF16 whatever it reads */
+    if (work->out.address) /* what is measured is written in BF16, whatever was read */
         tile.out = at(&work->out, matrix, row) + column * (work->sums ? 2 : width(work->type));
     return tile;
 }
@@ -108,6 +108,8 @@ static void quantise_blocks(void *context, size_t first, size_t last) {
         }
         *scale_of(work, block) = (uint8_t)tile.k;
         work->set->quantise(&tile);
+        if (work->sums)
+            work->set->measure(&tile, ((sums *)(uintptr_t)work->sums)[block]);
     }
     finish_streams(work);
 }
@@ -206,6 +208,28 @@ static PyObject *project(PyObject *self, PyObject *arguments) {
     return outcome(&work, find_scales, project_blocks, blocks(&work));
 }
 
+static PyObject *errors(const struct work *work) {
+    double total[3] = {0};
+    for (size_t block = 0; block < blocks(work); block++)
+        for (int i = 0; i < 3; i++)
+            total[i] += ((const sums *)(uintptr_t)work->sums)[block][i];
+    return Py_BuildValue("Ldd", (long long)total[0], total[1], total[2]);
+}
+
+static PyObject *quantise_measured(PyObject *self, PyObject *arguments) {
+    struct work work = {.block_rows = BLOCK, .block_columns = BLOCK};
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "ii(nnn)i(Knn)(Knn)K(Knn)K", SIZES, ARRAY(w), ARRAY(codes), &work.scales,
+                          ARRAY(out), &work.sums))
+        return NULL;
+    if (!begin(&work))
+        return no_level();
+    Py_DECREF(outcome(&work, quantise_blocks, NULL, blocks(&work)));
+    if (work.bad)
+        Py_RETURN_NONE;
+    return errors(&work);
+}
+
 static PyObject *measure(PyObject *self, PyObject *arguments) {
     struct work work = {.block_rows = BLOCK, .block_columns = BLOCK};
     (void)self;
@@ -215,11 +239,7 @@ static PyObject *measure(PyObject *self, PyObject *arguments) {
     if (!begin(&work))
         return no_level();
     Py_DECREF(outcome(&work, measure_blocks, NULL, blocks(&work)));
-    double total[3] = {0};
-    for (size_t block = 0; block < blocks(&work); block++)
-        for (int i = 0; i < 3; i++)
-            total[i] += ((const sums *)(uintptr_t)work.sums)[block][i];
-    return Py_BuildValue("Ldd", (long long)total[0], total[1], total[2]);
+    return errors(&work);
 }
 
 static PyObject *byte_range(PyObject *self, PyObject *arguments) {
@@ -241,6 +261,8 @@ PyMethodDef codec_methods[] = {
     {"quantise", quantise, METH_VARARGS, "(level, threads, sizes, type, w, codes, scales) -> whether all was finite"},
     {"dequantise", dequantise, METH_VARARGS, "(level, threads, sizes, type, codes, scales, out, rows, columns)"},
     {"project", project, METH_VARARGS, "(level, threads, sizes, type, w, out, scales) -> whether all was finite"},
+    {"quantise_measured", quantise_measured, METH_VARARGS,
+     "(level, threads, sizes, type, w, codes, scales, out, sums) -> (changed, signal, noise), or None as quantise False"},
     {"measure", measure, METH_VARARGS,
      "(level, threads, sizes, type, w, codes, scales, out, sums) -> (changed, signal, noise)"},
     {"byte_range", byte_range, METH_VARARGS, "(address, count) -> (least, most)"},

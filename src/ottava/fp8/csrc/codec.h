@@ -11,7 +11,7 @@ enum type { BF16 = 0, F16 = 1, F32 = 2 };
 
 #define BLOCK 128
 #define LANES 32 /* columns side by side in sums of squares: reference.LANES */
-#define STREAM_FROM ((size_t)8 << 20) /* bytes written from which they pass the caches: measured, see benchmarks */
+#define STREAM_FROM ((size_t)8 << 20) /* bytes written from which they pass the caches */
 #define INFINITY_BITS 0x7F800000u
 #define BYTE_MIN 10 /* spec.BYTE_MIN: from here on every value is zero or a normal number, in BF16 and F32 */
 #define BYTE_MAX 246
@@ -45,5 +45,9 @@ extern const struct codec codec_portable, codec_avx2, codec_avx512;
 
 /* Shared by all levels: the largest magnitude's bits in type to those of a float32; one element at a time. */
 uint32_t widen(uint32_t bits, int type);
+
+/* Also shared: 1 / scale, and the end of a block's sums, taken in units of its scale in float32. */
+float unit_of(int k);
+void fold(float lanes[2][LANES], long changed, int k, sums out);
 
 #endif

@@ -8,7 +8,7 @@
 
 typedef __m256i V;
 typedef __m128i HALF;
-typedef __m256d DOUBLES;
+typedef __m256 FLOATS;
 
 #define I(name) _mm256_##name
 #define SI(name) _mm256_##name##_si256
@@ -24,14 +24,14 @@ typedef __m256d DOUBLES;
 #define NARROW_WORDS(v) _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08))
 #define TABLE_8(t) _mm256_broadcastsi128_si256(t)
 #define TABLE_32(t, i) _mm256_permutevar8x32_epi32(t, i)
-#define LOW_DOUBLES(v) _mm256_cvtps_pd(_mm_castsi128_ps(_mm256_castsi256_si128(v)))
-#define HIGH_DOUBLES(v) _mm256_cvtps_pd(_mm_castsi128_ps(_mm256_extracti128_si256(v, 1)))
+#define AS_FLOATS(v) _mm256_castsi256_ps(v)
 
 #define ANY_LESS_8(a, b) (_mm256_movemask_epi8(_mm256_cmpgt_epi8(b, a)) != 0)
 #define ANY_LESS_16(a, b) (_mm256_movemask_epi8(_mm256_cmpgt_epi16(b, a)) != 0)
 #define ANY_LESS_32(a, b) (_mm256_movemask_epi8(_mm256_cmpgt_epi32(b, a)) != 0)
 #define IF_LESS_16(a, b, yes, no) _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi16(b, a))
 #define IF_LESS_32(a, b, yes, no) _mm256_blendv_epi8(no, yes, _mm256_cmpgt_epi32(b, a))
+#define DIFFERENT_16(a, b) (16 - __builtin_popcount((unsigned)_mm256_movemask_epi8(_mm256_cmpeq_epi16(a, b))) / 2)
 #define DIFFERENT_32(a, b) (8 - __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)))))
 
 /* Lanes of 16 or 32 bits with values 0..255 to bytes, in order. */

@@ -8,7 +8,7 @@
 
 typedef __m512i V;
 typedef __m256i HALF;
-typedef __m512d DOUBLES;
+typedef __m512 FLOATS;
 
 #define I(name) _mm512_##name
 #define SI(name) _mm512_##name##_si512
@@ -24,14 +24,14 @@ typedef __m512d DOUBLES;
 #define NARROW_WORDS(v) _mm512_cvtepi32_epi16(v)
 #define TABLE_8(t) _mm512_broadcast_i32x4(t)
 #define TABLE_32(t, i) _mm512_permutexvar_epi32(i, _mm512_broadcast_i64x4(t))
-#define LOW_DOUBLES(v) _mm512_cvtps_pd(_mm256_castsi256_ps(_mm512_castsi512_si256(v)))
-#define HIGH_DOUBLES(v) _mm512_cvtps_pd(_mm256_castsi256_ps(_mm512_extracti64x4_epi64(v, 1)))
+#define AS_FLOATS(v) _mm512_castsi512_ps(v)
 
 #define ANY_LESS_8(a, b) (_mm512_cmplt_epi8_mask(a, b) != 0)
 #define ANY_LESS_16(a, b) (_mm512_cmplt_epi16_mask(a, b) != 0)
 #define ANY_LESS_32(a, b) (_mm512_cmplt_epi32_mask(a, b) != 0)
 #define IF_LESS_16(a, b, yes, no) _mm512_mask_mov_epi16(no, _mm512_cmplt_epi16_mask(a, b), yes)
 #define IF_LESS_32(a, b, yes, no) _mm512_mask_mov_epi32(no, _mm512_cmplt_epi32_mask(a, b), yes)
+#define DIFFERENT_16(a, b) __builtin_popcount(_mm512_cmpneq_epi16_mask(a, b))
 #define DIFFERENT_32(a, b) __builtin_popcount(_mm512_cmpneq_epi32_mask(a, b))
 
 /* Lanes of 16 or 32 bits with values 0..255 to bytes, in order. */

@@ -1,6 +1,7 @@
 /* The codec in plain C: for machines without AVX2, for scales below BYTE_MIN, and to read beside the fast ones. */
 #include "codec.h"
 
+#include <math.h>
 #include <string.h>
 
 static uint32_t load(const char *p, size_t i, int type) {
@@ -28,6 +29,19 @@ static inline int top_bit(uint32_t x) {
     while (x >>= 1)
         n++;
     return n;
+}
+
+float unit_of(int k) { return ldexpf(1.0f, 127 - k); }
+
+void fold(float lanes[2][LANES], long changed, int k, sums out) {
+    for (size_t half = LANES / 2; half; half /= 2)
+        for (size_t i = 0; i < half; i++) {
+            lanes[0][i] += lanes[0][i + half];
+            lanes[1][i] += lanes[1][i + half];
+        }
+    out[0] = (double)changed;
+    out[1] = ldexp((double)lanes[0][0], 2 * (k - 127));
+    out[2] = ldexp((double)lanes[1][0], 2 * (k - 127));
 }
 
 uint32_t widen(uint32_t bits, int type) {
@@ -118,8 +132,8 @@ static void project(const struct tile *t) {
 
 static void measure(const struct tile *t, sums out) {
     uint32_t table[256];
-    double signal[LANES] = {0}, noise[LANES] = {0};
-    size_t changed = 0;
+    float lanes[2][LANES] = {0}, unit = unit_of(t->k);
+    long changed = 0;
     decode_all(table, t->k, F32);
     for (size_t i = 0; i < t->rows; i++)
         for (size_t j = 0; j < t->columns; j++) {
@@ -128,21 +142,14 @@ static void measure(const struct tile *t, sums out) {
             float w, q;
             memcpy(&w, &bits, 4);
             memcpy(&q, &value, 4);
-            double difference = (double)w - (double)q;
+            float x = w * unit, off = (w - q) * unit;
             changed += bits != value;
-            signal[j % LANES] += (double)w * (double)w;
-            noise[j % LANES] += difference * difference;
+            lanes[0][j % LANES] += x * x;
+            lanes[1][j % LANES] += off * off;
             if (t->out)
                 store(t->out + i * t->out_row, j, BF16, value >> 16);
         }
-    for (size_t half = LANES / 2; half; half /= 2)
-        for (size_t j = 0; j < half; j++) {
-            signal[j] += signal[j + half];
-            noise[j] += noise[j + half];
-        }
-    out[0] = (double)changed;
-    out[1] = signal[0];
-    out[2] = noise[0];
+    fold(lanes, changed, t->k, out);
 }
 
 const struct codec codec_portable = {amax, quantise, dequantise, project, measure};

@@ -6,7 +6,7 @@
 
 #define GROUP sizeof(V)            /* codes at a time */
 #define L32 (sizeof(V) / 4)        /* lanes */
-#define DL (sizeof(DOUBLES) / 8)
+#define L16 (sizeof(V) / 2)
 #define SET_16(x) I(set1_epi16)((short)(x))
 #define SET_32(x) I(set1_epi32)((int)(x))
 #define AND(a, b) SI(and)(a, b)
@@ -141,18 +141,40 @@ FN void project_group(const char *w, char *out, int k, int type) {
     }
 }
 
-/* LANES columns. */
-FN int measure_group(const char *w, const uint8_t *codes, char *out, int k, int type, DOUBLES *signal, DOUBLES *noise) {
-    int changed = 0;
-    for (size_t i = 0; i < LANES / L32; i++) {
-        V exact = load_32(w + i * L32 * width(type), type), value = decode_32(BYTES_32(codes + i * L32), k);
-        DOUBLES low = LOW_DOUBLES(exact), high = HIGH_DOUBLES(exact);
-        DOUBLES low_off = I(sub_pd)(low, LOW_DOUBLES(value)), high_off = I(sub_pd)(high, HIGH_DOUBLES(value));
+/* GROUP columns. unit: 1 / scale, so that the sums neither overflow nor vanish. Sum a's lane l belongs to column
+ * column_of(a, l, type) of LANES. */
+
+FN size_t column_of(size_t a, size_t l, int type) {
+    return type == BF16 ? a / 2 * L16 + 2 * l + a % 2 : a * L32 + l; /* BF16 widens to even and odd columns */
+}
+
+FN void add_squares(V exact, V value, FLOATS unit, FLOATS *signal, FLOATS *noise) {
+    FLOATS x = I(mul_ps)(AS_FLOATS(exact), unit);
+    FLOATS off = I(mul_ps)(I(sub_ps)(AS_FLOATS(exact), AS_FLOATS(value)), unit);
+    *signal = I(add_ps)(*signal, I(mul_ps)(x, x));
+    *noise = I(add_ps)(*noise, I(mul_ps)(off, off));
+}
+
+FN int measure_group(const char *w, const uint8_t *codes, char *out, int k, int type, FLOATS unit, FLOATS *signal,
+                     FLOATS *noise) {
+    V above = I(add_epi8)(AND(LOAD(codes), I(set1_epi8)(0x7F)), I(set1_epi8)(1));
+    int changed = 0, special = ANY_LESS_8(above, I(set1_epi8)(9));
+    for (size_t i = 0; type == BF16 && i < GROUP / L16; i++) {
+        V exact = LOAD(w + i * sizeof(V)), code = BYTES_16(codes + i * L16), high = SET_32(0xFFFF0000);
+        V value = special ? decode_16(code, k) : decode_normal_16(code, k);
+        size_t a = i % (LANES / L16) * 2;
+        changed += DIFFERENT_16(exact, value);
+        add_squares(I(slli_epi32)(exact, 16), I(slli_epi32)(value, 16), unit, signal + a, noise + a);
+        add_squares(AND(exact, high), AND(value, high), unit, signal + a + 1, noise + a + 1);
+        if (out)
+            STORE(out + i * sizeof(V), value);
+    }
+    for (size_t i = 0; type != BF16 && i < GROUP / L32; i++) {
+        V exact = load_32(w + i * L32 * width(type), type), code = BYTES_32(codes + i * L32);
+        V value = special ? decode_32(code, k) : decode_normal_32(code, k);
+        size_t a = i % (LANES / L32);
         changed += DIFFERENT_32(exact, value);
-        signal[2 * i] = I(add_pd)(signal[2 * i], I(mul_pd)(low, low));
-        signal[2 * i + 1] = I(add_pd)(signal[2 * i + 1], I(mul_pd)(high, high));
-        noise[2 * i] = I(add_pd)(noise[2 * i], I(mul_pd)(low_off, low_off));
-        noise[2 * i + 1] = I(add_pd)(noise[2 * i + 1], I(mul_pd)(high_off, high_off));
+        add_squares(exact, value, unit, signal + a, noise + a);
         if (out)
             store_32(out + i * L32 * 2, value, BF16);
     }
@@ -236,41 +258,46 @@ FN void project_as(const struct tile t, int type) {
     }
 }
 
-FN void measure_as(const struct tile t, sums result, int type) {
-    DOUBLES signal[LANES / DL], noise[LANES / DL];
-    double lanes[2][LANES];
-    char w[LANES * 4] = {0}, out[LANES * 2];
-    uint8_t codes[LANES] = {0};
+FN void measure_rows(const struct tile t, sums result, int type, size_t columns) {
+    FLOATS signal[LANES / L32], noise[LANES / L32], unit = I(set1_ps)(unit_of(t.k));
+    float lanes[2][LANES];
+    char w[GROUP * 4] = {0}, out[GROUP * 2];
+    uint8_t codes[GROUP] = {0};
     long changed = 0;
-    for (size_t i = 0; i < LANES / DL; i++)
-        signal[i] = noise[i] = I(setzero_pd)();
+    for (size_t i = 0; i < LANES / L32; i++)
+        signal[i] = noise[i] = I(setzero_ps)();
     for (size_t i = 0; i < t.rows; i++) {
         const char *exact = t.w + i * t.w_row;
         const uint8_t *from = t.codes + i * t.codes_row;
         char *to = t.out ? t.out + i * t.out_row : NULL;
         size_t j = 0;
-        for (; j + LANES <= t.columns; j += LANES)
-            changed += measure_group(exact + j * width(type), from + j, to ? to + 2 * j : NULL, t.k, type, signal, noise);
-        if (j < t.columns) {
-            memcpy(w, exact + j * width(type), (t.columns - j) * width(type));
-            memcpy(codes, from + j, t.columns - j);
-            changed += measure_group(w, codes, out, t.k, type, signal, noise);
+        for (; j + GROUP <= columns; j += GROUP)
+            changed += measure_group(exact + j * width(type), from + j, to ? to + 2 * j : NULL, t.k, type, unit, signal,
+                                     noise);
+        if (j < columns) { /* what is behind the end counts as zeros */
+            memcpy(w, exact + j * width(type), (columns - j) * width(type));
+            memcpy(codes, from + j, columns - j);
+            changed += measure_group(w, codes, out, t.k, type, unit, signal, noise);
             if (to)
-                memcpy(to + 2 * j, out, 2 * (t.columns - j));
+                memcpy(to + 2 * j, out, 2 * (columns - j));
         }
     }
-    for (size_t i = 0; i < LANES / DL; i++) {
-        I(storeu_pd)(lanes[0] + i * DL, signal[i]);
-        I(storeu_pd)(lanes[1] + i * DL, noise[i]);
+    for (size_t a = 0; a < LANES / L32; a++) {
+        float sums[2][L32];
+        I(storeu_ps)(sums[0], signal[a]);
+        I(storeu_ps)(sums[1], noise[a]);
+        for (size_t l = 0; l < L32; l++)
+            for (size_t i = 0; i < 2; i++)
+                lanes[i][column_of(a, l, type)] = sums[i][l];
     }
-    for (size_t half = LANES / 2; half; half /= 2)
-        for (size_t i = 0; i < half; i++) {
-            lanes[0][i] += lanes[0][i + half];
-            lanes[1][i] += lanes[1][i + half];
-        }
-    result[0] = (double)changed;
-    result[1] = lanes[0][0];
-    result[2] = lanes[1][0];
+    fold(lanes, changed, t.k, result);
+}
+
+FN void measure_as(const struct tile t, sums result, int type) {
+    if (t.columns == BLOCK)
+        measure_rows(t, result, type, BLOCK);
+    else
+        measure_rows(t, result, type, t.columns);
 }
 
 /* The largest magnitude's bits in the type itself; F16 is ordered as BF16 is. */
