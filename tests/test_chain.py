@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -51,7 +52,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('"phase":"main","pool":"ascend"', signal.SIGKILL),
         ('"phase":"main","pool":"nvidia"', signal.SIGINT),
     ):
-        process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+        default = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+        process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=default)
         deadline = time.monotonic() + 600
         while not (journal.exists() and f'"train.step",{mark}' in journal.read_text()):
             assert process.poll() is None, process.stderr and process.stderr.read()
@@ -124,7 +126,7 @@ def test_verify_command(finished: Path, tmp_path: Path) -> None:
     train, master = next(artifacts.glob("train-*/model")), next(artifacts.glob("convert-*/model"))
     good = ottava("verify", str(train), str(master), "--json", cwd=finished)
     assert good.returncode == 0, good.stderr
-    assert json.loads(good.stdout)["equal"] is True
+    assert json.loads(good.stdout)["verdict"] == "identical"
     out = tmp_path / "again"
     made = ottava("convert", str(train), str(out), "--json", cwd=finished)
     assert json.loads(made.stdout)["on_grid"] is True
@@ -134,7 +136,9 @@ def test_verify_command(finished: Path, tmp_path: Path) -> None:
     weights.write_bytes(data)
     bad = ottava("verify", str(master), str(out), "--json", cwd=finished)
     assert bad.returncode == 1
-    assert len(json.loads(bad.stdout)["different"]) == 1
+    found = json.loads(bad.stdout)
+    assert found["verdict"] == "different"
+    assert found["first_bad"]["cause"] == "flipped bit"
 
 
 def test_serve_and_chat(finished: Path) -> None:

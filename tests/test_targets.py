@@ -294,14 +294,15 @@ def test_wrong_facts_are_refused_with_their_place(tmp_path: Path, edit: Any, mes
 
 def test_memory_is_a_band_whatever_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
-    original = Reader._bytes
+    original = Reader.rows
 
-    def spy(self: Reader, slot: str, wanted: int) -> Any:
+    def spy(self: Reader, *args: Any, **more: Any) -> torch.Tensor:
         nonlocal largest
-        largest = max(largest, wanted)
-        return original(self, slot, wanted)
+        found = original(self, *args, **more)
+        largest = max(largest, found.nbytes)
+        return found
 
-    monkeypatch.setattr(Reader, "_bytes", spy)
+    monkeypatch.setattr(Reader, "rows", spy)
     codes, scales = quantise(torch.randn(4096, 128))
     folder = write(tmp_path / "m", {UP: codes, UP + "_scale_inv": scales, EMBED: torch.randn(9000, 64).bfloat16()})
     examine(folder)

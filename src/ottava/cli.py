@@ -108,6 +108,9 @@ def convert(
         str | None, typer.Option("--for", help="An engine; refuse what it would load wrongly: transformers, vllm.")
     ] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Round FP8 again, and mark the result.")] = False,
+    kl: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Measure the KL from the source on this text.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one a core, at most 4.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -130,6 +133,10 @@ def convert(
             from ottava.checkpoint.convert import convert as convert_folder
 
             result = convert_folder(args, progress)
+    if kl is not None:
+        from ottava.verify.numerics import record_divergence
+
+        result = record_divergence(source, out, kl)
     _show(result, as_json)
 
 

@@ -7,12 +7,16 @@ from one that is right: a corrupted load still answers "Paris".
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ottava.artifact import file_digest, write_json
 
 Model = Callable[[Tensor], Tensor]
 
@@ -59,8 +63,6 @@ def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
 
 def compare_folders(args: Mapping[str, Any]) -> dict[str, Any]:
     """Compare two model folders on a text file. args: reference, other, text; window (tokens), limit (windows)."""
-    from pathlib import Path
-
     from ottava.errors import DataError
     from ottava.models.chat import Chat
     from ottava.models.load import load
@@ -78,6 +80,19 @@ def compare_folders(args: Mapping[str, Any]) -> dict[str, Any]:
         )
     reference, other = (_logits(load(Path(args[key]))) for key in ("reference", "other"))
     return compare(reference, other, windows)
+
+
+def record_divergence(source: Path, out: Path, text: Path) -> dict[str, Any]:
+    """Measure the folder `out` against the one it was converted from, and keep that in its conversion.json.
+
+    Adds {"kl", "kl_low", "kl_high", "top1", "top1_low", "top1_high", "positions", "windows", "text": {"name",
+    "sha256"}} and returns the whole record. Both models are held in memory.
+    """
+    args = {"reference": str(source), "other": str(out), "text": str(text), "window": 128, "limit": 16}
+    found = compare_folders(args) | {"text": {"name": text.name, "sha256": file_digest(text)}}
+    record: dict[str, Any] = json.loads((out / "conversion.json").read_text()) | found
+    write_json(out / "conversion.json", record)
+    return record
 
 
 def _logits(model: Any) -> Model:
