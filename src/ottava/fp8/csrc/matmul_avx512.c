@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { AHEAD = 4096, GROUP = 4 }; /* bytes of weights fetched before they are needed; rows of x at once */
+enum { AHEAD = 8192, GROUP = 4 }; /* bytes of weights fetched before they are needed; rows of x at once */
 
 /* A row of weights: codes with the scales of its blocks, or BF16. */
 struct line {
@@ -23,16 +23,25 @@ static struct line line_of(const struct product *p, size_t r) {
     return (struct line){NULL, NULL, p->bf16 + r * p->columns};
 }
 
-/* 32 weights from column j as BF16; where `whole` is false, those from `columns` on are 0. */
-CORE AVX512 __m512i fetch(const struct line *w, size_t j, size_t columns, int fp8, int whole, struct fold fold) {
+/* 32 weights from column j as BF16; where `whole` is false, those from `columns` on are 0. normal: none of the codes is
+ * subnormal. */
+CORE AVX512 __m512i fetch(const struct line *w, size_t j, size_t columns, int fp8, int whole, struct fold fold,
+                          int normal) {
     __mmask32 mask = 0xFFFFFFFF;
     if (!whole)
         mask = j >= columns ? 0 : columns - j < 32 ? (1u << (columns - j)) - 1 : mask;
     if (fp8) {
         const __m256i *codes = (const __m256i *)(w->codes + j);
+        if (normal)
+            return decode_normal(_mm256_loadu_si256(codes), fold);
         return decode(whole ? _mm256_loadu_si256(codes) : _mm256_maskz_loadu_epi8(mask, codes), fold);
     }
     return whole ? _mm512_loadu_si512(w->bf16 + j) : _mm512_maskz_loadu_epi16(mask, w->bf16 + j);
+}
+
+/* Of 64 codes. Weights that are roughly normal have few subnormal codes: about one vector in a hundred holds one. */
+CORE AVX512 int all_normal(const uint8_t *codes) {
+    return !_mm512_testn_epi8_mask(_mm512_loadu_si512(codes), _mm512_set1_epi8(0x78));
 }
 
 CORE AVX512 float sum_tree(__m512 s) {
@@ -51,8 +60,9 @@ CORE AVX512 float sum_tree(__m512 s) {
                                  const VALUE *x, const int count, const struct product *p, size_t j, const int fp8,   \
                                  const int whole, const struct fold *fold) {                                          \
         for (int l = 0; l < lines; l++) {                                                                             \
-            const __m512i first = fetch(w + l, j, p->columns, fp8, whole, *fold);                                     \
-            const __m512i second = fetch(w + l, j + 32, p->columns, fp8, whole, *fold);                               \
+            const int normal = fp8 && whole && all_normal(w[l].codes + j);                                            \
+            const __m512i first = fetch(w + l, j, p->columns, fp8, whole, *fold, normal);                             \
+            const __m512i second = fetch(w + l, j + 32, p->columns, fp8, whole, *fold, normal);                       \
             for (int i = 0; i < count; i++)                                                                           \
                 TIMES(even[l][i], odd[l][i], first, second, x + i * p->padded + j);                                   \
         }                                                                                                             \
@@ -70,7 +80,7 @@ CORE AVX512 float sum_tree(__m512 s) {
             if (fp8 && j % BLOCK == 0)                                                                                \
                 fold = fold_of(w->scales[j / BLOCK]);                                                                 \
             if (fp8)                                                                                                  \
-                _mm_prefetch((const char *)(w->codes + j) + AHEAD, _MM_HINT_T0);                                      \
+                _mm_prefetch((const char *)(w->codes + j) + AHEAD, _MM_HINT_T1);                                      \
             NAME##_step(even, odd, w, lines, x, count, p, j, fp8, 1, &fold);                                          \
         }                                                                                                             \
         if (fp8 && j < p->columns && j % BLOCK == 0)                                                                  \
@@ -118,9 +128,9 @@ AVX512 static void decode_line(uint16_t *out, const struct line *w, const struct
     for (size_t j = 0; j < p->padded; j += 32) {
         __m512i bits;
         if (w->codes)
-            bits = fetch(w, j, p->columns, 1, 0, fold_of(j < p->columns ? w->scales[j / BLOCK] : 127));
+            bits = fetch(w, j, p->columns, 1, 0, fold_of(j < p->columns ? w->scales[j / BLOCK] : 127), 0);
         else
-            bits = fetch(w, j, p->columns, 0, 0, (struct fold){0});
+            bits = fetch(w, j, p->columns, 0, 0, (struct fold){0}, 0);
         _mm512_store_si512(out + j, bits);
     }
 }
