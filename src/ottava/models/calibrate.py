@@ -44,10 +44,10 @@ Progress = Callable[[int, int], object]
 VERSION = 1
 TOKENS, WINDOW = 16384, 512
 REPORT = "rounding.json"
-TOPICS, ANSWERS = "pydoc_data.topics", "calibration.txt"
+TOPICS, PASSAGES = "pydoc_data.topics", "calibration.txt"
 """The default texts, half of the tokens from each: the reference topics in Python's own standard library, and, beside
-this module, answers that SmolLM2-135M-Instruct (Apache-2.0) gave to 48 questions of many kinds. One kind of text is
-not enough: from the topics alone, correlations are learnt that harm some layers on prose."""
+this module, passages of many kinds that were written for this purpose. One kind of text is not enough: the topics alone
+gained less on prose, and its KL not at all."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def round_model(args: Mapping[str, Any], progress: Progress | None = None) -> di
     """Round the model folder args["source"] by GPTQ into the overlay folder args["out"]; return its rounding.json.
 
     progress counts decoder layers.
-    args: text, a UTF-8 file or a list of them (default: `TOPICS` and `ANSWERS`); tokens (16384) and window (512): how
+    args: text, a UTF-8 file or a list of them (default: `TOPICS` and `PASSAGES`); tokens (16384) and window (512): how
     much of the text is used, the same from each file, in windows spread evenly over it. A tensor whose inputs were
     fewer tokens than it has columns (a rarely routed expert) is rounded to nearest.
     Returns {"version", "method", "texts": [{"name", "sha256", "tokens"}], "tokens", "window", "key", "nearest": names,
@@ -129,8 +129,8 @@ def convert_calibrated(args: Mapping[str, Any], progress: Progress | None = None
 def _texts(given: str | Path | Sequence[str | Path] | None) -> dict[str, str]:
     if given is None:
         topics: dict[str, str] = import_module(TOPICS).topics
-        answers = Path(__file__).with_name(ANSWERS).read_text(encoding="utf-8")
-        return {TOPICS: "\n\n".join(topics[name] for name in sorted(topics)), ANSWERS: answers}
+        passages = Path(__file__).with_name(PASSAGES).read_text(encoding="utf-8")
+        return {TOPICS: "\n\n".join(topics[name] for name in sorted(topics)), PASSAGES: passages}
     texts = {}
     for path in [given] if isinstance(given, str | Path) else given:
         try:

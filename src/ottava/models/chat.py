@@ -66,7 +66,7 @@ class Chat:
         """Read tokenizer.json, the template and the stop ids of a Hugging Face folder. Raises CheckpointError."""
         folder = Path(folder)
         config = _json(folder / "tokenizer_config.json", {})
-        tokenizer = _tokenizer(folder / "tokenizer.json")
+        tokenizer = read_tokenizer(folder / "tokenizer.json")
         words = _special_words(config | _json(folder / "special_tokens_map.json", {}))
         source, where = _template_source(folder, config)
         template, key = _compile(source, words, where)
@@ -246,7 +246,7 @@ def _json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise CheckpointError("the model folder has no tokenizer.json", where=path)
     try:

@@ -148,10 +148,10 @@ def check(
 ) -> Certificate:
     """Check a certificate, and return it.
 
-    certificate: what `read` returns, or its file. subject: a model folder (every byte of it is read), or a digest in
-    hex. trusted_keys: public keys, each 64 hexadecimal digits or a PEM file; None: any key will do, so that only
-    accidents are found. Raises Verdict where the signature is wrong, its key is not trusted, or the digest is another;
-    ArtifactError where the certificate or a key cannot be read, CheckpointError where the folder cannot.
+    certificate: what `read` returns, or its file. subject: a model folder as a Path (every byte of it is read), or a
+    digest in hex as a str. trusted_keys: public keys, each 64 hexadecimal digits or a PEM file; None: any key will do,
+    so that only accidents are found. Raises Verdict where the signature is wrong, its key is not trusted, or the digest
+    is another; ArtifactError where the certificate or a key cannot be read, CheckpointError where the folder cannot.
     """
     where = "the certificate" if isinstance(certificate, dict) else Path(certificate)
     found = _validate(certificate, where) if isinstance(certificate, dict) else read(certificate)
@@ -165,7 +165,7 @@ def check(
     if trusted is not None and key not in trusted:
         what = f"the certificate is signed with a key that is not trusted: {found['public_key']}"
         raise Verdict(what, where=where, fix="trust the key, or have the model verified by somebody who is trusted")
-    digest = str(subject) if _is_hex(subject, 64) else values_digest(Path(subject), workers)
+    digest = values_digest(subject, workers) if isinstance(subject, Path) else subject
     if digest != found["digest"]:
         what = f"the certificate is for other values: {found['digest']}, here {digest}"
         raise Verdict(what, where=subject, fix="verify this folder and have a certificate of its own")

@@ -63,23 +63,37 @@ def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
 
 def compare_folders(args: Mapping[str, Any]) -> dict[str, Any]:
     """Compare two model folders on a text file. args: reference, other, text; window (tokens), limit (windows)."""
-    from ottava.errors import DataError
-    from ottava.models.chat import Chat
     from ottava.models.load import load
 
     torch.set_num_threads(int(args.get("threads", 1)))
-    chat = Chat.load(Path(args["reference"]))
-    ids = torch.tensor(chat.encode(Path(args["text"]).read_text(encoding="utf-8")))
-    width = int(args["window"])
-    windows = [w[None] for w in torch.split(ids, width) if len(w) == width][: int(args["limit"])]
+    windows = windows_of(Path(args["reference"]), Path(args["text"]), int(args["window"]), int(args["limit"]))
+    reference, other = (_logits(load(Path(args[key]))) for key in ("reference", "other"))
+    return compare(reference, other, windows)
+
+
+def windows_of(folder: Path, text: Path, width: int = 128, limit: int = 16) -> list[Tensor]:
+    """The first `limit` windows of a UTF-8 text, [1, width] ids each, as a model folder's tokenizer cuts it.
+
+    Raises DataError where the text is none or shorter than a window, CheckpointError where there is no tokenizer.
+    """
+    from ottava.errors import DataError, from_os_error
+    from ottava.models.chat import read_tokenizer
+
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text, byte {error.start}", where=text, fix="name a text file") from None
+    except OSError as error:
+        raise from_os_error(error, "reading a text") from error
+    ids = torch.tensor(read_tokenizer(folder / "tokenizer.json").encode(content, add_special_tokens=False).ids)
+    windows = [w[None] for w in torch.split(ids, width) if len(w) == width][:limit]
     if not windows:
         raise DataError(
             f"the text has {len(ids)} tokens, fewer than one window of {width}",
-            where=args["text"],
+            where=text,
             fix="name a longer text, or make verify.window smaller",
         )
-    reference, other = (_logits(load(Path(args[key]))) for key in ("reference", "other"))
-    return compare(reference, other, windows)
+    return windows
 
 
 def record_divergence(source: Path, out: Path, text: Path) -> dict[str, Any]:
