@@ -16,6 +16,7 @@ from torch import Tensor
 from ottava.checkpoint import chips, safetensors
 from ottava.checkpoint.stream import Reader
 from ottava.checkpoint.targets import examine
+from ottava.console.terminal import targets_table
 from ottava.errors import CheckpointError, RecipeError
 from ottava.fp8 import spec
 from ottava.fp8.codec import dequantise, quantise
@@ -314,3 +315,16 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", {UP: codes, UP + "_scale_inv": scales[:1]})
     with pytest.raises(CheckpointError, match="scales of shape"):
         examine(folder)
+
+
+def test_the_table_says_what_the_object_says(tmp_path: Path) -> None:
+    codes, scales = quantise(torch.randn(256, 128))
+    found = examine(write(tmp_path / "m", {UP: codes, UP + "_scale_inv": scales}))
+    head, *lines = targets_table(found).split("\n\n")[0].splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        [name, chip["recommended"] or "none"] for name, chip in found.items()
+    ]
+    start = head.index("bf16")
+    for line, chip in zip(lines, found.values(), strict=True):
+        word = {"exactly": "exact", "lossily": "lossy", "no": "no"}[chip["layouts"]["bf16"]["serves"]]
+        assert line[start:].startswith(word)

@@ -197,9 +197,13 @@ def targets(
 ) -> None:
     """Which layout each chip can serve, exactly or lossily, and how many blocks of this model that touches."""
     from ottava.checkpoint.targets import examine
+    from ottava.console.terminal import targets_table
 
     result = examine(model, chip)
-    _show(result, as_json)
+    if as_json:
+        _print(result)
+    else:
+        typer.echo(targets_table(result))
 
 
 @app.command()

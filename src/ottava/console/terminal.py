@@ -127,3 +127,26 @@ HEADLINES = {
     "verify": lambda s: f"{len(s['layouts'])} layouts, {'equal' if s['digest_equal'] else 'NOT equal'}",
     "serve": _serve,
 }
+
+
+def targets_table(found: Mapping[str, Any]) -> str:
+    """What `checkpoint.targets.examine` found, one line a chip: exact, lossy with the blocks affected, or no."""
+    forms = list(dict.fromkeys(form for chip in found.values() for form in chip["layouts"]))
+    lines = [["chip", "take", *forms, "evidence"]]
+    for name, chip in found.items():
+        cells = [_target(chip["layouts"].get(form)) for form in forms]
+        lines.append([name, chip["recommended"] or "none", *cells, chip["evidence"]])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(
+        [*text, "", "? recalled, not read in a source. --json gives reason, source and date of every entry."]
+    )
+
+
+def _target(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    sure = "" if "recalled" not in str(entry["certainty"]) else "?"
+    if entry["serves"] == "lossily":
+        return f"lossy{sure} {entry['blocks_affected']}/{entry['blocks']}"
+    return {"exactly": "exact", "no": "no"}[entry["serves"]] + sure
