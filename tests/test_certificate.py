@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from ottava.cli import app
 from ottava.errors import ArtifactError, CheckpointError, OttavaError, Verdict
 from ottava.verify import certificate
 from ottava.verify.certificate import FIELDS, Certificate, check, layout_of, new_key, read, sign, write
@@ -74,6 +77,32 @@ def test_a_new_key_is_its_owners_alone_and_is_never_overwritten(tmp_path: Path) 
 def test_a_key_in_no_folder(tmp_path: Path) -> None:
     with pytest.raises(OttavaError, match="no such file"):
         new_key(tmp_path / "nowhere" / "key.pem")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_key_without_a_name(name: str) -> None:
+    with pytest.raises(ArtifactError, match="ottava keygen FILE"):
+        new_key(name)
+
+
+def commands(text: str) -> list[str]:
+    """The command and options that a message names, as the command line's own help lists them."""
+    [line] = [line for line in text.splitlines() if "ottava " in line]
+    words = line.split("ottava ")[1].split()
+    shown = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert shown.exit_code == 0
+    assert all(word in shown.output for word in words if word.startswith("--"))
+    return words
+
+
+def test_what_is_advised_exists(tmp_path: Path) -> None:
+    (tmp_path / "junk").write_text("{}")
+    with pytest.raises(ArtifactError) as caught:
+        read(tmp_path / "junk")
+    assert commands(caught.value.render()) == ["verify", "A", "B", "--certificate", "FILE", "--key", "KEY"]
+    with pytest.raises(ArtifactError) as caught:
+        sign(IDENTICAL, tmp_path / "junk")
+    assert commands(caught.value.render()) == ["keygen", "FILE"]
 
 
 def other_keys() -> dict[str, bytes]:
@@ -146,6 +175,12 @@ def test_the_signature_is_ed25519_over_the_canonical_json(key: tuple[Path, str],
     private = load_pem_private_key(key[0].read_bytes(), None)
     assert isinstance(private, Ed25519PrivateKey)
     assert private.sign(signed).hex() == good["signature"]
+
+
+def test_a_record_that_is_no_file_is_not_waited_for(key: tuple[Path, str], tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", written(folders.model("llama"), "e8m0"))
+    os.mkfifo(folder / "conversion.json")
+    assert sign(IDENTICAL, key[0], folders=[folder])["label"] is None
 
 
 def test_layouts_are_named(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ottava.checkpoint import safetensors as st_files
 from ottava.checkpoint import stream
 from ottava.checkpoint.convert import convert
 from ottava.checkpoint.digest import digests, model_digest, values_digest
-from ottava.checkpoint.layouts import LAYOUTS, MASTER_CONFIG, exact, weights
+from ottava.checkpoint.layouts import LAYOUTS, MASTER_CONFIG, exact, read_config, weights
 from ottava.checkpoint.safetensors import DTYPES, SINGLE, entries, iter_tensors, load, plan_of, read, read_header, write
 from ottava.checkpoint.safetensors import write_folder as write_model
 from ottava.errors import CheckpointError, OttavaError, ResourceError
@@ -337,6 +337,52 @@ def test_attack_on_an_index(index: str, message: str, tmp_path: Path) -> None:
         entries(folder)
 
 
+def test_a_shard_that_the_index_does_not_name(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(7)}
+    write_model(tmp_path, plan_of(tensors), tensors.items(), shard_bytes=100)
+    for name in ("adapter_model.safetensors", "model.fp16-00001-of-00002.safetensors", "extra.safetensors"):
+        write(tmp_path / name, [("extra", torch.zeros(1))])
+    assert set(entries(tmp_path)) == set(tensors)
+    for name in ("model-00005-of-00004.safetensors", "model-00001-of-00009.safetensors"):
+        write(tmp_path / name, [("extra", torch.zeros(1))])
+        with pytest.raises(CheckpointError, match=f"(?s)index and shards disagree.*{name}") as caught:
+            entries(tmp_path)
+        assert (caught.value.cause, caught.value.exit_code) == ("lying index", 2)
+        (tmp_path / name).unlink()
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    master = tiny_master(tmp_path / "master")
+    for name in (SINGLE, "config.json", st_files.INDEX):
+        kept = (master / name).read_bytes() if (master / name).exists() else None
+        (master / name).unlink(missing_ok=True)
+        os.mkfifo(master / name)
+        if name == st_files.INDEX:
+            (master / SINGLE).unlink()
+        with pytest.raises(CheckpointError, match="no regular file"):
+            read_config(master) if name == "config.json" else entries(master)
+        (master / name).unlink()
+        if kept is not None:
+            (tmp_path / "blob").write_bytes(kept)
+            (master / name).symlink_to(tmp_path / "blob")
+            assert read_config(master) if name == "config.json" else entries(master)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        entries(tmp_path / "pipe")
+    (tmp_path / SINGLE).mkdir()
+    with pytest.raises(CheckpointError, match="no regular file"):
+        entries(tmp_path)
+
+
+def test_a_folder_without_safetensors_is_told_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"(?s)pickles are never read.*safetensors"):
+        entries(tmp_path)
+    write(tmp_path / "model-00001-of-00002.safetensors", [("a", torch.zeros(1))])
+    with pytest.raises(CheckpointError, match=r"(?s)no model\.safetensors\.index\.json.*fetch the index"):
+        entries(tmp_path)
+
+
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write(tmp_path / f"{name}.safetensors", [("a", torch.zeros(1)), (name, torch.zeros(1))])
@@ -632,7 +678,7 @@ def test_scales_of_another_shape_or_type(scales: Tensor, tmp_path: Path) -> None
 def test_a_bad_scale_is_pointed_at(tmp_path: Path) -> None:
     master = tiny_master(tmp_path / "m")
     rewrite(master, **{UP + "_scale_inv": f32_scales(1.5)})
-    with pytest.raises(CheckpointError, match=r"scale of block \(1, 0\) is 1\.5"):
+    with pytest.raises(CheckpointError, match=r"(?s)scale of block \(1, 0\) is 1\.5.*mend:.*--allow-lossy"):
         exact(weights(master)[UP])
 
 
@@ -833,7 +879,7 @@ def test_an_output_folder_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_folders_without_a_config_are_refused(tmp_path: Path) -> None:
     master = tiny_master(tmp_path / "master")
-    for text in (None, "{", "[]", "\xff"):
+    for text in (None, "{", "[]", "\xff", '{"a": ' + "[" * 100_000):
         (master / "config.json").unlink(missing_ok=True)
         if text is not None:
             (master / "config.json").write_text(text, encoding="latin-1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ottava.artifact import canonical, write_json
 from ottava.checkpoint import convert as converter
 from ottava.checkpoint import resume, spelling, stream
 from ottava.checkpoint.convert import convert
@@ -179,6 +181,57 @@ def test_another_task_starts_anew(change: str, tmp_path: Path, monkeypatch: pyte
     assert touched(source, tmp_path / "out", monkeypatch, **options) == set(tensors)
     run(source, tmp_path / "whole", **options)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"name":"%s"}', b"3", b'{"name":"%s","hash":"zz","changed":0,"signal":1.0,"noise":0.0}', b'["%s"]'],
+)
+def test_a_log_with_lines_of_another_kind_is_not_believed(
+    line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = model()
+    source = save(tmp_path / "s", tensors)
+    assert stopped(source, tmp_path / "out", 5, monkeypatch)
+    with (tmp_path / "out.part" / LOG).open("ab") as log:
+        log.write(line.replace(b"%s", UP.encode()) + b"\n")
+    assert touched(source, tmp_path / "out", monkeypatch) == set(tensors)
+    run(source, tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_full_disk_costs_no_finished_weights(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = model()
+    source = save(tmp_path / "s", tensors)
+    logged = stopped(source, tmp_path / "out", 5, monkeypatch)
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if when == "before":
+            patch.setattr(resume, "SPARE", 1 << 62)
+        else:
+            patch.setattr(os, "pwrite", full)
+        with pytest.raises(ResourceError):
+            run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert touched(source, tmp_path / "out", monkeypatch) == set(tensors) - set(logged)
+    run(source, tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_other_failures_of_a_resumed_run_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(tmp_path / "s", model())
+    assert stopped(source, tmp_path / "out", 5, monkeypatch)
+
+    def fail(done: int, total: int) -> None:
+        raise CheckpointError("a fault")
+
+    with pytest.raises(CheckpointError, match="a fault"):
+        convert({"source": str(source), "out": str(tmp_path / "out")}, fail)
+    assert names_in(tmp_path) == ["s"]
 
 
 def test_two_converters_exclude_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,6 +579,39 @@ def test_an_overlay_replaces_the_values_and_is_measured_against_the_source(tmp_p
     assert run(source, tmp_path / "gptq", overlay=str(tmp_path / "o"))["rounding"] == "gptq"
 
 
+def test_notes_and_an_overlay_s_report_go_with_the_result(tmp_path: Path) -> None:
+    source = save(tmp_path / "s", {UP: torch.randn(4, 4).bfloat16()})
+    (tmp_path / "o").mkdir()
+    write(tmp_path / "o" / "a.safetensors", [(UP, project(torch.randn(4, 4)).bfloat16())])
+    (tmp_path / "o" / "rounding.json").write_text('{"method": "gptq"}')
+    report = run(source, tmp_path / "out", overlay=str(tmp_path / "o"), notes={"calibration": {"tokens": 3}})
+    assert (report["rounding"], report["calibration"]) == ("gptq", {"tokens": 3})
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text()) == report
+    assert (tmp_path / "out" / "rounding.json").read_text() == '{"method": "gptq"}'
+
+
+@pytest.mark.parametrize("byte", [12, 100, 187, 192, 230, 246])
+def test_the_signal_of_the_largest_and_smallest_codes_is_finite(byte: int, tmp_path: Path) -> None:
+    """One matrix of nothing but 256 x 2^(byte - 127), and one that is rounded."""
+    codes, noisy = torch.full((128, 128), 256.0).to(torch.float8_e4m3fn), torch.randn(128, 128)
+    scales = torch.full((1, 1), byte, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    report = run(save(tmp_path / "s", {UP: codes, UP + "_scale_inv": scales, DOWN: noisy}), tmp_path / "out")
+    signal = 128 * 128 * 2.0 ** (2 * (byte - 119)) + float((noisy.double() ** 2).sum())
+    noise = float(((project(noisy).double() - noisy.double()) ** 2).sum())
+    assert report["sqnr_db"] == pytest.approx(10 * math.log10(signal / noise), abs=1e-3)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_what_is_no_json_is_not_written(number: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        canonical({"sqnr_db": number})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"sqnr_db": number})
+    assert names_in(tmp_path) == []
+    write_json(tmp_path / "a.json", {"limit": number}, allow_nan=True)
+    assert repr(json.loads((tmp_path / "a.json").read_text())["limit"]) == repr(number)
+
+
 def test_an_overlay_of_codes_is_a_second_rounding(tmp_path: Path) -> None:
     codes, scales = quantise(torch.randn(200, 150))
     source = save(tmp_path / "s", {UP: codes, UP + "_scale_inv": scales})
@@ -660,3 +746,28 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     small, large = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert large < 200
     assert large - small < 25  # the models differ by 176 MB
+
+
+def test_what_is_somebody_elses_is_never_removed(tmp_path: Path) -> None:
+    source = save(tmp_path / "source", model(1, 130))
+    for name, place in (("mine.part", "mine"), ("linked.part", "linked")):
+        (tmp_path / "thesis").mkdir(exist_ok=True)
+        (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+        if place == "mine":
+            shutil.copytree(tmp_path / "thesis", tmp_path / name)
+        else:
+            (tmp_path / name).symlink_to(tmp_path / "thesis")
+        with pytest.raises(CheckpointError, match="something else is here"):
+            convert({"source": source, "out": tmp_path / place})
+        assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_working_folder_itself_may_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(tmp_path / "source", model(1, 130))
+    expected = convert({"source": source, "out": tmp_path / "named"})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert convert({"source": source, "out": "."}) == expected
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="no link"):
+        convert({"source": source, "out": tmp_path / "link"})

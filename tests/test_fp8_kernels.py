@@ -224,6 +224,20 @@ def test_narrow_blocks(level: str, rows: int, columns: int, seed: int, repeated:
 
 @each_level
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_small_square_blocks(level: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(20)
+    codes = torch.randint(0, 0x7F, (70, 2, 97), dtype=torch.uint8).view(F8).transpose(0, 1).contiguous()
+    scales = torch.randint(112, 135, (2, 3, 4), dtype=torch.uint8)
+    out, intact = framed((2, 70, 97), dtype)
+    kernels.dequantise(codes, scales, out, block=(32, 32), level=level)
+    assert intact()
+    rows = scales.repeat_interleave(32, 1)[:, :70]
+    assert torch.equal(raw(out), raw(reference.dequantise(codes, rows, dtype, block=spec.MX_BLOCK)))
+    assert torch.equal(raw(out), raw(codec.dequantise(codes, scales, dtype, block=(32, 32))))
+
+
+@each_level
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_errors_of_other_codes_are_measured(level: str, dtype: torch.dtype) -> None:
     """Codes that nearest rounding would not have chosen, at scales it would not have chosen."""
     w = wide((200, 333), dtype, 3, 2.0)
@@ -244,7 +258,59 @@ def test_minus_zero_is_a_change(level: str) -> None:
     assert kernels.measure(torch.tensor([[0.0, -0.0, 0.0]]), codes, scales, level=level) == (1, 0.0, 0.0)
 
 
+@each_level
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this machine cannot flush subnormals")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_flushing_subnormals_changes_only_the_sums(level: str, dtype: torch.dtype) -> None:
+    """Subnormal elements, scales under which values are subnormal, and elements whose squares are."""
+    w = torch.cat([some_bits((128, 300), dtype, 21, low, low + 3) for low in (0, 12, 40, 60, 110)])
+    low, high = (k + spec.BIAS for k in spec.EXACT[reference.TYPE_NAMES[dtype]])
+    codes = torch.arange(256, dtype=torch.uint8).view(F8).repeat(high - low + 1, 1)
+    scales = torch.arange(low, high + 1, dtype=torch.uint8)[:, None].expand(-1, 8).contiguous()
+
+    def everything() -> tuple[list[bytes], list[reference.Errors]]:
+        out = torch.empty(codes.shape, dtype=dtype)
+        kernels.dequantise(codes, scales, out, block=spec.MX_BLOCK, level=level)
+        found, place, values = list(quantised(w, level)), w.clone(), torch.empty(w.shape, dtype=torch.bfloat16)
+        if dtype in GRIDS:
+            kernels.project(w, place, level=level)
+        errors = [kernels.measure(part, *quantised(part, level), level=level) for part in w.split(128)]
+        kernels.measure(w, *found, values, level=level)
+        return [raw(t).numpy().tobytes() for t in (*found, out, place, values)], errors
+
+    exact, sums = everything()
+    assert torch.set_flush_denormal(True)
+    try:
+        flushed, flushed_sums = everything()
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed == exact
+    assert [e.changed for e in flushed_sums] == [e.changed for e in sums]
+    assert dtype == torch.float16 or flushed_sums != sums  # so the exception that the docstrings make is needed
+
+
 # Large tensors: streaming stores, threads.
+
+
+@each_level
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+@pytest.mark.parametrize("width", [16, 32, 48])
+def test_blocks_that_begin_inside_a_cache_line(level: str, width: int) -> None:
+    """The C function itself, whose stores past the caches fault where a block's first byte is not aligned to them."""
+    rows, columns = 1024, 6144
+    torch.manual_seed(22)
+    codes = torch.randint(0, 0x7F, (rows, columns), dtype=torch.uint8)
+    scales = torch.randint(100, 140, spec.grid(rows, columns, (1, width)), dtype=torch.uint8)
+    powers = torch.exp2(scales.float() - spec.BIAS).repeat_interleave(width, 1)
+    expected = (codes.view(F8).float() * powers).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    out, intact = framed((rows, columns), torch.bfloat16)
+    places = (codes.data_ptr(), 0, columns), scales.data_ptr(), (out.data_ptr(), 0, 2 * columns)
+    child = os.fork()
+    if child == 0:
+        assert kernels.extension is not None
+        kernels.extension.dequantise(kernels.LEVELS.index(level), 1, (1, rows, columns), 0, *places, 1, width)
+        os._exit(0 if out.view(torch.int16).numpy().tobytes() == expected and intact() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @each_level
@@ -296,6 +362,7 @@ def test_a_forked_child_of_a_threaded_parent() -> None:
         wanted = expected.numpy().tobytes()
         child = os.fork()
         if child == 0:  # torch's own parallel loops would hang here, so nothing but the kernel may run
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # no handler of ours runs while C waits
             signal.alarm(60)
             os._exit(0 if codec.project(w).numpy().tobytes() == wanted else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -422,6 +489,22 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
         refusals()[name]()
 
 
+@pytest.mark.parametrize("block", [(1, 16), (1, 48), (1, 64), (32, 1), (128, 32), (0, 32), (1, 0), (-128, -128), (1,)])
+def test_other_blocks_are_refused(block: Any) -> None:
+    """Whatever their number of scales, and before a division by zero."""
+    rows, columns = block[0], block[-1]
+    codes = torch.zeros(96, 96).to(F8)
+    scales = torch.full((-(-96 // (abs(rows) or 1)), -(-96 // (abs(columns) or 1))), 127, dtype=torch.uint8)
+    out = torch.empty(96, 96)
+    for dequantise in (
+        lambda: codec.dequantise(codes, scales, block=block),
+        lambda: reference.dequantise(codes, scales, block=block),
+        lambda: kernels.dequantise(codes, scales, out, block=block),
+    ):
+        with pytest.raises(FormatError, match="for each block of"):
+            dequantise()
+
+
 def test_an_unknown_level() -> None:
     w = torch.ones(1, 1)
     with pytest.raises(PlatformError, match="no kernels for sve"):
@@ -446,7 +529,7 @@ def test_the_same_without_the_extension(dtype: torch.dtype, monkeypatch: pytest.
         return [raw(t) for t in found] + [torch.tensor(errors, dtype=torch.float64)]
 
     with_kernels = everything()
-    monkeypatch.setattr(kernels, "_extension", None)
+    monkeypatch.setattr(kernels, "extension", None)
     assert kernels.levels() == ()
     without = everything()
     assert all(torch.equal(a, b) for a, b in zip(with_kernels, without, strict=True))

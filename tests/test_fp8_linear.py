@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from transformers import DynamicCache
 
 from ottava.engine.generate import generate, step
 from ottava.errors import CheckpointError, FormatError
+from ottava.fp8 import kernels as extension
 from ottava.fp8 import matmul
 from ottava.fp8.codec import dequantise, project, quantise
+from ottava.fp8.kernels import LEVELS, levels
 from ottava.fp8.linear import Fp8Linear, replace
-from ottava.fp8.matmul import LEVELS, Order, levels, orders, product
+from ottava.fp8.matmul import Order, orders, product
 from ottava.models.build import from_config, initialise
 from ottava.models.load import _Undrawn, load
 from ottava.models.published import published, stored
@@ -216,6 +220,36 @@ def test_the_error_is_inside_its_bound(kernel: tuple[Order, torch.dtype, str | N
 # --- What is refused ---
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_child_of_a_threaded_parent() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        codes, scales, _ = weight(576, 576)
+        x = activations(1, 576, torch.float32)
+        wanted = product(x, codes, scales).numpy().tobytes()  # wakes the parent's threads
+        child = os.fork()
+        if child == 0:  # torch's own parallel loops would hang here, so nothing but the kernel may run
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # no handler of ours runs while C waits
+            signal.alarm(60)
+            os._exit(0 if product(x, codes, scales).numpy().tobytes() == wanted else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_conjugates_lazy_negation_is_not_lost() -> None:
+    codes, scales, exact = weight(130, 200)
+    x = torch.complex(activations(2, 200, torch.float32, 1), activations(2, 200, torch.float32)).conj().imag
+    assert x.is_neg()
+    wanted = product(x.resolve_neg().contiguous(), codes, scales)
+    assert torch.equal(product(x, codes, scales), wanted)
+    assert torch.equal(Fp8Linear(codes, scales)(x), wanted)
+    lazy = torch._neg_view(activations(2, 200, torch.float32))
+    assert torch.equal(Fp8Linear(codes, scales)(lazy), wanted)
+    assert torch.equal(product(lazy, torch._neg_view(exact)), -wanted)
+
+
 def test_products_that_do_not_fit_are_refused() -> None:
     codes, scales, exact = weight(130, 200)
     x = activations(2, 200, torch.float32)
@@ -230,6 +264,9 @@ def test_products_that_do_not_fit_are_refused() -> None:
         lambda: product(x, codes, scales, level="neon"),
         lambda: product(x, codes, scales, order="dot"),
         lambda: product(x, codes, scales, order="pairwise"),  # type: ignore[arg-type]
+        lambda: product(x.to("meta"), codes, scales),
+        lambda: product(x, codes.to("meta"), scales),
+        lambda: product(x.to_sparse(), codes, scales),
     ):
         with pytest.raises(FormatError):
             bad()
@@ -253,7 +290,8 @@ def test_layers_that_cannot_be_are_refused() -> None:
         with pytest.raises(FormatError):
             bad()
     layer = Fp8Linear(codes, scales)
-    for x in (torch.zeros(3, 199), torch.zeros(3, 200).double(), torch.zeros(3, 200, requires_grad=True)):
+    wrong = torch.zeros(3, 199), torch.zeros(3, 200).double(), torch.zeros(3, 200, requires_grad=True)
+    for x in (*wrong, torch.zeros(3, 200, device="meta")):
         with pytest.raises(FormatError):
             layer(x)
 
@@ -315,9 +353,27 @@ def test_from_linear_rounds_as_the_codec_does() -> None:
     assert isinstance(model[2], nn.Linear)
 
 
+def test_replace_leaves_the_root_and_keeps_a_layer_in_two_places_one() -> None:
+    assert replace(nn.Linear(3, 4), lambda name, module: Fp8Linear.from_linear(module)) == []
+    shared, block = nn.Linear(130, 130), nn.Sequential(nn.Linear(130, 130))
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(nn.ReLU(), shared), "c": block, "d": block})
+    asked = []
+
+    def choose(name: str, module: nn.Linear) -> Fp8Linear | None:
+        asked.append(name)
+        return None if name == "a" else Fp8Linear.from_linear(module)  # a folder may hold it under its second name
+
+    assert replace(model, choose) == ["a", "b.1", "c.0", "d.0"]
+    assert asked == ["a", "b.1", "c.0"]
+    assert isinstance(model["a"], Fp8Linear)
+    assert model["a"] is model.get_submodule("b.1")
+    assert model["c"] is model["d"]
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+
+
 def test_without_the_extension_there_are_no_orders_and_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_HERE", ())
-    monkeypatch.setattr(matmul, "_kernels", None)
+    monkeypatch.setattr(extension, "extension", None)
     codes, scales, exact = weight(130, 200)
     x = activations(1, 200, torch.float32)
     assert orders() == levels() == ()

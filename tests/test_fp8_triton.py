@@ -188,8 +188,9 @@ def test_every_code_at_every_scale(run: Run, dtype: torch.dtype) -> None:
     lowest, highest = (k + spec.BIAS for k in spec.EXACT[reference.TYPE_NAMES[dtype]])
     scales = torch.arange(lowest, highest + 1, dtype=torch.uint8)[:, None]
     codes = torch.arange(256, dtype=torch.uint8).view(F8).expand(len(scales), -1)
-    found = run("dequantise", codes, scales, dtype, block=(1, 256))
-    expected = reference.dequantise(codes, scales, dtype, block=(1, 256))
+    scales = scales.expand(-1, 256 // spec.MX_BLOCK[1])
+    found = run("dequantise", codes, scales, dtype, block=spec.MX_BLOCK)
+    expected = reference.dequantise(codes, scales, dtype, block=spec.MX_BLOCK)
     finite = expected.isfinite()
     assert int(finite.sum()) == 254 * len(scales)
     assert found[~finite].isnan().all()

@@ -17,15 +17,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from ottava.checkpoint.convert import convert
 from ottava.checkpoint.layouts import exact, weights
 from ottava.checkpoint.names import storage_of
+from ottava.checkpoint.resume import Part, locked
 from ottava.checkpoint.safetensors import load as load_tensor
 from ottava.checkpoint.safetensors import read_header, write
-from ottava.errors import CheckpointError, DataError, FormatError
+from ottava.errors import Busy, CheckpointError, DataError, FormatError
 from ottava.fp8.codec import project, quantise
 from ottava.fp8.rounding import damping_for, gptq, grid_scale, nearest, output_error
 from ottava.fp8.spec import BIAS, BLOCK, BYTE_MIN, scale_byte
-from ottava.models.calibrate import REPORT, convert_calibrated, round_model
+from ottava.models import calibrate as calibration
+from ottava.models.calibrate import REPORT, Inputs, _Model, _Passage, convert_calibrated, round_model
 
 GRID = sorted({float(v) for v in torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float() if v == v})
 
@@ -436,6 +439,199 @@ def test_the_master_holds_the_overlay_s_values(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["master", "overlay", "source", "t.txt"]
 
 
+def prepared(tmp_path: Path, config: Mapping[str, Any] = LLAMA) -> dict[str, Any]:
+    """A small model and how to calibrate it to the master "o"."""
+    make(tmp_path / "s", config)
+    words = text(tmp_path / "t.txt")
+    return {"source": tmp_path / "s", "out": tmp_path / "o", "text": words, "tokens": 512, "window": 64}
+
+
+def test_inputs_that_are_all_but_parallel(tmp_path: Path) -> None:
+    """Words that the vocabulary lacks are one and the same token: a Hessian of rank one, but for rounding errors."""
+    args = prepared(tmp_path)
+    (tmp_path / "t.txt").write_text("unknown " * 20000)
+    report = round_model({**args, "tokens": 16384, "window": 512})
+    gains = [fact["gain_db"] for fact in report["tensors"].values()]
+    assert all(gain is None or math.isfinite(gain) for gain in gains)
+
+
+def test_an_error_that_is_no_more_than_noise_has_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "output_error", lambda *_: torch.tensor(-1e-12))
+    (fact,) = calibration._round([torch.randn(4, 5)], torch.eye(5, dtype=torch.float64), 9)
+    assert (fact.method, fact.gain_db) == ("gptq", None)
+
+
+def test_sums_of_products_are_not_rounded_to_float32() -> None:
+    x = torch.randn(300, 1) @ torch.randn(1, 40) + 1e-6 * torch.randn(300, 40)
+    layer = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(40, 8, bias=False)})
+    seen = Inputs(layer, "model.layers.0.mlp.")
+    for half in (x[:100], x[100:]):
+        layer["up_proj"](half)
+        seen.sum_up()
+    wide = x.double()
+    torch.testing.assert_close(seen.hessians["up_proj.weight",], wide.T @ wide, rtol=1e-12, atol=1e-12)
+    assert seen.tokens["up_proj.weight",] == 300
+
+
+def test_what_another_model_left_is_no_part_of_this(tmp_path: Path) -> None:
+    args = prepared(tmp_path, {**LLAMA, "num_hidden_layers": 1})
+    make(tmp_path / "larger", LLAMA)
+
+    def stop(done: int, of: int) -> None:
+        if done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        convert_calibrated({**args, "source": tmp_path / "larger"}, stop)
+    assert (tmp_path / "o.rounding" / "layer-00001.safetensors").exists()
+    report = convert_calibrated(args)
+    assert report == convert_calibrated({**args, "out": tmp_path / "anew"})
+    assert not (tmp_path / "o.rounding").exists()
+
+
+def test_two_calibrations_exclude_each_other(tmp_path: Path) -> None:
+    args = prepared(tmp_path)
+    with locked(tmp_path / "o.rounding", calibration.OURS):
+        for attempt in (convert_calibrated, lambda given: round_model({**given, "out": tmp_path / "o.rounding"})):
+            with pytest.raises(Busy):
+                attempt(args)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "t.txt"]
+
+
+def test_the_master_is_published_with_all_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args, real, seen = prepared(tmp_path), Part.publish, []
+
+    def publish(part: Part, out: Path) -> None:
+        seen.append({path.name: path.read_bytes() for path in part.folder.iterdir()})
+        real(part, out)
+
+    monkeypatch.setattr(Part, "publish", publish)
+    report = convert_calibrated(args)
+    (before,) = seen
+    assert json.loads(before["conversion.json"]) == report
+    assert {path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()}.items() <= before.items()
+    assert REPORT in before
+
+
+def test_a_conversion_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The overlay is left as it was: otherwise the conversion would take it for another."""
+    args = prepared(tmp_path)
+
+    def stop(part: Part, out: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert_calibrated(args)
+    state = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o.rounding").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert_calibrated(args)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "o.rounding").iterdir()} == state
+    assert convert_calibrated(args) == convert_calibrated({**args, "out": tmp_path / "whole"})
+
+
+@pytest.mark.parametrize("fault", ["out", "engine", "layout", "no linears", "other scales"])
+def test_what_can_be_known_is_said_before_the_rounding(fault: str, tmp_path: Path) -> None:
+    args = prepared(tmp_path)
+    if fault == "out":
+        (tmp_path / "o").mkdir()
+        (tmp_path / "o" / "file").write_text("x")
+    elif fault in ("engine", "layout"):
+        args[fault] = "nonesuch"
+    else:
+        path = tmp_path / "s" / "model.safetensors"
+        tensors = {name: load_tensor(entry) for name, entry in read_header(path).items()}
+        if fault == "no linears":
+            tensors = {name: tensor for name, tensor in tensors.items() if "_proj" not in name}
+        else:
+            name = "model.layers.2.mlp.up_proj.weight"
+            codes, _ = quantise(tensors[name])
+            tensors |= {name: codes, name + "_scale_inv": torch.full((2, 1), 0.3)}
+        write(path, tensors.items())
+    there, layers = sorted(path.name for path in tmp_path.iterdir()), []
+    with pytest.raises(CheckpointError):
+        convert_calibrated(args, lambda done, of: layers.append(done))
+    assert not layers
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+def test_codes_that_lie_on_the_grid_stay_as_they_are(tmp_path: Path) -> None:
+    args = prepared(tmp_path)
+    master = convert({"source": tmp_path / "s", "out": tmp_path / "e8m0"})
+    report = convert_calibrated({**args, "source": tmp_path / "e8m0"})
+    assert (report["label"], report["digest"]) == ("on-grid", master["digest"])
+
+
+NORMS = {"phi": "final_layernorm", "lfm2": "embedding_norm", "persimmon": "final_layernorm"}
+"""Families whose last norm has another name, which nothing depends on."""
+
+
+def other(folder: Path, kind: str, **more: Any) -> Any:
+    """A small model of another family, in LLAMA's sizes, saved in BF16; the model, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in LLAMA.items() if key not in ("model_type", "architectures")}
+    torch.manual_seed(0)
+    built = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **{**settings, "pad_token_id": 0, "head_dim": 16, **more}),
+        attn_implementation="eager",
+        dtype=torch.float32,
+    ).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.copy_(parameter.bfloat16())
+    copy.deepcopy(built).to(torch.bfloat16).save_pretrained(folder)
+    return built
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", NORMS)
+def test_other_families_are_walked_as_they_run(tmp_path: Path, kind: str) -> None:
+    """Layer after layer gives what the whole model, run by Transformers, gives to its last norm."""
+    args = prepared(tmp_path)
+    built = other(tmp_path / "s", kind)
+    ids, seen = torch.randint(97, (3, 64)), []
+    getattr(built.model, NORMS[kind]).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    built(input_ids=ids, use_cache=False)
+    walked = _Model(tmp_path / "s", json.loads((tmp_path / "s" / "config.json").read_text()), weights(tmp_path / "s"))
+    hidden = walked.embed(ids)
+    for number in range(len(walked.layers)):
+        layer, given = walked.layer(number)
+        hidden = torch.stack([walked.run(layer, window, given) for window in hidden])
+    torch.testing.assert_close(hidden, seen[0], rtol=1e-4, atol=1e-4)
+    if kind == "persimmon":  # none of its linears is kept in FP8
+        with pytest.raises(CheckpointError, match="no linear weights"):
+            convert_calibrated(args)
+    else:
+        assert convert_calibrated(args)["calibration"]["gain_db"]["median"] > 0
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v4", "gpt2", "gpt_oss"])
+def test_other_families_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoConfig
+
+    args = prepared(tmp_path)
+    if kind == "gpt_oss":
+        other(tmp_path / "s", kind, num_local_experts=4)
+    else:  # its description is enough
+        AutoConfig.for_model(kind).save_pretrained(tmp_path / "s")
+    with pytest.raises(CheckpointError, match=kind) as caught:
+        round_model(args)
+    assert caught.value.fix == "convert it with --rounding nearest"
+
+
+def test_layers_that_are_given_more_of_the_text_are_refused() -> None:
+    passage = _Passage(last=False)
+    x = torch.zeros(1, 2, 3)
+    passage(x, mask=(torch.ones(2), None))
+    passage(x, mask=(torch.ones(2), None))
+    with pytest.raises(ValueError, match="depends on the text"):
+        passage(x, mask=(torch.zeros(2), None))
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     source = tmp_path / "source"
     make(source, LLAMA)
@@ -475,3 +671,11 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_bytes((tmp_path / "other" / "tokenizer.json").read_bytes())
     with pytest.raises(FormatError):
         attempt()
+
+
+def test_what_lies_on_the_grid_stays_as_it_is() -> None:
+    w = project(torch.randn(128, 96))
+    w[w.abs() < 0.3] *= -0.0
+    x = torch.randn(500, 96, dtype=torch.float64)
+    assert bool(torch.signbit(w[w == 0]).any())
+    assert torch.equal(gptq(w, x.T @ x).view(torch.int32), w.view(torch.int32))

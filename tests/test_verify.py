@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ottava.checkpoint import digest as digest_module
+from ottava.checkpoint.convert import convert
 from ottava.errors import CheckpointError, OttavaError
 from ottava.verify import causes, relations, weights
 from ottava.verify.causes import ALIKE, CAUSES
 from ottava.verify.weights import compare, compare_folders, prove_layouts
 from tests.attacks import folders
 from tests.attacks.faults import EMBED, FAULTS, HEAD, NORM, Fault, Q, quantise
-from tests.attacks.folders import LAYOUTS, Coded, Plain, Stored, Written, bf16, dense, first_difference, save, written
+from tests.attacks.folders import (
+    LAYOUTS,
+    Coded,
+    Plain,
+    Stored,
+    Written,
+    bf16,
+    dense,
+    first_difference,
+    from_bf16,
+    save,
+    written,
+)
 
 KINDS = ("llama", "qwen3_moe", "deepseek_v3")
 
@@ -339,6 +353,92 @@ def test_the_digest_on_record_says_which_side_is_faulty(tmp_path: Path) -> None:
     for nonsense in ("{", "[]", '{"digest": 3}', "[" * 100_000):
         (a / "conversion.json").write_text(nonsense)
         assert compare(a, b, workers=1) == first
+    (a / "conversion.json").unlink()
+    os.mkfifo(a / "conversion.json")
+    assert compare(a, b, workers=1) == first
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("source", ["rounded", "lossy"])
+def test_a_model_is_not_faulty_because_its_conversion_is_rounded(source: str, layout: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    model: folders.Model = {
+        name: Plain(from_bf16(bf16(rng.normal(size=found.values.shape)))) if isinstance(found, Coded) else found
+        for name, found in folders.model("llama").items()
+    }
+    if source == "lossy":
+        model = folders.model("llama")
+        model[Q] = Coded(model[Q].codes, model[Q].factors * float(np.float32(1.1)))
+    save(tmp_path / "a", written(model, "bf16" if source == "rounded" else "deepseek"))
+    (tmp_path / "a" / "config.json").write_text('{"model_type": "llama"}')
+    args = {"source": str(tmp_path / "a"), "out": str(tmp_path / "b"), "layout": layout, "allow_lossy": True}
+    assert convert(args)["label"] == source
+    for a, b in ("ab", "ba"):
+        found = compare(tmp_path / a, tmp_path / b, workers=1)["first_bad"]
+        assert (found["cause"], found["faulty"]) == ("rounded onto the grid", "a" if a == "b" else "b")
+        assert Path(found["where"]).parent == tmp_path / "b"
+    if layout == "e8m0":  # a copy that has this record, and not these values, is faulty; whatever its values look like
+        save(tmp_path / "c", written(folders.model("llama", 1), "e8m0"))
+        (tmp_path / "c" / "conversion.json").write_bytes((tmp_path / "b" / "conversion.json").read_bytes())
+        assert compare(tmp_path / "b", tmp_path / "c", workers=1)["first_bad"]["faulty"] == "b"
+
+
+@pytest.mark.parametrize("label", ["rounded", None])
+def test_likeness_accuses_nobody(label: str | None, tmp_path: Path) -> None:
+    """A rounding with calibration is not the plain rule's: it resembles its source, and the source is off the grid."""
+    rng = np.random.default_rng(3)
+    sound = folders.model("llama")
+    off = sound[Q].values * (1 + 0.05 * rng.normal(size=sound[Q].values.shape))
+    a = save(tmp_path / "a", written({**sound, Q: Plain(from_bf16(bf16(off)))}, "bf16"))
+    b = save(tmp_path / "b", written(sound, "e8m0"))
+    if label is not None:
+        (b / "conversion.json").write_text(json.dumps({"label": label, "digest": compare(a, b)["digest_b"]}))
+    for pair in ((a, b), (b, a)):
+        found = compare(*pair, workers=1)["first_bad"]
+        assert (found["tensor"], found["cause"], found["faulty"]) == (Q, "stale tensor", None)
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"), [(1.015625, "rounded onto the grid"), (1.09375, "one value overwritten")]
+)
+def test_one_value_off_the_grid_does_not_make_the_original_faulty(factor: float, expected: str, tmp_path: Path) -> None:
+    """The plain rule takes a power of two times 1 + 1/64 back to it, and times 1 + 3/32 to its neighbour."""
+    sound = folders.model("llama")
+    codes = sound[Q].codes.copy()
+    codes[3, 7] = 0x50
+    sound[Q] = Coded(codes, sound[Q].factors)
+    off = sound[Q].values.copy()
+    off[3, 7] *= factor
+    a = save(tmp_path / "a", written({**sound, Q: Plain(from_bf16(bf16(off)))}, "bf16"))
+    b = save(tmp_path / "b", written(sound, "bf16"))
+    (b / "conversion.json").write_text(json.dumps({"label": "rounded", "digest": compare(a, b)["digest_b"]}))
+    found = compare(a, b, workers=1)["first_bad"]
+    assert (found["cause"], found["faulty"]) == (expected, "b" if expected.startswith("rounded") else None)
+
+
+def test_a_conversion_on_record_that_rounded_nothing_is_believed(tmp_path: Path) -> None:
+    sound = folders.model("llama")
+    moved = sound[Q].values * (1 + 0.05 * np.random.default_rng(3).normal(size=sound[Q].values.shape))
+    a = save(tmp_path / "a", written({**sound, Q: Plain(from_bf16(bf16(moved)))}, "bf16"))
+    b = save(tmp_path / "b", written(sound, "e8m0"))
+    (b / "conversion.json").write_text(json.dumps({"label": "on-grid", "digest": compare(a, b)["digest_b"]}))
+    assert compare(a, b, workers=1)["first_bad"]["faulty"] == "a"
+
+
+@pytest.mark.parametrize("value", [3.0, -1.0, np.inf, 0.0])
+def test_one_f32_scale_of_any_value(value: float, tmp_path: Path) -> None:
+    sound = folders.model("llama")
+    bad = written(sound, "deepseek")
+    scales = bad.stored[Q + "_scale_inv"]
+    scales.data = scales.data.copy()
+    scales.data[1, 0] = value
+    found = compare(save(tmp_path / "a", written(sound, "e8m0")), save(tmp_path / "b", bad), workers=1)["first_bad"]
+    assert (found["tensor"], found["block"], found["cause"]) == (Q, [1, 0], "one scale changed")
+    assert "any number" in CAUSES["one scale changed"]
+
+
+def test_causes_by_likeness_say_so() -> None:
+    assert {cause for cause, meaning in CAUSES.items() if meaning.startswith("by likeness")} == set(causes.BY_LIKENESS)
 
 
 # What is no verdict.
@@ -390,8 +490,18 @@ def broken() -> dict[str, Callable[[Path], object]]:
     def header(text: bytes) -> Callable[[Path], object]:
         return lambda folder: (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
 
+    def stray(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        save(folder, dataclasses.replace(small("e8m0"), shards=3))
+        (folder / "model-00001-of-00002.safetensors").write_bytes(b"stale")
+
+    def pipe(name: str) -> Callable[[Path], object]:
+        return lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))
+
     return {
         "no such folder": lambda folder: (folder / "model.safetensors").unlink(),
+        "a shard that the index leaves out": stray,
+        "a pipe": pipe("model.safetensors"),
         "an empty file": lambda folder: (folder / "model.safetensors").write_bytes(b""),
         "a garbage header": header(b"\xff\xfe garbage"),
         "a list for a header": header(b"[]"),

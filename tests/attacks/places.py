@@ -108,12 +108,13 @@ def _resplit(names: tuple[str, ...], cut: int) -> Callable[[Model, str], Written
 
 add("gate and up cut 16 rows late", "llama", GATE, "wrong fused split", _resplit((GATE, UP), 16))
 add("q, k and v cut at the wrong row", "llama", K, "wrong fused split", _resplit((Q, K, V), 64))
-add("gate and up swapped", "llama", GATE, "wrong fused split", swap((GATE, UP)))
+add("gate and up swapped", "llama", GATE, "tensors swapped", swap((GATE, UP)))
+add("embeddings and head swapped", "llama", HEAD, "tensors swapped", swap((HEAD, EMBED)))
 add(
     "an expert's gate and up swapped",
     "qwen3_moe",
     EXPERT.format(1, "gate"),
-    "wrong fused split",
+    "tensors swapped",
     swap((EXPERT.format(1, "gate"), EXPERT.format(1, "up"))),
 )
 

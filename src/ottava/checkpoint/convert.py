@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from ottava.checkpoint.layouts import (
     weights,
 )
 from ottava.checkpoint.names import Storage, storage_of
-from ottava.checkpoint.resume import Part, part_of
+from ottava.checkpoint.resume import Part, Record, check_free, part_of
 from ottava.checkpoint.safetensors import INDEX, SHARD_BYTES, head_of, nbytes, read_header, split
 from ottava.checkpoint.spelling import WIDEST, Done, Place, Task, convert_unit
 from ottava.checkpoint.stream import Reader, Unit, default_workers, shared_out, units
@@ -66,6 +67,7 @@ class Options:
     exact: bool = False
     flush: bool = True
     shard_bytes: int = SHARD_BYTES
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(args: Mapping[str, Any]) -> Options:
@@ -124,12 +126,14 @@ def convert(args: Mapping[str, Any], progress: Progress | None = None) -> dict[s
         engine, tp     refuse shapes that this engine is known to corrupt on so many tensor-parallel devices
         exact          refuse to round anything
         flush          False leaves it to the operating system when the bytes reach the disk: for what is soon deleted
+        notes          facts for conversion.json that the caller knows
     progress: called with the bytes of source that are done, and all of them.
 
     Returns {"on_grid", "label": "on-grid" | "rounded" | "lossy", "layout", "digest", "tensors", "quantised",
-    "rounded", "sqnr_db", "bytes", "rounding"}: tensors, quantised and rounded count published weights, bytes is the
-    size of the folder's tensor files. Raises CheckpointError or FormatError, naming file and tensor, ResourceError
-    where the disk is too small, Busy where `out` is being written; `out` is complete or not there.
+    "rounded", "sqnr_db", "bytes", "rounding"} and the notes: tensors, quantised and rounded count published weights,
+    bytes is the size of the folder's tensor files. An overlay's rounding.json goes with the result.
+    Raises CheckpointError or FormatError, naming file and tensor, ResourceError where the disk is too small, Busy
+    where `out` is being written; `out` is complete or not there.
     """
     options = Options.of(args)
     config = read_config(options.source)
@@ -146,8 +150,22 @@ def convert(args: Mapping[str, Any], progress: Progress | None = None) -> dict[s
         finish(part.folder, options.source, config, quantisation_of(options.layout, plan.found, plan.quantised))
         report = _report(options, plan, tallies, digests)
         report["bytes"] = sum(os.fstat(descriptor).st_size for descriptor in part.files.values())
+        report |= options.notes
+        if options.overlay is not None and (options.overlay / OVERLAY_NOTE).is_file():
+            shutil.copyfile(options.overlay / OVERLAY_NOTE, part.folder / OVERLAY_NOTE)
         write_json(part.folder / "conversion.json", report)
     return report
+
+
+def check(args: Mapping[str, Any]) -> dict[str, Weight]:
+    """Raise what `convert(args)` would raise before its first byte, but for Busy; the source's linear weights.
+
+    For work that is done before a conversion and would be in vain. What only the values tell comes later.
+    """
+    options = Options.of(args)
+    check_free(options.out)
+    plan = _plan(options, read_config(options.source))
+    return {name: plan.found[name] for name in sorted(plan.quantised)}
 
 
 def _state_of(options: Options) -> list[list[Any]]:
@@ -240,10 +258,10 @@ def _write(
     places = {name: Place(part.files[file], at) for file, (_, offsets) in heads.items() for name, at in offsets.items()}
     tasks = {name: _task(options, plan, name, places) for name in plan.found if name not in part.done}
     for record in _converted(part, tasks, options, plan, progress):
-        part.done[record["name"]] = record
+        part.done[record.name] = record
     records = [part.done[name] for name in plan.found]
-    tallies = {item["name"]: Tally(item["changed"], item["signal"], item["noise"]) for item in records}
-    return tallies, {item["name"]: bytes.fromhex(item["hash"]) for item in records}
+    tallies = {item.name: Tally(item.changed, item.signal, item.noise) for item in records}
+    return tallies, {item.name: bytes.fromhex(item.hash) for item in records}
 
 
 def _task(options: Options, plan: Plan, name: str, places: Mapping[str, Place]) -> Task:
@@ -261,12 +279,12 @@ def _task(options: Options, plan: Plan, name: str, places: Mapping[str, Place]) 
 
 def _converted(
     part: Part, tasks: Mapping[str, Task], options: Options, plan: Plan, progress: Progress | None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Record]:
     """Convert; the records of the weights, each once its bytes are on disk."""
     total = sum(weight.data.end - weight.data.start for weight in plan.found.values())
     done = total - sum(task.weight.data.end - task.weight.data.start for task in tasks.values())
     results: dict[str, dict[int, Done]] = {name: {} for name in tasks}
-    ready: list[dict[str, Any]] = []
+    ready: list[Record] = []
     noted, since = done, time.monotonic()
 
     def work(reader: Reader, unit: Unit) -> tuple[Unit, Done]:
@@ -288,14 +306,13 @@ def _converted(
     yield from ready  # the files are flushed when the folder is published
 
 
-def _record(weight: Weight, found: Mapping[int, Done]) -> dict[str, Any]:
+def _record(weight: Weight, found: Mapping[int, Done]) -> Record:
     """A weight's line in the log. Units are summed in order, whoever was first."""
     tally, parts = Tally(), [found[index] for index in sorted(found)]
     for done in parts:
         tally.add(done)
     digest = Digest(weight.name, weight.shape, b"".join(done.hashes for done in parts))
-    sums = {"changed": tally.changed, "signal": tally.signal, "noise": tally.noise}
-    return {"name": weight.name, "hash": digest.hex, **sums}
+    return Record(weight.name, digest.hex, tally.changed, tally.signal, tally.noise)
 
 
 def _report(options: Options, plan: Plan, tallies: Mapping[str, Tally], digests: Mapping[str, bytes]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ottava.artifact import write_json
-from ottava.checkpoint.safetensors import Entry, entries, load
+from ottava.checkpoint.safetensors import Entry, check_regular, entries, load
 from ottava.errors import CheckpointError, from_os_error
 from ottava.fp8 import fp4
 from ottava.fp8.codec import dequantise
@@ -61,6 +61,7 @@ QUANTISED_KEYS = ("quantization_config", "compression_config", "expert_dtype")
 """What a configuration says of how its weights are stored. expert_dtype: DeepSeek-V4's FP4 experts."""
 
 NEEDS_MASTER = "quantise from the BF16/FP32 master"
+OR_AGAIN = f"{NEEDS_MASTER}, or round a second time with ottava convert --allow-lossy"
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def not_exact(weight: Weight, scales: Tensor, good: Tensor, first_row: int = 0) 
         f"the scale of block {(first_row + row, column)} is {shown}, which is no power of two from 2**{lowest} to "
         f"2**{highest}: its weights are not exact in BF16",
         where=weight.scale.where,
-        fix=NEEDS_MASTER,
+        fix=OR_AGAIN,
         tensor=weight.name,
         cause="scales that are no powers of two",
     )
@@ -229,11 +230,12 @@ def nan_code(weight: Weight) -> CheckpointError:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A model folder's config.json. Raises CheckpointError where it is missing or no JSON mapping."""
+    """A model folder's config.json. Raises CheckpointError where it is missing, no regular file or no JSON mapping."""
     path = folder / name
     try:
+        check_regular(path)
         config = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise CheckpointError(
@@ -267,7 +269,7 @@ def finish(part: Path, source: Path, config: dict[str, Any], quantisation: dict[
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
     if quantisation is not None:
         config["quantization_config"] = quantisation
-    write_json(part / "config.json", config)
+    write_json(part / "config.json", config, allow_nan=True)  # as the source had it
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, part / name)

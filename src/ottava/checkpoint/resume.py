@@ -12,11 +12,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ottava.artifact import canonical
 from ottava.errors import Busy, CheckpointError, ResourceError, from_os_error
@@ -25,14 +26,48 @@ LOG = "conversion.log"
 SPARE = 16 << 20
 """Bytes left free for the small files."""
 
+HASH_BYTES = 32
+
+
+class Record(NamedTuple):
+    """A finished weight. changed, signal, noise: as in `spelling.Done`; hash: the tensor hash, in hex."""
+
+    name: str
+    hash: str
+    changed: int
+    signal: float
+    noise: float
+
+    @staticmethod
+    def read(line: bytes) -> Record:
+        """From a line of the log. ValueError: no JSON, as a kill leaves it; TypeError: JSON, but no record."""
+        found = json.loads(line)
+        if not isinstance(found, dict):
+            raise TypeError("a record is a table")
+        record = Record(**found)  # TypeError where keys are missing or unknown
+        numbers = (record.changed, record.signal, record.noise)
+        if not isinstance(record.name, str) or not all(isinstance(value, int | float) for value in numbers):
+            raise TypeError("a record's values have other types")
+        try:
+            whole = len(bytes.fromhex(record.hash)) == HASH_BYTES
+        except ValueError:
+            whole = False
+        if not whole:
+            raise TypeError("a record's hash is none")
+        return record
+
 
 class Part:
-    """An open OUT.part. done: records of the log, by weight. flush: False keeps no log, so that nothing is resumed."""
+    """An open OUT.part. done: records of the log, by weight; resumed: whether an earlier run left some.
+
+    flush: False keeps no log, so that nothing is resumed.
+    """
 
     def __init__(self, folder: Path, descriptor: int, flush: bool):
         self.folder, self._descriptor, self._flush = folder, descriptor, flush
+        self.resumed = False
         self.files: dict[str, int] = {}
-        self.done: dict[str, dict[str, Any]] = {}
+        self.done: dict[str, Record] = {}
         self._log = -1
 
     def begin(self, task: Mapping[str, Any], files: Mapping[str, tuple[bytes, int]]) -> None:
@@ -42,26 +77,30 @@ class Part:
         Raises ResourceError, before anything is written, where the disk has no room for them.
         """
         first = canonical(task) + b"\n"
-        if not self._resume(first, files):
+        again = self._resume(first, files)
+        self._log = os.open(self.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        if not again:  # the log stays: it marks the folder as this module's
             for path in self.folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                if path.name != LOG:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            os.truncate(self._log, 0)
+        self.resumed = bool(self.done)
         self._check_space(sum(size for _, size in files.values()))
         for name, (head, size) in files.items():
             descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
             self.files[name] = descriptor
             os.ftruncate(descriptor, size)
             os.pwrite(descriptor, head, 0)
-        self._log = os.open(self.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         if not self.done and os.fstat(self._log).st_size == 0:
             os.write(self._log, first)
 
-    def record(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def record(self, records: Iterable[Record]) -> None:
         """Flush all data, then tell of the weights that are done."""
         if not self._flush:
             return
         for descriptor in self.files.values():
             os.fdatasync(descriptor)
-        os.write(self._log, b"".join(canonical(record) + b"\n" for record in records))
+        os.write(self._log, b"".join(canonical(record._asdict()) + b"\n" for record in records))
         os.fdatasync(self._log)
 
     def close(self) -> None:
@@ -89,18 +128,20 @@ class Part:
             return False
         if not lines or lines[0] != first or any(sizes[name] != size for name, (_, size) in files.items()):
             return False
-        good = len(lines[0])
+        good, done = len(lines[0]), {}
         for line in lines[1:]:
             try:
-                record = json.loads(line)
-                self.done[record["name"]] = record
-            except (ValueError, KeyError, TypeError):
+                record = Record.read(line)
+            except ValueError:
                 break
+            except TypeError:  # not this module's: nothing in such a log can be believed
+                return False
             if not line.endswith(b"\n"):
-                del self.done[record["name"]]
                 break
+            done[record.name] = record
             good += len(line)
         os.truncate(self.folder / LOG, good)  # a kill may have torn the last line
+        self.done = done
         return True
 
     def _check_space(self, size: int) -> None:
@@ -119,25 +160,56 @@ class Part:
 def part_of(out: Path, *, flush: bool = True) -> Iterator[Part]:
     """OUT.part, locked. It stays when this process is interrupted or killed, and vanishes when the work fails.
 
+    Where the machine refuses (a full disk) it stays too if an earlier run's weights are in it: space can be made.
     Raises Busy where another process converts to the same place, CheckpointError where `out` is there already.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError("the output folder is not empty", where=out, fix="delete it or name another")
+    check_free(out)
+    out = Path(os.path.abspath(out))
     folder = out.with_name(out.name + ".part")
     try:
-        part = Part(folder, _locked(folder), flush)
+        part = Part(folder, _locked(folder, _is_part), flush)
     except OSError as error:
         raise from_os_error(error, f"writing {out.name}") from error
     try:
         yield part
         part.publish(out)
     except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise from_os_error(error, f"writing {out.name}") from error
+        told = from_os_error(error, f"writing {out.name}") if isinstance(error, OSError) else error
+        if not (part.resumed and isinstance(told, ResourceError)):
+            shutil.rmtree(folder, ignore_errors=True)
+        if told is not error:
+            raise told from error
         raise
     finally:
         part.close()
+
+
+def check_free(out: Path) -> None:
+    """Raise CheckpointError where `out` holds something already, or is no name that a folder can be given."""
+    if out.is_symlink() or not Path(os.path.abspath(out)).name:
+        raise CheckpointError("the output must be a folder of its own, no link", where=out, fix="name another")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError("the output folder is not empty", where=out, fix="delete it or name another")
+
+
+@contextmanager
+def locked(folder: Path, names: str) -> Iterator[None]:
+    """A folder that is made if need be and nobody else's meanwhile; left empty, it goes.
+
+    names: a regular expression that all names in it must match; else CheckpointError: what is somebody else's is not
+    written to. Raises Busy.
+    """
+    try:
+        descriptor = _locked(folder, lambda there: all(re.fullmatch(names, path.name) for path in there.iterdir()))
+    except OSError as error:
+        raise from_os_error(error, f"writing {folder.name}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):  # else it is gone, or another's by now
+                folder.rmdir()
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:
@@ -148,9 +220,16 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _locked(folder: Path) -> int:
+def _is_part(folder: Path) -> bool:
+    return (folder / LOG).is_file() or not any(folder.iterdir())
+
+
+def _locked(folder: Path, ours: Callable[[Path], bool]) -> int:
     """A descriptor of the folder that holds its lock. A folder that is renamed or removed meanwhile is another one."""
     while True:
+        if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and ours(folder))):
+            what = "this is where unfinished work is kept, and something else is here"
+            raise CheckpointError(what, where=folder, fix="move it away, or name another output")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -32,6 +34,10 @@ HEADER_LIMIT = 100_000_000
 SHARD_BYTES = 5_000_000_000
 DIMENSIONS = 16
 LYING = "lying header"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+_SHARD = re.compile(r"model-.*-of-.*\.safetensors")
+"""How a model's shards are called, and the stale ones of an earlier writing with them."""
 
 Plan = Mapping[str, tuple[str, tuple[int, ...]]]
 """What a file will hold: name -> (dtype as the format calls it, shape)."""
@@ -66,11 +72,12 @@ class Entry:
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one file, by name, in the order in which they lie.
 
-    Raises CheckpointError where the file is missing or cut short, its header is larger than
+    Raises CheckpointError where the file is missing, no regular file or cut short, its header is larger than
     100 MB, is no JSON or names a tensor twice; where a tensor's type is unknown, or its shape and its
     byte range disagree; and where the ranges overlap, leave holes, or do not end with the file.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
@@ -99,13 +106,25 @@ def read_header(path: Path) -> dict[str, Entry]:
     return {entry.name: entry for entry in entries}
 
 
+def check_regular(path: Path) -> None:
+    """Raise CheckpointError where `path` is no regular file, nor a link to one: opening a pipe would wait for ever.
+
+    Raises OSError where there is nothing.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError("this is no regular file", where=path, fix="name a file on a disk, or a link to one")
+
+
 def entries(folder: Path) -> dict[str, Entry]:
     """The tensors of a model folder (one file, or shards and their index) or of a single file, by name.
+
+    Beside an index, a file that is called as shards are (model-*-of-*.safetensors) must be named in it. Other
+    files (adapters, a second spelling of the weights under another name) are no part of the model and are not read.
 
     Raises CheckpointError, also where index and shards do not agree tensor for tensor, or the index
     names a file outside the folder.
     """
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         return read_header(folder)
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
@@ -113,8 +132,14 @@ def entries(folder: Path) -> dict[str, Entry]:
             "the folder has both a single file and an index of shards", where=folder, fix=f"remove {SINGLE} or {INDEX}"
         )
     if not index.exists():
+        if not single.exists():
+            _explain_absence(folder)
         return read_header(single)
     weight_map = _read_index(index)
+    for path in sorted(folder.glob("*.safetensors")):
+        if _SHARD.fullmatch(path.name) and path.name not in weight_map.values():
+            what = "index and shards disagree: the index does not name this file, which is called as a shard is"
+            _reject(path, what, cause="lying index")
     found: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
         for name, entry in _read_shard(folder / shard, weight_map).items():
@@ -127,6 +152,19 @@ def entries(folder: Path) -> dict[str, Entry]:
             what = "the index names a tensor that the shard does not hold"
             _reject(f"{folder / shard}: {name}", what, tensor=name, cause="index and shards disagree")
     return found
+
+
+def _explain_absence(folder: Path) -> None:
+    """Raise CheckpointError where a folder without safetensors holds something that looks like a model."""
+    names = sorted(path.name for path in folder.glob("*"))
+    if any(_SHARD.fullmatch(name) for name in names):
+        what = f"there are shards and no {INDEX}, which says which of them belong to the model"
+        raise CheckpointError(what, where=folder, fix="fetch the index as well", cause="missing file")
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        what = f"there are no safetensors here, only pickles ({pickles[0]}), and pickles are never read"
+        fix = "fetch the model's safetensors, or have its publisher's library write them"
+        raise CheckpointError(what, where=folder, fix=fix, cause="missing file")
 
 
 def _read_shard(path: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:
@@ -358,6 +396,7 @@ def _sizes(value: Any) -> bool:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
+        check_regular(index)
         data = _json(index, index.read_bytes())
     except OSError as error:
         raise from_os_error(error, "reading a checkpoint") from error

@@ -7,6 +7,7 @@ known exactly, and are hashed while they are still in the cache.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,6 +37,9 @@ from ottava.fp8.spec import BIAS, BLOCK, grid
 
 WIDEST = 1 << 17
 """Columns of a linear weight: a band of 128 rows is in memory whole."""
+
+SMALL = 2.0**-40
+"""Above this norm, values whose squares are no normal float32 (2**-63 and less) do not count."""
 
 
 class Place(NamedTuple):
@@ -147,7 +151,10 @@ def _as_it_is(reader: Reader, task: Task, unit: Unit) -> _Spelled | None:
 
 def _no_error(values: Tensor) -> tuple[int, float, float]:
     """Nothing changed; what is written is all signal."""
-    return 0, float(torch.linalg.vector_norm(values, dtype=torch.float32).double() ** 2), 0.0
+    norm = float(torch.linalg.vector_norm(values, dtype=torch.float32))
+    if not SMALL < norm < math.inf:  # squares that float32 may have lost; elsewhere float64 only takes twice as long
+        norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    return 0, norm**2, 0.0
 
 
 def _round(reader: Reader, task: Task, unit: Unit, source: Tensor) -> _Spelled:
@@ -179,7 +186,7 @@ def _may_round(reader: Reader, task: Task, unit: Unit) -> None:
     if weight.scale is not None and not task.allow_lossy:
         if task.overlay is not None:
             what = "an overlay of a weight that was rounded once already"
-            fix = f"{NEEDS_MASTER}, or allow a lossy conversion"
+            fix = f"{NEEDS_MASTER}, or add --allow-lossy"
             raise CheckpointError(what, where=weight.data.where, fix=fix, tensor=weight.name)
         scales = read_scales(reader, weight, unit.first, unit.last)
         _, good = powers(scales)
@@ -187,7 +194,7 @@ def _may_round(reader: Reader, task: Task, unit: Unit) -> None:
             raise not_exact(weight, scales, good, unit.first // weight.block[0])
         blocks = "x".join(map(str, weight.block))
         what = f"this weight in {blocks} blocks has values that no scale of a 128x128 block reaches"
-        fix = f"{NEEDS_MASTER}, write --layout bf16, or allow a lossy conversion"
+        fix = f"{NEEDS_MASTER}, write --layout bf16, or add --allow-lossy"
         raise CheckpointError(what, where=weight.data.where, fix=fix, tensor=weight.name)
     if not task.may_round:
         what = "this weight does not lie on the grid"

@@ -79,9 +79,9 @@ def dequantise(
     """The exact values, [..., M, N] in `dtype` (float32, bfloat16 or float16), in `out` where it is given.
 
     codes: float8_e4m3fn [..., M, N]; scales: E8M0 bytes (uint8 or float8_e8m0fnu), one for each block of
-    `block` rows and columns: (128, 128) or (1, 32).
-    Raises FormatError where the shapes do not fit, or where a scale lies outside the window in which
-    every code is exact in `dtype`. NaN codes stay NaN.
+    `block` rows and columns: (128, 128), (1, 32) or (32, 32).
+    Raises FormatError where the shapes do not fit, for any other block, or where a scale lies outside the
+    window in which every code is exact in `dtype`. NaN codes stay NaN.
     """
     reference.matrix(codes)
     reference.check_grid(codes, scales, block)
@@ -128,7 +128,8 @@ def measure(w: Tensor, codes: Tensor, scales: Tensor, *, out: Tensor | None = No
     """What was lost between w, finite, and the values of codes and scales (128x128 blocks).
 
     w: float32, bfloat16 or float16 [..., M, N]. out: a bfloat16 tensor of w's shape that receives the exact
-    values. The sums have one order, so they are the same on every machine; see `reference.measure`.
+    values. The sums have one order, so they are the same on every machine that keeps subnormal numbers; see
+    `reference.measure`.
     Raises FormatError as `dequantise` does.
     """
     reference.matrix(w)

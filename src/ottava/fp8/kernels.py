@@ -19,11 +19,11 @@ from ottava.errors import FormatError, PlatformError
 from ottava.fp8.reference import Errors, check_grid, check_window, matrix, not_finite
 from ottava.fp8.spec import BLOCK, grid
 
-_extension: ModuleType | None
+extension: ModuleType | None
 try:
-    from ottava.fp8 import _kernels as _extension  # type: ignore[attr-defined,no-redef,unused-ignore]
+    from ottava.fp8 import _kernels as extension  # type: ignore[attr-defined,no-redef,unused-ignore]
 except ImportError:
-    _extension = None
+    extension = None
 
 LEVELS = ("portable", "avx2", "avx512")  # in the order of `enum isa`
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -43,9 +43,14 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def levels() -> tuple[str, ...]:
     """The instruction sets that can be asked for here, best first; () without the extension."""
-    if _extension is None or not hasattr(_extension, "quantise"):
+    if extension is None or not hasattr(extension, "quantise"):
         return ()
-    return LEVELS[_extension.best() :: -1]
+    return LEVELS[extension.best() :: -1]
+
+
+def threads_for(elements: int, least: int) -> int:
+    """How many threads share work on so many elements: torch's, but one for fewer than `least` or in a forked child."""
+    return 1 if _forked or elements < least else torch.get_num_threads()
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -168,8 +173,8 @@ def _call(name: str, level: str | None, size: tuple[int, int, int], *arguments: 
     level = level or (known[0] if known else "any instruction set")
     if level not in known:
         raise _no_level(level)
-    threads = 1 if _forked or math.prod(size) < _LARGE else torch.get_num_threads()
-    return getattr(_extension, name)(LEVELS.index(level), threads, size, *arguments)
+    threads = threads_for(math.prod(size), _LARGE)
+    return getattr(extension, name)(LEVELS.index(level), threads, size, *arguments)
 
 
 def _no_level(level: str) -> PlatformError:
@@ -212,7 +217,7 @@ def _contiguous_bytes(scales: Tensor) -> None:
 
 
 def _byte_range(scales: Tensor) -> tuple[int, int]:
-    if _extension is None:
+    if extension is None:
         raise _no_level("any instruction set")
-    least, most = _extension.byte_range(scales.data_ptr(), scales.numel())
+    least, most = extension.byte_range(scales.data_ptr(), scales.numel())
     return least, most

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ottava.errors import FormatError
-from ottava.fp8 import matmul
+from ottava.fp8 import kernels, matmul
 from ottava.fp8.codec import dequantise, quantise
 from ottava.fp8.matmul import Order
 from ottava.fp8.spec import BLOCK
@@ -68,11 +68,13 @@ class Fp8Linear(nn.Module):
             raise FormatError(
                 f"x is {dtype} {tuple(shape)}; Fp8Linear takes float32 or bfloat16 [..., {self.in_features}]"
             )
-        rows = x.reshape(-1, self.in_features).contiguous()
+        rows = x.reshape(-1, self.in_features).resolve_neg().contiguous()
         order = self.order_for(dtype, rows.shape[0])
         if order is None:
             y = self._through_torch(rows)
         else:
+            if not kernels.fits(rows, self.codes, self.scales):
+                raise FormatError("Fp8Linear takes plain tensors on the CPU", fix="move x and the layer there")
             y = matmul.run(rows, self.codes, self.scales, order)
             if self.bias is not None:
                 y += self.bias
@@ -119,13 +121,22 @@ class Fp8Linear(nn.Module):
 def replace(model: nn.Module, choose: Callable[[str, nn.Linear], Fp8Linear | None]) -> list[str]:
     """Put an Fp8Linear wherever `choose(name, linear)` gives one; returns the names of the layers replaced.
 
-    name: the layer's full name in `model`. The weight of the nn.Linear is dropped unread.
+    name: the layer's full name in `model`; `model` itself is not replaced. The weight of the nn.Linear is dropped
+    unread. A layer that the model holds in several places is asked for under each name until one gives a layer,
+    and that stays one layer in all of them.
     """
-    replaced = []
-    for name, module in list(model.named_modules()):
-        layer = choose(name, module) if isinstance(module, nn.Linear) else None
+    linears = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and isinstance(module, nn.Linear)
+    }
+    made: dict[nn.Linear, Fp8Linear] = {}
+    for name, module in linears.items():
+        layer = None if module in made else choose(name, module)
         if layer is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
-            replaced.append(name)
+            made[module] = layer
+    replaced = [name for name, module in linears.items() if module in made]
+    for name in replaced:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made[linears[name]])
     return replaced

@@ -15,39 +15,28 @@ have it, the instruction set. Different orders differ, within float32 rounding.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ottava.errors import FormatError
+from ottava.fp8 import kernels
+from ottava.fp8.kernels import LEVELS, levels
 from ottava.fp8.spec import BYTE_MAX, BYTE_MIN, grid
 
-try:
-    import ottava.fp8._kernels as _extension  # type: ignore[import-not-found]
-except ImportError:
-    _extension = None
-
-_kernels: Any = _extension
-
 Order = Literal["fma", "dot", "amx"]
-LEVELS = ("portable", "avx2", "avx512")
 _ORDERS: tuple[Order, ...] = get_args(Order)
 _NUMBER = {order: number for number, order in enumerate(_ORDERS)}
-_BITS = 0 if _kernels is None else int(_kernels.matmul_orders())
+_BITS = 0 if kernels.extension is None else int(kernels.extension.matmul_orders())
 _HERE: tuple[Order, ...] = tuple(order for bit, order in enumerate(_ORDERS) if _BITS >> bit & 1)
-_BEST = 0 if _kernels is None else int(_kernels.best())
+_BEST = 0 if kernels.extension is None else int(kernels.extension.best())
 _SMALL = 1 << 16  # weights below which a second thread costs more than it gives
 
 
 def orders() -> tuple[Order, ...]:
     """The orders of summation that this machine has; none where the extension was not built."""
     return _HERE
-
-
-def levels() -> tuple[str, ...]:
-    """The instruction sets that have the order `fma` here, best first."""
-    return () if _kernels is None else LEVELS[_BEST::-1]
 
 
 def product(
@@ -57,9 +46,10 @@ def product(
 
     x: float32 (order fma) or bfloat16 (any order). weight: float8_e4m3fn codes or their bytes (uint8) with
     scales uint8 [ceil(M/128), ceil(N/128)], or bfloat16 without scales. No code may be NaN (that is not looked
-    for). level: the instruction set of fma, the best by default. Makes no autograd graph.
+    for). level: the instruction set of fma, one of `kernels.levels()`, the best by default. Makes no autograd graph.
     Raises FormatError where shapes or types do not fit, or scale bytes lie outside [10, 246].
     """
+    x, weight, scales = x.resolve_neg(), weight.resolve_neg(), None if scales is None else scales.resolve_neg()
     if scales is None:
         fits = weight.dtype == torch.bfloat16
     else:
@@ -71,8 +61,11 @@ def product(
         )
     if scales is not None:
         check_scales(scales, weight.shape[0], weight.shape[1])
-    if order not in orders() or not all(t.device.type == "cpu" for t in (x, weight)):
-        raise FormatError(f"no kernel sums in the order {order!r} here", fix=f"those that do: {orders()}")
+    if order not in orders() or not kernels.fits(x, weight, *([] if scales is None else [scales])):
+        raise FormatError(
+            f"no kernel sums these tensors in the order {order!r} here",
+            fix=f"give plain tensors on the CPU and one of {orders()}",
+        )
     if x.dtype != torch.bfloat16 and (order != "fma" or x.dtype != torch.float32):
         raise FormatError(f"the order {order!r} takes no {x.dtype} activations")
     if level is not None and level not in levels():
@@ -94,12 +87,12 @@ def check_scales(scales: Tensor, rows: int, columns: int) -> None:
 
 
 def run(x: Tensor, weight: Tensor, scales: Tensor | None, order: Order, level: int = _BEST) -> Tensor:
-    """`product` without its checks, for callers that have made them: all tensors contiguous, on the CPU."""
+    """`product` without its checks, for callers that have made them: all tensors contiguous, and `kernels.fits`."""
     (batch, columns), rows = x.shape, weight.shape[0]
     y = torch.empty((batch, rows), dtype=torch.float32)
     if batch:
-        threads = torch.get_num_threads() if rows * columns >= _SMALL else 1
-        _kernels.matmul(
+        threads = kernels.threads_for(rows * columns, _SMALL)
+        kernels.extension.matmul(  # type: ignore[union-attr]
             _NUMBER[order], level, x.data_ptr(), x.dtype == torch.bfloat16, weight.data_ptr(),
             0 if scales is None else scales.data_ptr(), y.data_ptr(), batch, rows, columns, threads,
         )  # fmt: skip

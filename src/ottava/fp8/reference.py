@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ottava.errors import FormatError
-from ottava.fp8.spec import BIAS, BLOCK, BYTE_MAX, BYTE_MIN, BYTE_ZERO, CODE_MAX, EXACT, grid
+from ottava.fp8.spec import BIAS, BLOCK, BYTE_MAX, BYTE_MIN, BYTE_ZERO, CODE_MAX, EXACT, MX_BLOCK, grid
 
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+BLOCKS = ((BLOCK, BLOCK), MX_BLOCK, (32, 32))  # rows and columns that may share a scale
 LANES = 32  # sums of squares run in this many columns side by side; see `measure`
 _POWERS = torch.tensor([2.0 ** (byte - BIAS) for byte in range(255)] + [torch.nan], dtype=torch.float32)
 
@@ -69,7 +70,8 @@ def dequantise(
 ) -> Tensor:
     """The exact values, [..., M, N] in `dtype` (float32, bfloat16 or float16).
 
-    codes: float8_e4m3fn [..., M, N]; scales: E8M0 bytes (uint8 or float8_e8m0fnu), one for each block.
+    codes: float8_e4m3fn [..., M, N]; scales: E8M0 bytes (uint8 or float8_e8m0fnu), one for each block,
+    which is one of BLOCKS.
     Raises FormatError where the shapes do not fit, or where a scale lies outside the window in which
     every code is exact in `dtype`. NaN codes stay NaN.
     """
@@ -108,9 +110,10 @@ def measure(w: Tensor, codes: Tensor, scales: Tensor) -> Errors:
     """Compare w, finite, with the values of codes and scales (128x128 blocks).
 
     w: float32, bfloat16 or float16 [..., M, N]. The order of the sums is part of the definition, so that
-    they are the same on every machine: inside a block, in units of its scale and in float32, column c adds to
-    lane c % 32 from top left to bottom right, and lanes are folded in halves; blocks are added in order in float64.
-    The sums are good to 1e-5 where no element is beyond 2**60 scales.
+    they are the same on every machine that keeps subnormal numbers: inside a block, in units of its scale and in
+    float32, column c adds to lane c % 32 from top left to bottom right, and lanes are folded in halves; blocks are
+    added in order in float64. The sums are good to 1e-5 where no element is beyond 2**60 scales. Where subnormal
+    numbers are flushed to zero (`torch.set_flush_denormal`), so are subnormal elements and squares in these sums.
     Raises FormatError as `dequantise` does.
     """
     matrix(w)
@@ -125,7 +128,9 @@ def measure(w: Tensor, codes: Tensor, scales: Tensor) -> Errors:
 
 
 def check_grid(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
-    """FormatError unless there is one scale for each block of the codes [..., M, N]."""
+    """FormatError unless `block` is one of BLOCKS and there is one scale for each block of the codes [..., M, N]."""
+    if tuple(block) not in BLOCKS:
+        raise FormatError(f"no form of FP8 has a scale for each block of {block}", fix=f"give one of {BLOCKS}")
     expected = (*codes.shape[:-2], *grid(*matrix(codes), block))
     if tuple(scales.shape) != expected:
         raise FormatError(f"scales of shape {tuple(scales.shape)} where blocks of {block} need {expected}")

@@ -109,8 +109,10 @@ def gptq(
     rounded = _feed_forward(weights, scales, _unit(factor))
     for _ in range(sweeps):
         _descend(weights, scales, rounded, _unit(damped))
-    out = torch.empty_like(weights).scatter_(1, along, rounded)
-    return out.mT.reshape(w.shape).contiguous()
+    out = torch.empty_like(weights).scatter_(1, along, rounded).mT.reshape(w.shape)
+    return torch.where(
+        out == 0, torch.copysign(out, w.float()), out
+    ).contiguous()  # as plain rounding keeps zeros' signs
 
 
 def _factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:

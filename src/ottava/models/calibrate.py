@@ -16,9 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,13 +30,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ottava.artifact import digest_of, write_json
-from ottava.checkpoint.convert import convert
-from ottava.checkpoint.layouts import Weight, exact, read_config, weights
+from ottava.artifact import digest_of, file_digest, write_json
+from ottava.checkpoint.convert import check, convert
+from ottava.checkpoint.layouts import NEEDS_MASTER, Weight, exact, read_config, weights
 from ottava.checkpoint.names import storage_of
+from ottava.checkpoint.resume import check_free, locked
 from ottava.checkpoint.safetensors import load as load_tensor
 from ottava.checkpoint.safetensors import read_header, write
-from ottava.errors import CheckpointError, DataError
+from ottava.errors import CheckpointError, DataError, OttavaError
+from ottava.fp8.codec import project
 from ottava.fp8.rounding import damping_for, gptq, grid_scale, nearest, output_error
 from ottava.models.published import published
 
@@ -44,6 +48,8 @@ Progress = Callable[[int, int], object]
 VERSION = 1
 TOKENS, WINDOW = 16384, 512
 REPORT = "rounding.json"
+OURS = r"(rounding\.json|layer-\d{5}\.(safetensors|json))(\.part)?"
+"""The names of an overlay's files."""
 TOPICS, PASSAGES = "pydoc_data.topics", "calibration.txt"
 """The default texts, half of the tokens from each: the reference topics in Python's own standard library, and, beside
 this module, passages of many kinds that were written for this purpose. One kind of text is not enough: the topics alone
@@ -72,8 +78,16 @@ def round_model(args: Mapping[str, Any], progress: Progress | None = None) -> di
     Returns {"version", "method", "texts": [{"name", "sha256", "tokens"}], "tokens", "window", "key", "nearest": names,
     "gain_db": {"median", "lowest", "highest"} on the calibration text itself, "tensors": {name: {"method", "tokens",
     "damping", "gain_db"}}}.
-    Raises CheckpointError, FormatError or DataError; what is whole is kept, and used by the next call.
+    What another source, text or setting left in `out` is removed.
+    Raises CheckpointError, FormatError or DataError, Busy where another process rounds into `out`; what is whole is
+    kept, and used by the next call.
     """
+    with locked(Path(args["out"]), OURS):
+        return _rounded(args, progress)
+
+
+def _rounded(args: Mapping[str, Any], progress: Progress | None) -> dict[str, Any]:
+    """`round_model` in a folder that is locked."""
     source, out = Path(args["source"]), Path(args["out"])
     config, found = read_config(source), weights(source)
     window = int(args.get("window", WINDOW))
@@ -87,7 +101,7 @@ def round_model(args: Mapping[str, Any], progress: Progress | None = None) -> di
     }
     files = sorted({weight.data.path for weight in found.values()})
     state = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    facts["key"] = digest_of([facts, config, state])
+    facts["key"] = digest_of([facts, file_digest(source / "config.json"), state])
     tensors: dict[str, Fact] = {}
     for number, count, done in _layers(_Model(source, config, found), ids, out, facts["key"]):
         tensors |= done
@@ -99,7 +113,8 @@ def round_model(args: Mapping[str, Any], progress: Progress | None = None) -> di
         "gain_db": {"median": gains[len(gains) // 2], "lowest": gains[0], "highest": gains[-1]} if gains else None,
         "tensors": {name: asdict(tensors[name]) for name in sorted(tensors)},
     }
-    write_json(out / REPORT, report)
+    if _read(out / REPORT) != report:  # a conversion that was stopped goes on only where its overlay is untouched
+        write_json(out / REPORT, report)
     return report
 
 
@@ -109,18 +124,34 @@ def convert_calibrated(args: Mapping[str, Any], progress: Progress | None = None
     args: those of `round_model` (text, tokens, window) and of `convert`. The overlay lies beside `out` while the work
     lasts, as `OUT.rounding`, so that a stopped run goes on. progress counts layers, then bytes. The report gains
     {"calibration": rounding.json without its list of tensors}; rounding.json goes with the master.
+    Raises what those two raise; what can be known before the rounding is said before it.
     """
-    out = Path(args["out"])
+    check_free(Path(args["out"]))
+    out = Path(os.path.abspath(args["out"]))
     overlay = out.with_name(out.name + ".rounding")
-    rounding = round_model({**args, "out": overlay}, progress)
     passed = {key: value for key, value in args.items() if key not in ("text", "tokens", "window")}
-    report = convert({**passed, "overlay": overlay}, progress)
-    calibration = {key: value for key, value in rounding.items() if key != "tensors"}
-    report = {**report, "rounding": "gptq", "calibration": calibration}
-    write_json(out / "conversion.json", report)
-    write_json(out / REPORT, rounding)
-    shutil.rmtree(overlay)
+    with locked(overlay, OURS):
+        linear = check(passed)
+        if not args.get("allow_lossy"):
+            for weight in linear.values():
+                _check_once(weight)
+        rounding = _rounded({**args, "out": overlay}, progress)
+        calibration = {key: value for key, value in rounding.items() if key != "tensors"}
+        report = convert({**passed, "overlay": overlay, "notes": {"calibration": calibration}}, progress)
+        shutil.rmtree(overlay)
     return report
+
+
+def _check_once(weight: Weight) -> None:
+    """Refuse codes whose values do not lie on the grid: they would be rounded a second time."""
+    if weight.scale is None:
+        return
+    values = exact(weight)
+    narrowed = values.float()
+    if not (torch.equal(narrowed.double(), values.double()) and torch.equal(project(narrowed), narrowed)):
+        what = "this weight was rounded once already, and not to this grid"
+        fix = f"{NEEDS_MASTER}, or allow a lossy conversion"
+        raise CheckpointError(what, where=weight.data.where, fix=fix, tensor=weight.name)
 
 
 # The text.
@@ -171,11 +202,25 @@ def _windows(source: Path, texts: Mapping[str, str], tokens: int, width: int) ->
 # The model, a layer at a time.
 
 
+class _Reached(Exception):
+    """The last layer was called: what the model does after it is not needed."""
+
+
 class _Passage(nn.Module):
-    """Stands for a decoder layer: passes its input on, and keeps what else the model gives it (mask, rotation)."""
+    """Stands for a decoder layer: passes its input on, and keeps it and what else it is given (mask, rotation)."""
+
+    def __init__(self, last: bool):
+        super().__init__()
+        self.last = last
+        self.hidden: Tensor | None = None
+        self.given: dict[str, Any] | None = None
 
     def forward(self, hidden: Tensor, **given: Any) -> Tensor:
-        self.given = given
+        if self.given is not None and not _same(self.given, given):
+            raise ValueError("its layers are given what depends on the text besides their inputs")
+        self.hidden, self.given = hidden, given
+        if self.last:
+            raise _Reached
         return hidden
 
 
@@ -185,55 +230,84 @@ class _Model:
     def __init__(self, source: Path, config: Mapping[str, Any], found: Mapping[str, Weight]):
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.found, self.source = found, source
+        self.found, self.source, self.kind = found, source, str(config.get("model_type"))
         dropped = ("model_type", "quantization_config", "compression_config", "architectures", "dtype", "torch_dtype")
         settings = {key: value for key, value in config.items() if key not in dropped}
-        try:
-            self.config = AutoConfig.for_model(config["model_type"], **settings)
+        with self.walking():
+            self.config = AutoConfig.for_model(self.kind, **settings)
             with torch.device("meta"):
                 whole = AutoModelForCausalLM.from_config(self.config, attn_implementation="eager", dtype=torch.float32)
-            self.body = whole.model
+            self.body = whole.eval().model
             self.layers = list(self.body.layers)
-            self.body.rotary_emb = type(self.body.rotary_emb)(config=whole.config)  # computed, not loaded
-        except Exception as error:  # transformers checks fields here and there, with many kinds of exceptions
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"no decoder of Transformers is described: {said}", where=source) from error
-        self.passages = [_Passage() for _ in self.layers]
-        self.body.layers, self.body.norm = nn.ModuleList(self.passages), nn.Identity()
+            if hasattr(self.body, "rotary_emb"):
+                self.body.rotary_emb = type(self.body.rotary_emb)(config=whole.config)  # computed, not loaded
+            self.passages = [_Passage(layer is self.layers[-1]) for layer in self.layers]
+            self.body.layers = nn.ModuleList(self.passages)
+
+    @contextmanager
+    def walking(self) -> Iterator[None]:
+        """Turns what Transformers' code raises, which is of many kinds, into a refusal of the model."""
+        try:
+            yield
+        except (OttavaError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            raise self._refusal(" ".join(str(error).split()) or type(error).__name__) from error
+
+    def _refusal(self, what: str) -> CheckpointError:
+        said = f"{self.kind!r}: this model cannot be calibrated layer by layer: {what}"
+        return CheckpointError(said, where=self.source, fix="convert it with --rounding nearest")
 
     def embed(self, ids: Tensor) -> Tensor:
         """The inputs of the first layer, [n, window, hidden]; what the layers are given besides is kept."""
-        self._fill(self.body.embed_tokens, "model.embed_tokens.")
-        hidden = [self.body(input_ids=window[None], use_cache=False).last_hidden_state for window in ids]
-        self.body.embed_tokens.to("meta")
-        return torch.cat(hidden)
+        with self.walking():
+            self._fill(self.body.embed_tokens, "model.embed_tokens.")
+            hidden = torch.cat([self._enter(window) for window in ids])
+            self.body.embed_tokens.to("meta")
+        return hidden
+
+    def _enter(self, window: Tensor) -> Tensor:
+        for passage in self.passages:
+            passage.hidden = None
+        with suppress(_Reached):
+            self.body(input_ids=window[None], use_cache=False)
+        hidden = self.passages[0].hidden
+        if hidden is None or hidden.is_meta or any(passage.hidden is not hidden for passage in self.passages):
+            raise self._refusal("its layers do not follow upon one another")
+        return hidden
 
     def layer(self, number: int) -> tuple[nn.Module, dict[str, Any]]:
         """A decoder layer with its source's values, float32, and what it is called with."""
-        self._fill(self.layers[number], f"model.layers.{number}.")
-        return self.layers[number].eval(), self.passages[number].given
+        with self.walking():
+            self._fill(self.layers[number], f"model.layers.{number}.")
+        return self.layers[number], self.passages[number].given or {}
+
+    def run(self, layer: nn.Module, hidden: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """A layer's output for one window, [window, hidden]."""
+        with self.walking():
+            return _first(layer(hidden[None], **given))
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         module.to_empty(device="cpu")
         tensors = published(module)
         unknown = [name for name, _ in module.named_buffers() if name not in tensors]
         if unknown:
-            raise CheckpointError(f"{prefix}{unknown[0]}: a buffer that no checkpoint holds", where=self.source)
+            raise self._refusal(f"{prefix}{unknown[0]}: a buffer that no checkpoint holds")
         for name, item in tensors.items():
             weight = self.found.get(prefix + name)
             if weight is None:
-                raise CheckpointError(f"{prefix + name!r} is missing", where=self.source)
+                raise self._refusal(f"{prefix + name!r} is missing")
             values = exact(weight)
             if values.shape != item.tensor.shape:
                 shapes = f"{tuple(values.shape)}, the model needs {tuple(item.tensor.shape)}"
-                raise CheckpointError(f"{prefix + name!r} has shape {shapes}", where=self.source)
+                raise self._refusal(f"{prefix + name!r} has shape {shapes}")
             item.tensor.copy_(values)
 
 
 @torch.no_grad()
 def _layers(model: _Model, ids: Tensor, out: Path, key: str) -> Iterator[tuple[int, int, dict[str, Fact]]]:
     """Round every layer that is not on disk yet; (number, how many there are, the facts of its tensors)."""
-    out.mkdir(parents=True, exist_ok=True)
+    _clear(out, key)
     hidden = model.embed(ids)
     for number in range(len(model.layers)):
         layer, given = model.layer(number)
@@ -241,7 +315,7 @@ def _layers(model: _Model, ids: Tensor, out: Path, key: str) -> Iterator[tuple[i
         path = out / f"layer-{number:05d}.safetensors"
         facts = _resume(path, key)
         if facts is None:
-            facts = _round_layer(layer, prefix, hidden, given)
+            facts = _round_layer(model, layer, prefix, hidden, given)
             views = published(layer)
             write(path, {name: views[name.removeprefix(prefix)].tensor.bfloat16() for name in sorted(facts)}.items())
             write_json(path.with_suffix(".json"), {"key": key, "tensors": {n: asdict(f) for n, f in facts.items()}})
@@ -250,17 +324,19 @@ def _layers(model: _Model, ids: Tensor, out: Path, key: str) -> Iterator[tuple[i
             for name, entry in read_header(path).items():
                 views[name.removeprefix(prefix)].tensor.copy_(load_tensor(entry))
         for window in range(len(hidden)):
-            hidden[window] = _first(layer(hidden[window : window + 1], **given))
+            hidden[window] = model.run(layer, hidden[window], given)
         layer.to("meta")
         yield number, len(model.layers), facts
 
 
-def _round_layer(layer: nn.Module, prefix: str, hidden: Tensor, given: Mapping[str, Any]) -> dict[str, Fact]:
+def _round_layer(
+    model: _Model, layer: nn.Module, prefix: str, hidden: Tensor, given: Mapping[str, Any]
+) -> dict[str, Fact]:
     """Round the linears and experts of one layer in place, with the inputs they have for `hidden`."""
     views = published(layer)
     seen = Inputs(layer, prefix)
-    for window in range(len(hidden)):
-        layer(hidden[window : window + 1], **given)
+    for window in hidden:
+        model.run(layer, window, given)
         seen.sum_up()
     seen.close()
     facts: dict[str, Fact] = {}
@@ -268,12 +344,16 @@ def _round_layer(layer: nn.Module, prefix: str, hidden: Tensor, given: Mapping[s
         done = _round([views[name].tensor for name in names], hessian, seen.tokens[names])
         facts |= {prefix + name: fact for name, fact in zip(names, done, strict=True)}
     for name, calls in seen.experts.items():
-        facts |= _round_experts(layer.get_submodule(name), prefix + name, calls)
+        with model.walking():
+            facts |= _round_experts(layer.get_submodule(name), prefix + name, calls)
     return facts
 
 
 class Inputs:
-    """What the linears of a layer see: sums of x x^T, one for all linears with the same input; experts' calls."""
+    """What the linears of a layer see: sums of x x^T, one for all linears with the same input; experts' calls.
+
+    The products are float64: rounded to float32, those of nearly parallel inputs are not positive semidefinite.
+    """
 
     def __init__(self, layer: nn.Module, prefix: str):
         self.hessians: dict[tuple[str, ...], Tensor] = {}
@@ -300,12 +380,9 @@ class Inputs:
         for name, x in self._calls:
             shared.setdefault(id(x), []).append(name)
         for number, names in ((number, tuple(names)) for number, names in shared.items()):
-            x = inputs[number].flatten(0, -2)
+            x = inputs[number].flatten(0, -2).double()
             self.tokens[names] += len(x)
-            product = (x.T @ x).double()
-            total = self.hessians.setdefault(names, product)
-            if total is not product:
-                total += product
+            self.hessians.setdefault(names, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.T, x)
         self._calls.clear()
 
     def close(self) -> None:
@@ -322,12 +399,17 @@ def _round_experts(experts: Any, name: str, calls: Sequence[tuple[Tensor, Tensor
     for expert in range(gate_up.shape[0]):
         x = inputs[(routes == expert).any(-1)]
         gates = [gate_up[expert, :half], gate_up[expert, half:]]
-        pair = _round(gates, (x.T @ x).double(), len(x))
+        pair = _round(gates, _products(x), len(x))
         inner = experts.act_fn(x @ gates[0].T) * (x @ gates[1].T)
-        last = _round([down[expert]], (inner.T @ inner).double(), len(x))
+        last = _round([down[expert]], _products(inner), len(x))
         for part, fact in zip(("gate_proj", "up_proj", "down_proj"), pair + last, strict=True):
             facts[f"{name}.{expert}.{part}.weight"] = fact
     return facts
+
+
+def _products(x: Tensor) -> Tensor:
+    wide = x.double()
+    return wide.T @ wide
 
 
 def _round(matrices: Sequence[Tensor], hessian: Tensor, tokens: int) -> list[Fact]:
@@ -345,7 +427,7 @@ def _round(matrices: Sequence[Tensor], hessian: Tensor, tokens: int) -> list[Fac
     parts = (torch.split(side, sizes) for side in (gptq(w, hessian, scale, damping=damping), plain))
     for matrix, new, old in zip(matrices, *parts, strict=True):
         before, after = (float(output_error(matrix, values, hessian)) for values in (old, new))
-        gain = round(10 * math.log10(before / after), 3) if before and after else None
+        gain = round(10 * math.log10(before / after), 3) if before > 0 and after > 0 else None
         facts.append(Fact("gptq", tokens, round(damping, 6), gain))
         matrix.copy_(new)
     return facts
@@ -353,12 +435,39 @@ def _round(matrices: Sequence[Tensor], hessian: Tensor, tokens: int) -> list[Fac
 
 def _resume(path: Path, key: str) -> dict[str, Fact] | None:
     """The facts of a layer that an earlier run with the same key has finished."""
+    found = _read(path.with_suffix(".json"))
     try:
-        found = json.loads(path.with_suffix(".json").read_text())
-        whole = found["key"] == key and path.is_file()
+        whole = found.get("key") == key and path.is_file()
         return {name: Fact(**fact) for name, fact in found["tensors"].items()} if whole else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return None
+
+
+def _clear(out: Path, key: str) -> None:
+    """Remove layers and the report of another key: a conversion would take them for this model's."""
+    for path in (*out.glob("layer-*"), out / REPORT):
+        if _read(path.with_suffix(".json")).get("key") != key:
+            path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON table; empty where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two calls' arguments are equal, as far as tensors can tell."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return isinstance(a, Tensor) == isinstance(b, Tensor)
 
 
 def _first(output: Any) -> Tensor:

@@ -3,7 +3,8 @@
 Each fault that has been seen in the field is written down as a prediction: from the sound tensor it
 makes, band by band, the values that a file with this fault would hold. A cause is given only where
 the prediction equals the faulty tensor bit for bit, over the whole tensor. The most specific are
-tried first; where none fits, the cause is "unknown". Some faults leave the same bytes (`ALIKE`).
+tried first; where none fits, the cause is "unknown". Some faults leave the same bytes (`ALIKE`). Two
+causes of last resort predict nothing and go by likeness (`BY_LIKENESS`); likeness never says which side is faulty.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ottava.verify.side import POWERS, Form, Side, bits, read_rows, same, spread
 CAUSES = {
     # one place
     "flipped bit": "one bit of a weight or of a scale",
-    "one scale changed": "one block is multiplied by another power of two, its codes untouched",
+    "one scale changed": "one block has another scale (in F32 any number: 3, -1, 0, infinity) and the same codes",
     "one value overwritten": "one element differs in more than one bit",
     # scales
     "scales lost": "every scale was taken for 1: codes without their scales",
@@ -79,8 +80,8 @@ CAUSES = {
     "tensors swapped": "two tensors of one shape under each other's names",
     "copy of another tensor": "the values of another tensor, which is still in its place",
     "tied head forgotten": "the head is the embeddings, or is missing where it equals them",
-    "stale tensor": "small differences throughout: another version of the tensor",
-    "stale shard": "every tensor of one file differs, all of the other files are equal: an older file",
+    "stale tensor": "by likeness: small differences throughout, as another version of the tensor has",
+    "stale shard": "by likeness: every tensor of one file differs, all of the other files are equal: an older file",
     # structure
     "missing tensor": "a name that only the other folder has",
     "extra tensor": "a name that the other folder lacks",
@@ -97,6 +98,9 @@ CAUSES = {
     "unknown": "no hypothesis gives these bytes",
 }
 """Every cause that `verify` can name (so the reader of a result can rely on the words), and what it means."""
+
+BY_LIKENESS = ("stale tensor", "stale shard")
+"""Causes that no prediction proves."""
 
 ALIKE = (
     {

@@ -39,6 +39,8 @@ KIND = "ottava certificate 1"
 """What the document says it is; also what is put before the signed bytes, so that they are nothing else's."""
 
 ALGORITHM = "ed25519"
+HOW_TO_CERTIFY = "make one: ottava verify A B --certificate FILE --key KEY"
+HOW_TO_MAKE_A_KEY = "make one: ottava keygen FILE"
 LIMIT = 64 << 10
 """Bytes of a certificate or of a key file that are read at most."""
 
@@ -50,9 +52,11 @@ _HEX = re.compile(r"[0-9a-f]+")
 def new_key(path: Path | str) -> str:
     """Make a private key (PEM, PKCS8, readable by its owner alone) and, beside it, `path`.pub; return the public key.
 
-    The public key is 64 hexadecimal digits. Raises ArtifactError where one of the files exists.
+    The public key is 64 hexadecimal digits. Raises ArtifactError where one of the files exists, or path names none.
     """
     path = Path(path)
+    if not path.name:
+        raise ArtifactError("this names no file for the key", where=path, fix="name one: ottava keygen FILE")
     public = path.with_name(path.name + ".pub")
     key = Ed25519PrivateKey.generate()
     for file in (path, public):
@@ -229,12 +233,13 @@ def _validate(found: Any, where: Path | str) -> Certificate:
 
 
 def _reject(where: Path | str, what: str) -> NoReturn:
-    raise ArtifactError(f"this is no certificate: {what}", where=where, fix="make one with ottava verify --sign KEY")
+    raise ArtifactError(f"this is no certificate: {what}", where=where, fix=HOW_TO_CERTIFY)
 
 
 def _record(folder: Path) -> dict[str, Any]:
+    path = folder / "conversion.json"
     try:
-        found = json.loads(_read_small(folder / "conversion.json"))
+        found = json.loads(_read_small(path)) if path.is_file() else None
     except (ArtifactError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -257,7 +262,7 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise ArtifactError("no Ed25519 private key in PEM without a password", where=path, fix="make one: new_key")
+        raise ArtifactError("no Ed25519 private key in PEM without a password", where=path, fix=HOW_TO_MAKE_A_KEY)
     return key
 
 

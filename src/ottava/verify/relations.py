@@ -63,6 +63,8 @@ def borrowed(name: str, good: Model, bad: Model) -> str | None:
     moved = good.contents(name) in bad.holders  # what should stand here stands elsewhere
     if _EXPERT.match(name) and kin:
         return "experts permuted" if moved else "expert is another's copy"
+    if any(bad.contents(other) == good.contents(name) for other in others if other in bad.digests):
+        return "tensors swapped"  # each in the other's place
     if name.endswith("lm_head.weight") and any(other.endswith("embed_tokens.weight") for other in others):
         return "tied head forgotten"
     if moved and any(other in others for other in fused_with(name)):

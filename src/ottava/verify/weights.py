@@ -22,9 +22,9 @@ from ottava.checkpoint.safetensors import entries
 from ottava.checkpoint.stream import default_workers
 from ottava.errors import CheckpointError
 from ottava.fp8.spec import BLOCK, MX_BLOCK, grid
-from ottava.verify import relations
+from ottava.verify import code_faults, relations
 from ottava.verify.case import Case
-from ottava.verify.causes import CAUSES, diagnose, observe
+from ottava.verify.causes import BY_LIKENESS, CAUSES, diagnose, observe
 from ottava.verify.relations import Model
 from ottava.verify.side import Side, bits
 
@@ -186,7 +186,7 @@ def _first_bad(a: Opened, b: Opened) -> dict[str, Any]:
         if not all(name in model.digests for model in models)
         or models[0].digests[name].hash != models[1].digests[name].hash
     )
-    known = _recorded(a, b)
+    known, rounding = _recorded(a, b)
     if not all(name in model.digests for model in models):
         return _only_one(name, models, known)
     if models[0].digests[name].shape != models[1].digests[name].shape:
@@ -195,6 +195,8 @@ def _first_bad(a: Opened, b: Opened) -> dict[str, Any]:
     sides = [Side(model.weights[name]) for model in models]
     directions = {"b": (0, 1), "a": (1, 0)} if known is None else {known: (0, 1) if known == "b" else (1, 0)}
     cases = {letter: Case(sides[good], sides[bad], bands) for letter, (good, bad) in directions.items()}
+    if rounding is not None and _is_rounding(cases[rounding]):
+        return _answer(name, models, "rounded onto the grid", rounding, _block(cases[rounding]))
     tries = {
         letter: _hypotheses(name, models[good], models[bad], cases[letter])
         for letter, (good, bad) in directions.items()
@@ -205,9 +207,26 @@ def _first_bad(a: Opened, b: Opened) -> dict[str, Any]:
         if found:
             cause = min(found.values(), key=list(CAUSES).index)
             by = [letter for letter in found if found[letter] == cause]
-            faulty = known or (by[0] if len(by) == 1 and cause not in EITHER_WAY else _off_grid(sides))
+            faulty = known or _blamed(cause, by, sides, rounding)
             break
     return _answer(name, models, cause, faulty, _block(next(iter(cases.values()))))
+
+
+def _blamed(cause: str, by: Sequence[str], sides: Sequence[Side], rounding: str | None) -> str | None:
+    """The side that a cause tells to be faulty. by: the sides that it fits.
+
+    Of a rounding and a model off the grid, the model off the grid is not the worse one.
+    """
+    if cause in BY_LIKENESS:
+        return None
+    if len(by) == 1 and cause not in EITHER_WAY:
+        return by[0]
+    return _off_grid(sides) if rounding is None else None
+
+
+def _is_rounding(case: Case) -> bool:
+    """Whether the faulty tensor is the sound one, rounded as the converter rounds."""
+    return any(case.fits(predict) for predict in code_faults.rule("464")(case))
 
 
 def _hypotheses(name: str, good: Model, bad: Model, case: Case) -> Iterator[str | None]:
@@ -268,20 +287,31 @@ def _block(case: Case) -> list[int] | None:
     return [band, int(columns[0]) // BLOCK if len(columns) else 0]
 
 
-def _recorded(a: Opened, b: Opened) -> str | None:
-    """The faulty side, where the other's digest is the one that a conversion left on record."""
-    records = {_record(side.folder / "conversion.json") for side in (a, b)} - {None}
-    sound = [side.digest in records for side in (a, b)]
-    return None if sound[0] == sound[1] else "b" if sound[0] else "a"
+def _recorded(a: Opened, b: Opened) -> tuple[str | None, str | None]:
+    """What conversion.json tells: the faulty side; or the side that is a rounding, of what may be the other side.
+
+    A folder whose digest is on record is what the converter wrote. The other is faulty where the conversion
+    changed no value, or where the other carries this record as well and so should hold the same values.
+    """
+    sides = (a, b)
+    records = [_record(side.folder / "conversion.json") for side in sides]
+    on_record = [any(side.digest == record["digest"] for record in records if record) for side in sides]
+    if on_record[0] == on_record[1]:
+        return None, None
+    sound, other = (0, 1) if on_record[0] else (1, 0)
+    mine, theirs = records[sound], records[other]
+    claims = theirs is not None and theirs["digest"] == sides[sound].digest
+    if claims or mine is None or mine.get("label") not in ("rounded", "lossy"):
+        return "ab"[other], None
+    return None, "ab"[sound]
 
 
-def _record(path: Path) -> str | None:
+def _record(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
-    digest = found.get("digest") if isinstance(found, dict) else None
-    return digest if isinstance(digest, str) else None
+    return found if isinstance(found, dict) and isinstance(found.get("digest"), str) else None
 
 
 def prove_layouts(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -194,7 +194,8 @@ static PyObject *dequantise(PyObject *self, PyObject *arguments) {
     if (!begin(&work))
         return no_level();
     size_t rows = (size_t)work.batch * (size_t)work.rows, row_bytes = (size_t)work.columns * width(work.type);
-    work.stream = worth_streaming(&work.out, row_bytes, rows * row_bytes);
+    work.stream = worth_streaming(&work.out, row_bytes, rows * row_bytes) &&
+                  (size_t)work.block_columns * width(work.type) % 64 == 0; /* each block starts a cache line too */
     return outcome(&work, dequantise_rows, NULL, rows);
 }
 

@@ -1,7 +1,8 @@
 /* The codec's inner functions, one set for each instruction set; codec.c chooses and cuts the work up.
  *
- * Everything is integers on bit patterns: no rounding mode and no flushing of subnormals changes a result. A scale
- * is given as its E8M0 byte k. `type` is how values are stored; amax returns the bits of a float32. */
+ * Codes, values, scales and counts are made by integer work on bit patterns: no rounding mode and no flushing of
+ * subnormals changes them. The sums of squares in `measure` alone are float32 arithmetic, which both can change. A
+ * scale is given as its E8M0 byte k. `type` is how values are stored; amax returns the bits of a float32. */
 #ifndef OTTAVA_CODEC_H
 #define OTTAVA_CODEC_H
 
