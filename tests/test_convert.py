@@ -22,7 +22,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ottava.artifact import canonical, write_json
 from ottava.checkpoint import convert as converter
 from ottava.checkpoint import resume, spelling, stream
 from ottava.checkpoint.convert import convert
@@ -599,17 +598,6 @@ def test_the_signal_of_the_largest_and_smallest_codes_is_finite(byte: int, tmp_p
     signal = 128 * 128 * 2.0 ** (2 * (byte - 119)) + float((noisy.double() ** 2).sum())
     noise = float(((project(noisy).double() - noisy.double()) ** 2).sum())
     assert report["sqnr_db"] == pytest.approx(10 * math.log10(signal / noise), abs=1e-3)
-
-
-@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
-def test_what_is_no_json_is_not_written(number: float, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        canonical({"sqnr_db": number})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "a.json", {"sqnr_db": number})
-    assert names_in(tmp_path) == []
-    write_json(tmp_path / "a.json", {"limit": number}, allow_nan=True)
-    assert repr(json.loads((tmp_path / "a.json").read_text())["limit"]) == repr(number)
 
 
 def test_an_overlay_of_codes_is_a_second_rounding(tmp_path: Path) -> None:

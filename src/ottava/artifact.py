@@ -56,8 +56,8 @@ class Artifact:
 
 
 def canonical(data: Any) -> bytes:
-    """One byte string for one value: JSON with sorted keys and no spaces. ValueError: JSON has no NaN or infinity."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """One byte string for one value: JSON with sorted keys and no spaces."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def digest_of(data: Any) -> str:
@@ -71,13 +71,10 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, data: Any, *, allow_nan: bool = False) -> None:
-    """Write JSON so that the file is complete or not there at all.
-
-    allow_nan: keep Python's NaN and Infinity, as a foreign file may hold them; otherwise they are a ValueError.
-    """
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that the file is complete or not there at all."""
     with replacing(path) as part:
-        part.write_text(json.dumps(data, indent=1, allow_nan=allow_nan) + "\n")
+        part.write_text(json.dumps(data, indent=1) + "\n")
 
 
 @contextmanager

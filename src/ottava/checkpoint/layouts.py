@@ -269,7 +269,7 @@ def finish(part: Path, source: Path, config: dict[str, Any], quantisation: dict[
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
     if quantisation is not None:
         config["quantization_config"] = quantisation
-    write_json(part / "config.json", config, allow_nan=True)  # as the source had it
+    write_json(part / "config.json", config)
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, part / name)
