@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -74,7 +75,8 @@ def test_devices_are_counted_and_bounded(platform: Platform) -> None:
 
 def test_memory_is_in_bytes_and_grows_with_use(platform: Platform) -> None:
     grown = []
-    for _ in range(20 if platform.shared_memory else 1):  # other processes may free memory in the same moment
+    for attempt in range(40 if platform.shared_memory else 1):  # other processes may free memory in the same moment
+        time.sleep(0.1 * bool(attempt))
         before, total = platform.memory(0)
         assert 0 <= before <= total
         assert total > 1 << 28
@@ -82,6 +84,8 @@ def test_memory_is_in_bytes_and_grows_with_use(platform: Platform) -> None:
         platform.synchronize()
         grown.append(platform.memory(0)[0] - before)
         del held
+        if grown[-1] > (1 << 28) - (1 << 26):
+            break
     assert max(grown) > (1 << 28) - (1 << 26)  # the system keeps its count in batches
 
 
