@@ -79,7 +79,7 @@ def test_a_full_disk_publishes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(artifact, "_fsync", full)
+    monkeypatch.setattr(artifact, "fsync", full)
     with pytest.raises(ResourceError, match="disk full while publishing a"):
         make(tmp_path)
     assert not (tmp_path / "a").exists()

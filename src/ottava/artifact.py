@@ -83,7 +83,7 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(path.name + ".part")
     try:
         yield part
-        _fsync(part)
+        fsync(part)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -104,13 +104,13 @@ def commit(scratch: Path, destination: Path, **meta: Any) -> Artifact:
         manifest = {**meta, "created": round(time.time(), 3), "digest": digest_of(files), "files": files}
         write_json(scratch / MANIFEST, manifest)
         for name in files:
-            _fsync(scratch / name)
-        _fsync(scratch)
+            fsync(scratch / name)
+        fsync(scratch)
         destination.parent.mkdir(parents=True, exist_ok=True)
         if destination.exists():
             shutil.rmtree(destination)
         os.rename(scratch, destination)
-        _fsync(destination.parent)
+        fsync(destination.parent)
     except OSError as error:
         raise from_os_error(error, f"publishing {destination.name}") from error
     return Artifact(destination, manifest)
@@ -137,7 +137,8 @@ def load(path: Path) -> Artifact:
     return Artifact(path, manifest)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ottava.artifact import canonical
+from ottava.artifact import canonical, fsync
 from ottava.errors import Busy, CheckpointError, ResourceError, from_os_error
 
 LOG = "conversion.log"
@@ -115,10 +115,10 @@ class Part:
         (self.folder / LOG).unlink()
         if self._flush:
             for path in (*self.folder.iterdir(), self.folder):
-                _flush(path)
+                fsync(path)
         os.replace(self.folder, out)
         if self._flush:
-            _flush(out.parent)
+            fsync(out.parent)
 
     def _resume(self, first: bytes, files: Mapping[str, tuple[bytes, int]]) -> bool:
         try:
@@ -209,14 +209,6 @@ def locked(folder: Path, names: str) -> Iterator[None]:
         with suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), folder.stat()):  # else it is gone, or another's by now
                 folder.rmdir()
-        os.close(descriptor)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
         os.close(descriptor)
 
 

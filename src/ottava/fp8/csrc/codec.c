@@ -217,30 +217,27 @@ static PyObject *errors(const struct work *work) {
     return Py_BuildValue("Ldd", (long long)total[0], total[1], total[2]);
 }
 
-static PyObject *quantise_measured(PyObject *self, PyObject *arguments) {
+static PyObject *measured(PyObject *arguments, parallel_body body) {
     struct work work = {.block_rows = BLOCK, .block_columns = BLOCK};
-    (void)self;
     if (!PyArg_ParseTuple(arguments, "ii(nnn)i(Knn)(Knn)K(Knn)K", SIZES, ARRAY(w), ARRAY(codes), &work.scales,
                           ARRAY(out), &work.sums))
         return NULL;
     if (!begin(&work))
         return no_level();
-    Py_DECREF(outcome(&work, quantise_blocks, NULL, blocks(&work)));
+    Py_DECREF(outcome(&work, body, NULL, blocks(&work)));
     if (work.bad)
         Py_RETURN_NONE;
     return errors(&work);
 }
 
-static PyObject *measure(PyObject *self, PyObject *arguments) {
-    struct work work = {.block_rows = BLOCK, .block_columns = BLOCK};
+static PyObject *quantise_measured(PyObject *self, PyObject *arguments) {
     (void)self;
-    if (!PyArg_ParseTuple(arguments, "ii(nnn)i(Knn)(Knn)K(Knn)K", SIZES, ARRAY(w), ARRAY(codes), &work.scales,
-                          ARRAY(out), &work.sums))
-        return NULL;
-    if (!begin(&work))
-        return no_level();
-    Py_DECREF(outcome(&work, measure_blocks, NULL, blocks(&work)));
-    return errors(&work);
+    return measured(arguments, quantise_blocks);
+}
+
+static PyObject *measure(PyObject *self, PyObject *arguments) {
+    (void)self;
+    return measured(arguments, measure_blocks);
 }
 
 static PyObject *byte_range(PyObject *self, PyObject *arguments) {
