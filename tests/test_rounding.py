@@ -28,7 +28,8 @@ from ottava.fp8.codec import project, quantise
 from ottava.fp8.rounding import damping_for, gptq, grid_scale, nearest, output_error
 from ottava.fp8.spec import BIAS, BLOCK, BYTE_MIN, scale_byte
 from ottava.models import calibrate as calibration
-from ottava.models.calibrate import REPORT, Inputs, _Model, _Passage, convert_calibrated, round_model
+from ottava.models.calibrate import REPORT, Inputs, convert_calibrated, round_model
+from ottava.models.walk import LayeredModel, Passage
 
 GRID = sorted({float(v) for v in torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float() if v == v})
 
@@ -596,7 +597,9 @@ def test_other_families_are_walked_as_they_run(tmp_path: Path, kind: str) -> Non
     ids, seen = torch.randint(97, (3, 64)), []
     getattr(built.model, NORMS[kind]).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     built(input_ids=ids, use_cache=False)
-    walked = _Model(tmp_path / "s", json.loads((tmp_path / "s" / "config.json").read_text()), weights(tmp_path / "s"))
+    walked = LayeredModel(
+        tmp_path / "s", json.loads((tmp_path / "s" / "config.json").read_text()), weights(tmp_path / "s")
+    )
     hidden = walked.embed(ids)
     for number in range(len(walked.layers)):
         layer, given = walked.layer(number)
@@ -624,7 +627,7 @@ def test_other_families_are_refused_by_name(tmp_path: Path, kind: str) -> None:
 
 
 def test_layers_that_are_given_more_of_the_text_are_refused() -> None:
-    passage = _Passage(last=False)
+    passage = Passage(last=False)
     x = torch.zeros(1, 2, 3)
     passage(x, mask=(torch.ones(2), None))
     passage(x, mask=(torch.ones(2), None))

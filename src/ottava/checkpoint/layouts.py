@@ -13,10 +13,8 @@ scales of other values, FP8 in 32x32 blocks and packed FP4 with a scale for each
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from torch import Tensor
 
 from ottava.artifact import write_json
 from ottava.checkpoint.safetensors import Entry, check_regular, entries, load
-from ottava.errors import CheckpointError, from_os_error
+from ottava.errors import CheckpointError
 from ottava.fp8 import fp4
 from ottava.fp8.codec import dequantise
 from ottava.fp8.spec import BIAS, BLOCK, EXACT, MX_BLOCK, grid
@@ -242,23 +240,6 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
             f"a model folder needs a {name} that can be read", where=path, fix="name a Hugging Face model folder"
         )
     return config
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` by a rename when the block ends, or vanishes when it fails."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError("the output folder is not empty", where=out, fix="delete it or name another")
-    part = out.with_name(out.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        os.replace(part, out)
-    except OSError as error:
-        raise from_os_error(error, f"writing {out.name}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def finish(part: Path, source: Path, config: dict[str, Any], quantisation: dict[str, Any] | None) -> None:

@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from ottava.artifact import file_digest, write_json
-from ottava.checkpoint.layouts import whole_folder
+from ottava.checkpoint.resume import part_of
 from ottava.checkpoint.safetensors import write_folder
 from ottava.errors import CheckpointError, PlatformError
 
@@ -65,11 +65,12 @@ def unpack(args: Mapping[str, Any]) -> dict[str, Any]:
     header, tensors = read(path)
     plan = {name: ("BF16", tuple(int(size) for size in reversed(item.shape))) for name, item in tensors.items()}
     tally = {"signal": 0.0, "noise": 0.0}
-    with whole_folder(out) as part:
-        write_folder(part, plan, _stream(path, header, tensors, tally))
-        write_companions(part, path, header, tied="lm_head.weight" not in tensors)
+    with part_of(out) as part:
+        part.begin({"unpack": package, "version": version, "sha256": file_digest(path)}, {})
+        write_folder(part.folder, plan, _stream(path, header, tensors, tally))
+        write_companions(part.folder, path, header, tied="lm_head.weight" not in tensors)
         provenance = _provenance(package, version, path, header, tensors, tally)
-        write_json(part / "provenance.json", provenance)
+        write_json(part.folder / "provenance.json", provenance)
     return provenance
 
 

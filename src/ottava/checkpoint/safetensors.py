@@ -18,7 +18,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,12 +214,6 @@ def read(folder: Path, name: str) -> Tensor:
     if name not in found:
         raise CheckpointError(f"there is no tensor {name!r}", where=folder)
     return load(found[name])
-
-
-def iter_tensors(folder: Path) -> Iterator[tuple[str, str, tuple[int, ...], bytearray]]:
-    """(name, dtype, shape, bytes) of every tensor of a model folder or file, sorted by name."""
-    for name, entry in sorted(entries(folder).items()):
-        yield name, entry.dtype, entry.shape, read_bytes(entry)
 
 
 def plan_of(tensors: Mapping[str, Tensor]) -> Plan:

@@ -98,9 +98,7 @@ def quantise(w: Tensor, codes: Tensor, scales: Tensor, *, level: str | None = No
     _contiguous_bytes(scales)
     size = _sizes(w)
     if not _call("quantise", level, size, kind, _rows(w), _rows(codes), scales.data_ptr()):
-        codes.view(torch.uint8).fill_(0x7F)
-        scales.fill_(0xFF)
-        raise not_finite()
+        raise _nothing_in(codes, scales)
 
 
 def quantise_measured(
@@ -118,9 +116,7 @@ def quantise_measured(
     places = _rows(w), _rows(codes), scales.data_ptr(), target, sums.data_ptr()
     found = _call("quantise_measured", level, _sizes(w), kind, *places)
     if found is None:
-        codes.view(torch.uint8).fill_(0x7F)
-        scales.fill_(0xFF)
-        raise not_finite()
+        raise _nothing_in(codes, scales)
     return Errors(*found)
 
 
@@ -175,6 +171,13 @@ def _call(name: str, level: str | None, size: tuple[int, int, int], *arguments: 
         raise _no_level(level)
     threads = threads_for(math.prod(size), _LARGE)
     return getattr(extension, name)(LEVELS.index(level), threads, size, *arguments)
+
+
+def _nothing_in(codes: Tensor, scales: Tensor) -> FormatError:
+    """The error of an infinity or NaN; what was written before it was found is made NaN."""
+    codes.view(torch.uint8).fill_(0x7F)
+    scales.fill_(0xFF)
+    return not_finite()
 
 
 def _no_level(level: str) -> PlatformError:
