@@ -153,8 +153,9 @@ def test_a_certificate_says_what_was_verified(key: tuple[Path, str], tmp_path: P
     (a / "conversion.json").write_text(json.dumps({"digest": result["digest_a"], "label": "rounded", "kl": 0.0177}))
     made = sign(result, key[0], folders=(a, b), model="tiny-llama")
     assert made["digest"] == result["digest_a"] == result["digest_b"]
-    assert {name: made[name] for name in ("tensors", "model", "label", "kl", "layouts")} == {
-        "tensors": len(weights), "model": "tiny-llama", "label": "rounded", "kl": 0.0177, "layouts": ["e8m0", "bf16"],
+    assert {name: made[name] for name in ("tensors", "model", "stated_label", "stated_kl", "layouts")} == {
+        "tensors": len(weights), "model": "tiny-llama", "stated_label": "rounded", "stated_kl": 0.0177,
+        "layouts": ["e8m0", "bf16"],
     }  # fmt: skip
     assert made["software"].startswith("ottava ")
     write(tmp_path / "c.json", made)
@@ -180,7 +181,7 @@ def test_the_signature_is_ed25519_over_the_canonical_json(key: tuple[Path, str],
 def test_a_record_that_is_no_file_is_not_waited_for(key: tuple[Path, str], tmp_path: Path) -> None:
     folder = save(tmp_path / "a", written(folders.model("llama"), "e8m0"))
     os.mkfifo(folder / "conversion.json")
-    assert sign(IDENTICAL, key[0], folders=[folder])["label"] is None
+    assert sign(IDENTICAL, key[0], folders=[folder])["stated_label"] is None
 
 
 def test_layouts_are_named(tmp_path: Path) -> None:
@@ -203,13 +204,14 @@ def test_divergence_on_record(kl: Any, kept: float | None, key: tuple[Path, str]
     folder = save(tmp_path / "m", written(folders.model("llama"), "bf16"))
     result = compare(folder, folder, workers=1)
     (folder / "conversion.json").write_text(json.dumps({"digest": result["digest_a"], "kl": kl}))
-    assert sign(result, key[0], folders=(folder, folder))["kl"] == kept
+    assert sign(result, key[0], folders=(folder, folder))["stated_kl"] == kept
 
 
 # What is refused.
 
 OTHER: dict[str, Any] = {
-    "digest": "1" * 64, "tensors": 4, "model": "another", "label": "on-grid", "kl": 0.5, "layouts": ["bf16"],
+    "digest": "1" * 64, "tensors": 4, "model": "another", "stated_label": "on-grid", "stated_kl": 0.5,
+    "layouts": ["bf16"],
     "software": "ottava 99", "time": "2020-01-01T00:00:00Z", "public_key": "ab" * 32, "signature": "cd" * 64,
 }  # fmt: skip
 
@@ -228,8 +230,10 @@ def test_any_field_that_was_changed_breaks_the_signature(field: str, good: Certi
         ("certificate", "ottava certificate 2"), ("algorithm", "none"), ("algorithm", "rsa"), ("algorithm", "ED25519"),
         ("digest", "0" * 63), ("digest", DIGEST.upper()), ("digest", None), ("digest", DIGEST + "\n"),
         ("tensors", -1), ("tensors", True), ("tensors", 3.0), ("tensors", 10**30), ("model", ""), ("model", "a\nb"),
-        ("model", "x" * 201), ("model", "\ud800"), ("model", "\x1b[2J"), ("label", 3), ("kl", "0.1"), ("kl", True),
-        ("kl", float("nan")), ("layouts", "e8m0"), ("layouts", ["a", "b", "c"]), ("layouts", [3]), ("layouts", [[]]),
+        ("model", "x" * 201), ("model", "\ud800"), ("model", "\x1b[2J"), ("stated_label", 3), ("stated_kl", "0.1"),
+        ("stated_kl", True),
+        ("stated_kl", float("nan")), ("layouts", "e8m0"), ("layouts", ["a", "b", "c"]), ("layouts", [3]),
+        ("layouts", [[]]),
         ("time", "yesterday"), ("time", "٢٠٢٠-01-01T00:00:00Z"), ("public_key", "zz" * 32), ("public_key", ""),
         ("signature", ""), ("signature", "cd" * 65), ("signature", None),
     ],
@@ -289,8 +293,8 @@ def files() -> dict[str, Callable[[str], bytes]]:
         "deep": lambda text: b"[" * 50_000,
         "list": lambda text: b"[" + text.encode() + b"]",
         "twice": lambda text: text.replace('"tensors": 3', '"tensors": 3, "tensors": 3').encode(),
-        "nan": lambda text: text.replace('"kl": null', '"kl": NaN').encode(),
-        "infinity": lambda text: text.replace('"kl": null', '"kl": 1e999').encode(),
+        "nan": lambda text: text.replace('"stated_kl": null', '"stated_kl": NaN').encode(),
+        "infinity": lambda text: text.replace('"stated_kl": null', '"stated_kl": 1e999').encode(),
         "long number": lambda text: text.replace('"tensors": 3', '"tensors": ' + "9" * 10_000).encode(),
         "surrogate": lambda text: text.replace('"tiny"', '"\\ud800"').encode(),
     }

@@ -176,7 +176,7 @@ def test_another_task_starts_anew(change: str, tmp_path: Path, monkeypatch: pyte
     elif change == "file":
         (part / SINGLE).unlink()
     else:
-        (part / LOG).write_bytes(b"\xff\n" + (part / LOG).read_bytes())
+        (part / LOG).write_bytes(b"{}\n" + (part / LOG).read_bytes())
     assert touched(source, tmp_path / "out", monkeypatch, **options) == set(tensors)
     run(source, tmp_path / "whole", **options)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
@@ -759,3 +759,17 @@ def test_the_working_folder_itself_may_be_the_output(tmp_path: Path, monkeypatch
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="no link"):
         convert({"source": source, "out": tmp_path / "link"})
+
+
+@pytest.mark.parametrize("theirs", ["precious.txt", "photos/a.jpg"])
+def test_a_log_alone_does_not_make_a_folder_ours(theirs: str, tmp_path: Path) -> None:
+    """Whoever has a folder OUT.part with a conversion.log in it keeps what else is there."""
+    source = tmp_path / "source"
+    save(source, {"model.layers.0.mlp.up_proj.weight": torch.randn(8, 8).bfloat16()})
+    kept = tmp_path / "out.part" / theirs
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    (tmp_path / "out.part" / "conversion.log").touch()
+    with pytest.raises(CheckpointError, match="something else is here"):
+        convert({"source": str(source), "out": str(tmp_path / "out")})
+    assert kept.read_text() == "mine"

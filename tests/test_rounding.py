@@ -402,8 +402,7 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> Non
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     text(tmp_path / "t.txt", seed=9)  # other text, other bits: nothing of the earlier run is used
-    other = round_model({**args, "out": tmp_path / "b"})
-    assert other["key"] != whole["key"]
+    round_model({**args, "out": tmp_path / "b"})
     assert layers[0].stat().st_mtime_ns != times[0]
 
 
@@ -645,9 +644,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="cannot be read"):
         attempt(text=tmp_path / "none.txt")
-    with pytest.raises(DataError, match="fewer than one window"):
+    with pytest.raises(DataError, match="has no window of"):
         attempt(tokens=63)
-    with pytest.raises(DataError, match="fewer than one window"):
+    with pytest.raises(DataError, match="has no window of"):
         attempt(window=4096)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match="cannot be read"):

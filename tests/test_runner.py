@@ -138,7 +138,7 @@ def test_failures(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
         go(tmp_path, recipe(tmp_path, "train.fail=disk"))
     assert full.value.render() == (
         "error: disk full while running the stage 'train'\n  where: /somewhere\n"
-        "  mend:  free some space or choose another --out, then run again"
+        "  mend:  free some space or choose another place for the output, then run again"
     )
     assert not any("train" in path.name for path in (tmp_path / "run" / "artifacts").iterdir())
     for _ in range(2):  # a negative verdict stays one, without doing the work again

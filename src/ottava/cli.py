@@ -271,7 +271,7 @@ def main() -> NoReturn:
     except OttavaError as error:
         code = _say(error.render(), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        code = 130
+        code = _say("stopped: the same command goes on where there is work to go on with", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -280,6 +280,19 @@ def main() -> NoReturn:
         code = _say(mended.render(), mended.exit_code)
     except Exception as error:
         code = _unexpected(error)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process. Triton, which Transformers imports where it finds it, tells at the end of an interpreter of what
+    its own bindings leaked: the user cannot mend that, so the interpreter's end is left out then."""
+    if "triton" in sys.modules:
+        import atexit
+
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -112,7 +112,9 @@ def from_os_error(error: OSError, doing: str) -> OttavaError:
     where = error.filename if isinstance(error.filename, str) else None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(
-            f"disk full while {doing}", where=where, fix="free some space or choose another --out, then run again"
+            f"disk full while {doing}",
+            where=where,
+            fix="free some space or choose another place for the output, then run again",
         )
     if error.errno == errno.EADDRINUSE:
         return ResourceError(

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ottava.artifact import canonical, fsync
+from ottava.checkpoint.layouts import COMPANIONS
+from ottava.checkpoint.safetensors import INDEX
 from ottava.errors import Busy, CheckpointError, ResourceError, from_os_error
 
 LOG = "conversion.log"
@@ -27,6 +29,10 @@ SPARE = 16 << 20
 """Bytes left free for the small files."""
 
 HASH_BYTES = 32
+
+_PLAIN = (*COMPANIONS, INDEX, LOG, "config.json", "conversion.json", "rounding.json", "provenance.json")
+OURS = rf"([^/]+\.safetensors|{'|'.join(map(re.escape, _PLAIN))})(\.part)?"
+"""The names of the files that an unfinished folder may hold. A folder with others is somebody else's."""
 
 
 class Record(NamedTuple):
@@ -82,7 +88,7 @@ class Part:
         if not again:  # the log stays: it marks the folder as this module's
             for path in self.folder.iterdir():
                 if path.name != LOG:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                    path.unlink()
             os.truncate(self._log, 0)
         self.resumed = bool(self.done)
         self._check_space(sum(size for _, size in files.values()))
@@ -213,7 +219,21 @@ def locked(folder: Path, names: str) -> Iterator[None]:
 
 
 def _is_part(folder: Path) -> bool:
-    return (folder / LOG).is_file() or not any(folder.iterdir())
+    """Whether a folder is this module's: empty, or a log of its own and nothing but files with names that it gives."""
+    names = [path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
+    if len(names) < len(list(folder.iterdir())) or not all(re.fullmatch(OURS, name) for name in names):
+        return False
+    return not names or (LOG in names and _first_line(folder / LOG))
+
+
+def _first_line(log: Path) -> bool:
+    """Whether a log begins as one of this module's does. A kill may have left it empty."""
+    with log.open("rb") as file:
+        line = file.readline(1 << 20)
+    try:
+        return not line or isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _locked(folder: Path, ours: Callable[[Path], bool]) -> int:

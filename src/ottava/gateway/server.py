@@ -58,7 +58,7 @@ def _certified(folder: Path, args: Mapping[str, Any]) -> None:
         return
     found = check(Path(certificate), folder, trust, workers=default_workers())
     if args.get("announce"):
-        print(f"certified: {found['digest']}, {found['label'] or 'no label'}", file=sys.stderr, flush=True)
+        print(f"certified: {found['digest']}", file=sys.stderr, flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

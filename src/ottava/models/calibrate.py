@@ -36,7 +36,7 @@ from ottava.checkpoint.names import storage_of
 from ottava.checkpoint.resume import check_free, locked
 from ottava.checkpoint.safetensors import load as load_tensor
 from ottava.checkpoint.safetensors import read_header, write
-from ottava.errors import CheckpointError, DataError
+from ottava.errors import CheckpointError, DataError, ResourceError
 from ottava.fp8.codec import project
 from ottava.fp8.rounding import damping_for, gptq, grid_scale, nearest, output_error
 from ottava.models.published import published
@@ -75,7 +75,7 @@ def round_model(args: Mapping[str, Any], progress: Progress | None = None) -> di
     args: text, a UTF-8 file or a list of them (default: `TOPICS` and `PASSAGES`); tokens (16384) and window (512): how
     much of the text is used, the same from each file, in windows spread evenly over it. A tensor whose inputs were
     fewer tokens than it has columns (a rarely routed expert) is rounded to nearest.
-    Returns {"version", "method", "texts": [{"name", "sha256", "tokens"}], "tokens", "window", "key", "nearest": names,
+    Returns {"version", "method", "texts": [{"name", "sha256", "tokens"}], "tokens", "window", "nearest": names,
     "gain_db": {"median", "lowest", "highest"} on the calibration text itself, "tensors": {name: {"method", "tokens",
     "damping", "gain_db"}}}.
     What another source, text or setting left in `out` is removed.
@@ -101,9 +101,9 @@ def _rounded(args: Mapping[str, Any], progress: Progress | None) -> dict[str, An
     }
     files = sorted({weight.data.path for weight in found.values()})
     state = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    facts["key"] = digest_of([facts, file_digest(source / "config.json"), state])
+    key = digest_of([facts, file_digest(source / "config.json"), state])
     tensors: dict[str, Fact] = {}
-    for number, count, done in _layers(LayeredModel(source, config, found), ids, out, facts["key"]):
+    for number, count, done in _layers(LayeredModel(source, config, found), ids, out, key):
         tensors |= done
         if progress is not None:
             progress(number + 1, count)
@@ -132,9 +132,15 @@ def convert_calibrated(args: Mapping[str, Any], progress: Progress | None = None
     passed = {key: value for key, value in args.items() if key not in ("text", "tokens", "window")}
     with locked(overlay, OURS):
         linear = check(passed)
-        if not args.get("allow_lossy"):
-            for weight in linear.values():
-                _check_once(weight)
+        off = [weight for weight in linear.values() if not _on_grid(weight)]
+        if not off:
+            return convert(passed, progress)  # there is nothing to round
+        again = next((weight for weight in off if weight.scale is not None), None)
+        if again is not None and not args.get("allow_lossy"):
+            what = "this weight was rounded once already, and not to this grid"
+            fix = f"{NEEDS_MASTER}, or allow a lossy conversion"
+            raise CheckpointError(what, where=again.data.where, fix=fix, tensor=again.name)
+        _check_room(overlay, linear)
         rounding = _rounded({**args, "out": overlay}, progress)
         calibration = {key: value for key, value in rounding.items() if key != "tensors"}
         report = convert({**passed, "overlay": overlay, "notes": {"calibration": calibration}}, progress)
@@ -142,16 +148,21 @@ def convert_calibrated(args: Mapping[str, Any], progress: Progress | None = None
     return report
 
 
-def _check_once(weight: Weight) -> None:
-    """Refuse codes whose values do not lie on the grid: they would be rounded a second time."""
-    if weight.scale is None:
-        return
+def _on_grid(weight: Weight) -> bool:
+    """Whether a weight's values are what plain rounding makes of them."""
     values = exact(weight)
     narrowed = values.float()
-    if not (torch.equal(narrowed.double(), values.double()) and torch.equal(project(narrowed), narrowed)):
-        what = "this weight was rounded once already, and not to this grid"
-        fix = f"{NEEDS_MASTER}, or allow a lossy conversion"
-        raise CheckpointError(what, where=weight.data.where, fix=fix, tensor=weight.name)
+    return torch.equal(narrowed.double(), values.double()) and torch.equal(project(narrowed), narrowed)
+
+
+def _check_room(overlay: Path, linear: Mapping[str, Weight]) -> None:
+    """Raise ResourceError where the disk has no room for the rounded weights, BF16, that are not there yet."""
+    need = sum(2 * math.prod(weight.shape) for weight in linear.values())
+    need -= sum(path.stat().st_size for path in overlay.glob("layer-*.safetensors"))
+    free = shutil.disk_usage(overlay).free
+    if need > free:
+        what = f"no space: rounding needs {need:,} bytes more while it lasts, and {free:,} are free"
+        raise ResourceError(what, where=overlay, fix="free some space or choose another place for the output")
 
 
 # The text.
@@ -184,7 +195,9 @@ def _windows(source: Path, texts: Mapping[str, str], tokens: int, width: int) ->
         try:
             ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.long)
         except Exception as error:
-            raise DataError(f"the calibration text has words that the tokenizer lacks: {error}", where=name) from None
+            what = f"the calibration text has words that the tokenizer lacks: {error}"
+            fix = "give a text in words that this model knows: --calibration TEXT"
+            raise DataError(what, where=f"the default text {name}" if name == TOPICS else name, fix=fix) from None
         whole = [part for part in torch.split(ids, width) if len(part) == width]
         count = min(tokens // len(texts) // width, len(whole))
         windows += [whole[i * len(whole) // count] for i in range(count)]
@@ -192,9 +205,9 @@ def _windows(source: Path, texts: Mapping[str, str], tokens: int, width: int) ->
         facts.append({"name": Path(name).name, "sha256": digest, "tokens": count * width})
     if not windows:
         raise DataError(
-            f"{tokens} tokens of calibration text are fewer than one window of {width}, or the text is",
+            f"the calibration text has no window of {width} tokens",
             where=", ".join(texts),
-            fix="name a longer text, or ask for more tokens",
+            fix="name a longer text",
         )
     return torch.stack(windows), facts
 
@@ -339,8 +352,8 @@ def _resume(path: Path, key: str) -> dict[str, Fact] | None:
 
 
 def _clear(out: Path, key: str) -> None:
-    """Remove layers and the report of another key: a conversion would take them for this model's."""
-    for path in (*out.glob("layer-*"), out / REPORT):
+    """Remove layers of another key: a conversion would take them for this model's."""
+    for path in out.glob("layer-*"):
         if _read(path.with_suffix(".json")).get("key") != key:
             path.unlink(missing_ok=True)
 

@@ -86,9 +86,9 @@ def sign(
 ) -> Certificate:
     """The certificate of a result of `weights.compare`.
 
-    folders: the two that were compared: their layouts are named, and label and KL are taken from the
-    conversion.json that has the digest. model: a name; by default the first folder's. Raises Verdict where the
-    folders are not identical, ArtifactError where the key cannot be read.
+    folders: the two that were compared: their layouts are named, and what the conversion.json with this digest says of
+    label and KL is passed on as stated; nobody checked it. model: a name; by default the first folder's. Raises Verdict
+    where the folders are not identical, ArtifactError where the key cannot be read.
     """
     if result.get("verdict") != "identical" or result.get("digest_a") != result.get("digest_b"):
         raise Verdict("the folders are not identical: there is nothing to certify")
@@ -103,8 +103,8 @@ def sign(
         "digest": result["digest_a"],
         "tensors": result["tensors"],
         "model": model or (paths[0].resolve().name if paths else "unnamed"),
-        "label": record.get("label") if isinstance(record.get("label"), str) else None,
-        "kl": float(kl) if isinstance(kl, int | float) and math.isfinite(kl) else None,
+        "stated_label": record.get("label") if isinstance(record.get("label"), str) else None,
+        "stated_kl": float(kl) if isinstance(kl, int | float) and math.isfinite(kl) else None,
         "layouts": [layout_of(path) for path in paths],
         "software": f"ottava {__version__}",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -207,8 +207,8 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "digest": lambda v: _is_hex(v, 64),
     "tensors": lambda v: type(v) is int and 0 <= v < 2**53,
     "model": _is_text,
-    "label": lambda v: v is None or _is_text(v),
-    "kl": lambda v: v is None or (type(v) is float and math.isfinite(v)),
+    "stated_label": lambda v: v is None or _is_text(v),
+    "stated_kl": lambda v: v is None or (type(v) is float and math.isfinite(v)),
     "layouts": lambda v: isinstance(v, list) and len(v) <= 2 and all(_is_text(one) for one in v),
     "software": _is_text,
     "time": lambda v: isinstance(v, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", v, re.ASCII) is not None,

@@ -85,13 +85,18 @@ def windows_of(folder: Path, text: Path, width: int = 128, limit: int = 16) -> l
         raise DataError(f"not UTF-8 text, byte {error.start}", where=text, fix="name a text file") from None
     except OSError as error:
         raise from_os_error(error, "reading a text") from error
-    ids = torch.tensor(read_tokenizer(folder / "tokenizer.json").encode(content, add_special_tokens=False).ids)
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    try:
+        ids = torch.tensor(tokenizer.encode(content, add_special_tokens=False).ids)
+    except Exception as error:  # the library raises bare Exception
+        fix = "name a text in words that this model knows"
+        raise DataError(f"the text has words that the tokenizer lacks: {error}", where=text, fix=fix) from None
     windows = [w[None] for w in torch.split(ids, width) if len(w) == width][:limit]
     if not windows:
         raise DataError(
             f"the text has {len(ids)} tokens, fewer than one window of {width}",
             where=text,
-            fix="name a longer text, or make verify.window smaller",
+            fix="name a longer text",
         )
     return windows
 
