@@ -390,8 +390,24 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
+    for read_it in (entries, read_config):
+        with pytest.raises(CheckpointError, match="no model in this folder") as caught:
+            read_it(tmp_path)
+        assert (caught.value.where, bool(caught.value.fix)) == (str(tmp_path), True)
+        with pytest.raises(CheckpointError, match="no such folder") as caught:
+            read_it(tmp_path / "nowhere")
+        assert (caught.value.where, bool(caught.value.fix)) == (str(tmp_path / "nowhere"), True)
     with pytest.raises(CheckpointError, match="no such file"):
-        entries(tmp_path)
+        entries(tmp_path / "nowhere.safetensors")
+    (tmp_path / "dangling").mkdir()
+    (tmp_path / "dangling" / SINGLE).symlink_to(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="no such file"):
+        entries(tmp_path / "dangling")
+    (tmp_path / "named.safetensors").mkdir()
+    write(tmp_path / "named.safetensors" / SINGLE, [("a", torch.zeros(1))])
+    assert list(entries(tmp_path / "named.safetensors")) == ["a"]
+    with pytest.raises(CheckpointError, match="this is a file"):
+        read_config(tmp_path / "named.safetensors" / SINGLE)
     write(tmp_path / SINGLE, [("a", torch.zeros(1))])
     (tmp_path / st_files.INDEX).write_text(index_of({"a": SINGLE}))
     with pytest.raises(CheckpointError, match="both a single file and an index"):

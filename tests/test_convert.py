@@ -773,3 +773,33 @@ def test_a_log_alone_does_not_make_a_folder_ours(theirs: str, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="something else is here"):
         convert({"source": str(source), "out": str(tmp_path / "out")})
     assert kept.read_text() == "mine"
+
+
+def test_source_and_output_are_no_folders_of_each_other(tmp_path: Path) -> None:
+    source = save(tmp_path / "a" / "s", {UP: torch.randn(32, 32).bfloat16()})
+    (tmp_path / "link").symlink_to(source)
+    for out, what in (
+        (source / "sub", "inside the source"), (tmp_path / "link" / "sub" / "deeper", "inside the source"),
+        (source / ".." / "s", "the output is the source"), (tmp_path / "a", "the source lies inside"),
+    ):  # fmt: skip
+        for begin in (convert, converter.check):
+            with pytest.raises(CheckpointError, match=what) as caught:
+                begin({"source": str(source), "out": str(out)})
+            assert (caught.value.where, "beside" in str(caught.value.fix)) == (str(out), True)
+    assert names_in(source) == ["config.json", SINGLE]
+    assert run(source, tmp_path / "a" / "s2")["warnings"]
+
+
+def test_what_a_source_lacks_is_said_and_converted_all_the_same(tmp_path: Path) -> None:
+    source = save(tmp_path / "s", {UP: torch.randn(32, 32).bfloat16()}, {"hidden_size": 32})
+    both = run(source, tmp_path / "both")
+    assert [text.split(":")[0] for text in both["warnings"]] == [
+        "the source has no tokenizer.json",
+        "the source's config.json names no model_type",
+    ]
+    assert json.loads((tmp_path / "both" / "conversion.json").read_text()) == both
+    (source / "tokenizer.json").write_text("{}")
+    (one,) = run(source, tmp_path / "one")["warnings"]
+    assert "model_type" in one
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    assert run(source, tmp_path / "none")["warnings"] == []

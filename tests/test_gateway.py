@@ -536,8 +536,10 @@ def test_the_official_client_and_a_drain(launcher: LocalLauncher, folder: Path, 
     assert cast(Any, direct).reasoning is None
     assert next(ask(url, QUESTION, False))[0] == "content"
     assert next(ask(url, QUESTION, True))[0] == "reasoning"
-    with pytest.raises(DataError, match="does not know the word 'seven'"):
+    with pytest.raises(DataError) as caught:
         list(ask(url, "seven"))
+    assert caught.value.what == "the model does not know the word 'seven'"
+    assert str(caught.value.fix).startswith("it knows: ")
     with pytest.raises(openai.BadRequestError, match="asks for thinking and"):
         client.chat.completions.create(
             **request, reasoning_effort="high", extra_body={"thinking": {"type": "disabled"}}

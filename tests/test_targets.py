@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from ottava.checkpoint import chips, safetensors
+from ottava.checkpoint.convert import check, convert
+from ottava.checkpoint.engines import ENGINES
 from ottava.checkpoint.stream import Reader
 from ottava.checkpoint.targets import examine
 from ottava.console.terminal import targets_table
 from ottava.errors import CheckpointError, RecipeError
 from ottava.fp8 import spec
 from ottava.fp8.codec import dequantise, quantise
+from ottava.models.build import from_config, initialise
+from ottava.models.load import load
+from ottava.models.published import published
+from ottava.models.published import stored as stored_form
 
 FLEETS = Path(__file__).parents[1] / "fleets"
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -315,6 +321,69 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", {UP: codes, UP + "_scale_inv": scales[:1]})
     with pytest.raises(CheckpointError, match="scales of shape"):
         examine(folder)
+
+
+RAGGED = {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576)}
+"""SmolLM2's attention."""
+
+
+@pytest.mark.parametrize(
+    ("shapes", "blocked", "mxfp8"),
+    [
+        (RAGGED, ["transformers", "vllm", "vllm-cpu"], ["vllm-cpu"]),
+        ({"q_proj": (256, 128), "o_proj": (128, 256)}, [], ["vllm-cpu"]),
+        ({"o_proj": (128, 48)}, [], ["transformers", "vllm", "vllm-cpu"]),
+    ],
+)
+def test_engines_that_refuse_the_shapes_are_named(
+    tmp_path: Path, shapes: dict[str, tuple[int, int]], blocked: list[str], mxfp8: list[str]
+) -> None:
+    """'exact' is said of a chip; what convert --for would refuse stands beside it, by the same rules."""
+    tensors = plain_tensors()
+    for part, shape in shapes.items():
+        name = f"model.layers.0.self_attn.{part}.weight"
+        codes, scales = quantise(torch.randn(shape))
+        tensors |= {name: codes, name + "_scale_inv": torch.ldexp(torch.ones(scales.shape), scales.int() - 127)}
+    folder = write(tmp_path / "m", tensors)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    found = examine(folder)
+    assert affected(found["H100"], "deepseek") == ("exactly", 0)
+    told = {"e8m0": blocked, "deepseek": blocked, "mxfp8": mxfp8, "bf16": [], "int8": [], "fp16": []}
+    for chip in found.values():
+        assert {form: answer["refused_by"] for form, answer in chip["layouts"].items()} == {
+            form: told[form] for form in chip["layouts"]
+        }
+    for layout, engine in product(("e8m0", "deepseek", "mxfp8", "bf16"), ENGINES):
+        args = {"source": str(folder), "out": str(tmp_path / f"{layout}-{engine}"), "layout": layout, "engine": engine}
+        if engine in told[layout]:
+            with pytest.raises(CheckpointError, match=f"^error: {engine} "):
+                check(args)
+        else:
+            check(args)
+    below = targets_table(found).split("\n\n")[1]
+    assert "convert --for ENGINE" in below
+    assert ("e8m0 and deepseek by transformers, vllm, vllm-cpu" in below) == bool(blocked)
+    assert ("mxfp8 by vllm-cpu" in below) == (mxfp8 == ["vllm-cpu"])
+
+
+def test_a_cpu_serves_every_layout_of_this_project(tmp_path: Path) -> None:
+    """What the table says of CPUs is what the engine's loader does: the master's values, whatever the layout."""
+    config = {"model_type": "llama", "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40}
+    model = from_config(config)
+    initialise(model, 1)
+    tensors = {name: stored_form(item) for name, item in published(model).items()}
+    source = write(tmp_path / "source", tensors)
+    (source / "config.json").write_text(json.dumps(config))
+    takes = chips.formats()["CPU"].takes
+    expected: dict[str, Tensor] = {}
+    for layout in ("e8m0", "deepseek", "mxfp8", "bf16"):
+        convert({"source": str(source), "out": str(tmp_path / layout), "layout": layout})
+        state = load(tmp_path / layout).state_dict()
+        expected = expected or state
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+        assert takes[layout].value, layout  # type: ignore[index]
+        assert affected(examine(tmp_path / layout, "CPU")["CPU"], layout) == ("exactly", 0)
 
 
 def test_the_table_says_what_the_object_says(tmp_path: Path) -> None:

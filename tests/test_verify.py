@@ -78,7 +78,14 @@ def test_a_planted_fault_is_found(fault: Fault, layout: str, tmp_path: Path) -> 
         assert (first["tensor"], first["cause"] in named) == (fault.tensor, True), first
         assert first["cause"] in CAUSES
         assert first["faulty"] in ((side,) if fault.sure else (side, None)), first
-        assert Path(first["where"]).parent == tmp_path / (a if first["faulty"] == "a" or alone(fault, a) else b)
+        assert first["certain"] == (
+            first["cause"] not in ("stale tensor", "stale shard", "rounded otherwise", "unknown")
+        )
+        assert list(first["files"]) == ["a", "b"]
+        for letter, folder in (("a", a), ("b", b)):
+            file = first["files"][letter]
+            assert file is None if lacks(fault, folder) else Path(file).parent == tmp_path / folder
+        assert first["where"] == (None if first["faulty"] is None else first["files"][first["faulty"]])
         if first["block"] is not None:
             assert first_difference(dense(good.stored), dense(bad.stored)) == (first["tensor"], first["block"])
         else:
@@ -86,13 +93,11 @@ def test_a_planted_fault_is_found(fault: Fault, layout: str, tmp_path: Path) -> 
         assert found["digest_a" if side == "b" else "digest_b"] is not None
 
 
-def alone(fault: Fault, a: str) -> bool:
-    """Whether only the folder `a` has the tensor that is named."""
-    return a == ("bad" if fault.causes[0] == "extra tensor" else "good") and fault.name in (
-        "a tied head left out",
-        "a tensor left out",
-        "a tensor too many",
-    )
+def lacks(fault: Fault, folder: str) -> bool:
+    """Whether a folder, "good" or "bad", is the one that does not have the tensor that is named."""
+    if fault.name not in ("a tied head left out", "a tensor left out", "a tensor too many"):
+        return False
+    return folder == ("good" if fault.causes[0] == "extra tensor" else "bad")
 
 
 def is_matrix(fault: Fault, good: Written) -> bool:
@@ -437,7 +442,33 @@ def test_one_f32_scale_of_any_value(value: float, tmp_path: Path) -> None:
     assert "any number" in CAUSES["one scale changed"]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_few_values_a_step_away_are_no_other_rounding(layout: str, tmp_path: Path) -> None:
+    sound, rng = folders.model("llama"), np.random.default_rng(4)
+    bad = dict(sound)
+    for name, found in sound.items():
+        if isinstance(found, Coded):
+            step = (rng.random(found.codes.shape) < 0.02) & ((found.codes & 0x7F) < 0x7D)
+            bad[name] = Coded(found.codes + step.astype(np.uint8), found.factors)
+    pair = save(tmp_path / "a", written(sound, "bf16")), save(tmp_path / "b", written(bad, layout))
+    found = compare(*pair, workers=1)["first_bad"]
+    assert (found["cause"], found["certain"], found["faulty"], found["where"]) == ("unknown", False, None, None)
+
+
+def test_a_tensor_that_lacks_beside_one_that_differs(tmp_path: Path) -> None:
+    """Which tensors differ is asked of names that only one folder has, too."""
+    stale = next(fault for fault in FAULTS if fault.name == "a tensor of an earlier step")
+    sound = folders.model("llama")
+    less = {name: found for name, found in sound.items() if name != NORM}
+    a = save(tmp_path / "a", written(less, "e8m0"))
+    b = save(tmp_path / "b", stale.plant(sound, "e8m0"))
+    for pair in ((a, b), (b, a)):
+        found = compare(*pair, workers=1)["first_bad"]
+        assert (found["tensor"], found["cause"], found["certain"]) == (Q, "stale tensor", False)
+
+
 def test_causes_by_likeness_say_so() -> None:
+    assert not any(causes.certain(cause) for cause in (*causes.BY_LIKENESS, "unknown"))
     assert {cause for cause, meaning in CAUSES.items() if meaning.startswith("by likeness")} == set(causes.BY_LIKENESS)
 
 

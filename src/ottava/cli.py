@@ -38,6 +38,19 @@ class Rounding(StrEnum):
     gptq = "gptq"
 
 
+def _folder(metavar: str, help: str) -> Any:
+    """An argument that names a folder: a name that is empty would be taken for the working folder."""
+
+    def read(text: str) -> Path:
+        if not text.strip():
+            from ottava.errors import RecipeError
+
+            raise RecipeError("an empty name names no folder", where=metavar, fix="name a folder; this one is .")
+        return Path(text)
+
+    return typer.Argument(metavar=metavar, help=help, parser=read)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
 
@@ -97,8 +110,8 @@ def report_command(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder: BF16, FP16, FP32 or FP8.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    source: Annotated[Path, _folder("SOURCE", "A Hugging Face folder: BF16, FP16, FP32 or FP8.")],
+    out: Annotated[Path, _folder("OUT", "The folder to write.")],
     layout: Annotated[Layout, typer.Option(help="How the same values are written down.")] = Layout.e8m0,
     rounding: Annotated[Rounding, typer.Option(help="gptq: fewer errors, from calibration text.")] = Rounding.nearest,
     calibration: Annotated[
@@ -116,7 +129,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a model as UE8M0 FP8, in any layout, and say whether that rounded it; stopped, it goes on where it was."""
-    from ottava.console.terminal import bytes_bar
+    from ottava.console.terminal import BYTES, work_bar
     from ottava.errors import RecipeError
 
     args: dict[str, Any] = {"source": str(source), "out": str(out), "layout": layout.value, "allow_lossy": allow_lossy}
@@ -125,7 +138,8 @@ def convert(
         from ottava.verify.numerics import windows_of
 
         windows_of(source, kl)  # what is wrong with the text is told before the work
-    with bytes_bar("converting") as progress:
+    parts = [("rounding", "layers")] if rounding is Rounding.gptq else []
+    with work_bar(*parts, ("converting", BYTES)) as progress:
         if rounding is Rounding.gptq:
             from ottava.models.calibrate import convert_calibrated
 
@@ -142,20 +156,22 @@ def convert(
         from ottava.verify.numerics import record_divergence
 
         result = record_divergence(source, out, kl)
-    _show(result, as_json)
+    for warning in result["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+    _show(result if as_json else {key: value for key, value in result.items() if key != "warnings"}, as_json)
 
 
 @app.command()
 def verify(
-    first: Annotated[Path, typer.Argument(help="A model folder, in any layout.")],
-    second: Annotated[Path, typer.Argument(help="Another, in any layout.")],
+    first: Annotated[Path, _folder("FIRST", "A model folder, in any layout.")],
+    second: Annotated[Path, _folder("SECOND", "Another, in any layout.")],
     certificate: Annotated[Path | None, typer.Option(help="Write a signed certificate here if they are equal.")] = None,
     key: Annotated[Path | None, typer.Option(help="The private key to sign with; see ottava keygen.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one a core, at most 4.")] = None,
     as_json: Json = False,
 ) -> None:
     """Prove that two folders hold the same values, or name the first faulty tensor, its block and the likely cause."""
-    from ottava.console.terminal import bytes_bar
+    from ottava.console.terminal import BYTES, comparison, work_bar
     from ottava.errors import RecipeError
     from ottava.verify.weights import compare
 
@@ -167,14 +183,17 @@ def verify(
         )
     if certificate is not None and not certificate.resolve().parent.is_dir():
         raise RecipeError("there is no folder to write the certificate to", where=certificate, fix="make it first")
-    with bytes_bar("comparing") as progress:
+    with work_bar(("comparing", BYTES)) as progress:
         result = compare(first, second, workers=workers, progress=progress)
     identical = result["verdict"] == "identical"
     if identical and certificate is not None and key is not None:
         from ottava.verify import certificate as certificates
 
         certificates.write(certificate, certificates.sign(result, key, folders=(first, second)))
-    _show(result, as_json)
+    if as_json:
+        _print(result)
+    else:
+        typer.echo(comparison(result))
     if not identical:
         raise typer.Exit(1)
 
@@ -191,7 +210,7 @@ def keygen(
 
 @app.command()
 def targets(
-    model: Annotated[Path, typer.Argument(help="A UE8M0 FP8 folder.")],
+    model: Annotated[Path, _folder("MODEL", "A UE8M0 FP8 folder.")],
     chip: Annotated[str | None, typer.Option(help="One chip by name; by default all.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -208,13 +227,14 @@ def targets(
 
 @app.command()
 def serve(
-    model: Annotated[Path, typer.Argument(help="A model folder: BF16 or UE8M0-FP8.")],
+    model: Annotated[Path, _folder("MODEL", "A model folder: BF16 or UE8M0-FP8.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Loopback by default.")] = "127.0.0.1",
     name: Annotated[str | None, typer.Option(help="The model's name; by default the folder's.")] = None,
     certificate: Annotated[Path | None, typer.Option(help="Serve only the values that this certificate names.")] = None,
     trust: Annotated[
-        list[str] | None, typer.Option(help="The public key that must have signed, or a file of it.")
+        list[str] | None,
+        typer.Option(help="A public key that may have signed: its 64 hexadecimal digits, or its PEM file (KEY.pub)."),
     ] = None,
 ) -> None:
     """Serve a model over the OpenAI API, thinking on or off; SIGTERM drains."""
@@ -231,8 +251,11 @@ def chat(
     thinking: Annotated[bool | None, typer.Option("--thinking/--direct", help="Reason first or not.")] = None,
 ) -> None:
     """Ask a server and print the answer as it comes, reasoning first."""
+    from ottava.errors import DataError
     from ottava.gateway.client import ask
 
+    if not question.strip():
+        raise DataError("the question is empty", where="QUESTION", fix='ask something: ottava chat "7 a +5 b *3 ="')
     last = None
     for part, text in ask(url, question, thinking):
         if part != last:
@@ -255,11 +278,12 @@ def _print(content: Any) -> None:
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
+    from ottava.console.terminal import listed
+
     if as_json:
         _print(result)
-        return
-    for key, value in result.items():
-        typer.echo(f"{key:>16}  {value if isinstance(value, str) else json.dumps(value)}")
+    else:
+        typer.echo(listed(result))
 
 
 def main() -> NoReturn:

@@ -8,10 +8,12 @@ import numpy as np
 
 from tests.attacks.folders import LAYOUTS, Coded, Model, Plain, Written, bf16, from_bf16, written
 from tests.attacks.plant import (
+    DOWN,
     EMBED,
     EXPERT,
     GATE,
     HEAD,
+    NORM,
     OUT,
     UP,
     Impossible,
@@ -224,6 +226,27 @@ def _again(model: Model, rate: float, only: Callable[[str], bool]) -> Model:
 
 
 add("a tensor of an earlier step", "llama", Q, "stale tensor", lambda m, y: written(_again(m, 0.1, Q.__eq__), y))
+add(
+    "all linear weights of an earlier step",
+    "llama",
+    DOWN,
+    "stale tensor",
+    lambda m, y: written(_again(m, 0.1, lambda n: n.endswith("_proj.weight")), y),
+)
+add(  # rounding leaves norms alone
+    "linear weights and a norm of the step before",
+    "llama",
+    DOWN,
+    "stale tensor",
+    lambda m, y: written(_again(m, 0.05, lambda n: n.endswith(("_proj.weight", NORM))), y),
+)
+add(  # whoever rounds otherwise rounds more than one
+    "a tensor of the step before",
+    "llama",
+    Q,
+    "stale tensor",
+    lambda m, y: written(_again(m, 0.05, Q.__eq__), y),
+)
 add(
     "a file of an earlier step",
     "llama",

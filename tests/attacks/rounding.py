@@ -7,13 +7,15 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from tests.attacks.folders import Array, Coded, Model, Plain, Stored, Written, bf16, from_bf16, written
+from tests.attacks.folders import E4M3, Array, Coded, Model, Plain, Stored, Written, bf16, from_bf16, written
 from tests.attacks.plant import (
     BIAS,
+    DOWN,
     EMBED,
     Q,
     add,
     put,
+    quantise,
     requantised,
     stored,
     tiny,
@@ -138,3 +140,59 @@ def _bias_as(dtype: str, cut: bool) -> Callable[[Written, str], None]:
 
 add("a bias rounded to BF16", "deepseek_v3", BIAS, "rounded to BF16", stored(_bias_as("BF16", False)), sure=True)
 add("a bias truncated to BF16", "deepseek_v3", BIAS, "truncated to BF16", stored(_bias_as("F32", True)), sure=True)
+
+
+# One source, rounded in two ways: every linear weight differs by a step here and there, and nothing else does.
+
+
+def _originals(model: Model) -> dict[str, Array]:
+    """The linear weights before they were rounded, as BF16 has them."""
+    rng = np.random.default_rng(17)
+    shapes = {name: found.values.shape for name, found in model.items() if name.endswith("_proj.weight")}
+    return {name: from_bf16(bf16(rng.normal(size=shape) / 50)) for name, shape in shapes.items()}
+
+
+def _unrounded(model: Model) -> Model:
+    return {**model, **{name: Plain(values) for name, values in _originals(model).items()}}
+
+
+def _to_nearest(model: Model) -> Model:
+    return {**model, **{name: Coded(*quantise(values, "464")) for name, values in _originals(model).items()}}
+
+
+def _otherwise(rounding: Callable[[Array], Array]) -> Callable[[Model, str], Written]:
+    """rounding: values in units of their scales -> values of codes."""
+
+    def plant(model: Model, layout: str) -> Written:
+        out = dict(model)
+        for name, original in _originals(model).items():
+            near = Coded(*quantise(original, "464"))
+            out[name] = Coded(_codes(rounding(original / near.spread(128, 128))), near.factors)
+        return written(out, layout)
+
+    return plant
+
+
+def _codes(values: Array) -> Array:
+    return values.clip(-448, 448).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+
+def _fed_forward(values: Array) -> Array:
+    """GPTQ in small: each column takes part of the error that was made in the one before it."""
+    out, error = np.zeros_like(values), np.zeros(len(values))
+    for column in range(values.shape[1]):
+        wanted = values[:, column] + 0.4 * error
+        out[:, column] = E4M3[_codes(wanted)]
+        error = wanted - out[:, column]
+    return out
+
+
+def _toward_zero(values: Array) -> Array:
+    codes = _codes(np.abs(values))
+    return np.copysign(E4M3[np.where(E4M3[codes] > np.abs(values), codes - 1, codes)], values)
+
+
+FED, CUT = _otherwise(_fed_forward), _otherwise(_toward_zero)
+add("errors fed forward", "llama", DOWN, "rounded otherwise", FED, source=_to_nearest)
+add("rounded toward zero", "llama", DOWN, "rounded otherwise", CUT, source=_to_nearest)
+add("errors fed forward, from the original", "llama", DOWN, "rounded otherwise", FED, source=_unrounded)

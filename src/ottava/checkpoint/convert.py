@@ -79,7 +79,19 @@ class Options:
         if options.layout not in LAYOUTS:
             what = f"unknown layout {options.layout!r}"
             raise CheckpointError(what, where=options.out, fix=f"choose one of {', '.join(LAYOUTS)}")
+        check_apart(options.source, options.out)
         return options
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Raise CheckpointError where one of the two folders is the other, or lies inside it."""
+    inner, outer = out.resolve(), source.resolve()
+    if inner.is_relative_to(outer):
+        what = "the output is the source folder" if inner == outer else "the output lies inside the source folder"
+        raise CheckpointError(what, where=out, fix="name a folder beside the source: nothing is written into it")
+    if outer.is_relative_to(inner):
+        what = "the source lies inside the output folder"
+        raise CheckpointError(what, where=out, fix="name a folder beside the source")
 
 
 @dataclass(frozen=True)
@@ -130,8 +142,9 @@ def convert(args: Mapping[str, Any], progress: Progress | None = None) -> dict[s
     progress: called with the bytes of source that are done, and all of them.
 
     Returns {"on_grid", "label": "on-grid" | "rounded" | "lossy", "layout", "digest", "tensors", "quantised",
-    "rounded", "sqnr_db", "bytes", "rounding"} and the notes: tensors, quantised and rounded count published weights,
-    bytes is the size of the folder's tensor files. An overlay's rounding.json goes with the result.
+    "rounded", "sqnr_db", "bytes", "rounding", "warnings"} and the notes: tensors, quantised and rounded count published
+    weights, bytes is the size of the folder's tensor files, warnings are sentences about what the source lacks. An
+    overlay's rounding.json goes with the result.
     Raises CheckpointError or FormatError, naming file and tensor, ResourceError where the disk is too small, Busy
     where `out` is being written; `out` is complete or not there.
     """
@@ -149,6 +162,7 @@ def convert(args: Mapping[str, Any], progress: Progress | None = None) -> dict[s
             )
         finish(part.folder, options.source, config, quantisation_of(options.layout, plan.found, plan.quantised))
         report = _report(options, plan, tallies, digests)
+        report["warnings"] = _warnings(options.source, config)
         report["bytes"] = sum(os.fstat(descriptor).st_size for descriptor in part.files.values())
         report |= options.notes
         if options.overlay is not None and (options.overlay / OVERLAY_NOTE).is_file():
@@ -333,6 +347,16 @@ def _report(options: Options, plan: Plan, tallies: Mapping[str, Tally], digests:
         "bytes": 0,
         "rounding": _rounding(options.overlay),
     }
+
+
+def _warnings(source: Path, config: Mapping[str, Any]) -> list[str]:
+    """What a folder lacks that is no fault of its values, and that whoever serves it will miss."""
+    out = []
+    if not (source / "tokenizer.json").is_file():
+        out.append("the source has no tokenizer.json: the result cannot be served before one is put beside it")
+    if not isinstance(config.get("model_type"), str):
+        out.append("the source's config.json names no model_type: engines will not know what model this is")
+    return out
 
 
 def _rounding(overlay: Path | None) -> str:

@@ -78,6 +78,17 @@ def refuse(engine: str, layout: str, config: Mapping[str, Any], shapes: Shapes, 
             )
 
 
+def refusing(layout: str, config: Mapping[str, Any], shapes: Shapes, tp: int = 1) -> list[str]:
+    """The engines for which `refuse` would raise, in the order of ENGINES."""
+    found = []
+    for engine in ENGINES:
+        try:
+            refuse(engine, layout, config, shapes, tp)
+        except CheckpointError:
+            found.append(engine)
+    return found
+
+
 def _listed(names: list[str], shapes: Shapes) -> str:
     shown = [f"{name} {list(shapes[name])}" for name in names[:NAMED]]
     rest = len(names) - len(shown)

@@ -13,6 +13,7 @@ scales of other values, FP8 in 32x32 blocks and packed FP4 with a scale for each
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ottava.artifact import write_json
-from ottava.checkpoint.safetensors import Entry, check_regular, entries, load
+from ottava.checkpoint.safetensors import Entry, check_folder, check_regular, entries, load
 from ottava.errors import CheckpointError
 from ottava.fp8 import fp4
 from ottava.fp8.codec import dequantise
@@ -229,6 +230,7 @@ def nan_code(weight: Weight) -> CheckpointError:
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """A model folder's config.json. Raises CheckpointError where it is missing, no regular file or no JSON mapping."""
+    check_folder(folder)
     path = folder / name
     try:
         check_regular(path)
@@ -236,9 +238,10 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise CheckpointError(
-            f"a model folder needs a {name} that can be read", where=path, fix="name a Hugging Face model folder"
-        )
+        what, where = f"a model folder needs a {name} that can be read", path
+        if not os.path.lexists(path) and not any(folder.glob("*.safetensors")):
+            what, where = f"there is no model in this folder: neither {name} nor safetensors", folder
+        raise CheckpointError(what, where=where, fix="name a Hugging Face model folder")
     return config
 
 

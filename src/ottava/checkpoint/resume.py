@@ -194,7 +194,9 @@ def check_free(out: Path) -> None:
     """Raise CheckpointError where `out` holds something already, or is no name that a folder can be given."""
     if out.is_symlink() or not Path(os.path.abspath(out)).name:
         raise CheckpointError("the output must be a folder of its own, no link", where=out, fix="name another")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise CheckpointError("a file is where the output folder would be", where=out, fix="name another folder")
+    if out.exists() and any(out.iterdir()):
         raise CheckpointError("the output folder is not empty", where=out, fix="delete it or name another")
 
 

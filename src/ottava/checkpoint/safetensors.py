@@ -115,6 +115,13 @@ def check_regular(path: Path) -> None:
         raise CheckpointError("this is no regular file", where=path, fix="name a file on a disk, or a link to one")
 
 
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError where `folder` is none: it is not there, or it is a file."""
+    if not folder.is_dir():
+        what = "this is a file, and a model folder is wanted" if folder.exists() else "no such folder"
+        raise CheckpointError(what, where=folder, fix="check the path, or name another folder", cause="missing file")
+
+
 def entries(folder: Path) -> dict[str, Entry]:
     """The tensors of a model folder (one file, or shards and their index) or of a single file, by name.
 
@@ -124,16 +131,17 @@ def entries(folder: Path) -> dict[str, Entry]:
     Raises CheckpointError, also where index and shards do not agree tensor for tensor, or the index
     names a file outside the folder.
     """
-    if folder.exists() and not folder.is_dir():
+    if not folder.is_dir() and (folder.exists() or folder.suffix == ".safetensors"):
         return read_header(folder)
+    check_folder(folder)
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
         raise CheckpointError(
             "the folder has both a single file and an index of shards", where=folder, fix=f"remove {SINGLE} or {INDEX}"
         )
     if not index.exists():
-        if not single.exists():
-            _explain_absence(folder)
+        if not os.path.lexists(single):
+            raise _absent(folder)
         return read_header(single)
     weight_map = _read_index(index)
     for path in sorted(folder.glob("*.safetensors")):
@@ -154,17 +162,19 @@ def entries(folder: Path) -> dict[str, Entry]:
     return found
 
 
-def _explain_absence(folder: Path) -> None:
-    """Raise CheckpointError where a folder without safetensors holds something that looks like a model."""
+def _absent(folder: Path) -> CheckpointError:
+    """The error of a folder without safetensors; it tells what looks like a model there."""
     names = sorted(path.name for path in folder.glob("*"))
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    what = f"there is no model in this folder: neither {SINGLE} nor {INDEX}"
+    fix = "name a Hugging Face model folder"
     if any(_SHARD.fullmatch(name) for name in names):
         what = f"there are shards and no {INDEX}, which says which of them belong to the model"
-        raise CheckpointError(what, where=folder, fix="fetch the index as well", cause="missing file")
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    if pickles:
+        fix = "fetch the index as well"
+    elif pickles:
         what = f"there are no safetensors here, only pickles ({pickles[0]}), and pickles are never read"
         fix = "fetch the model's safetensors, or have its publisher's library write them"
-        raise CheckpointError(what, where=folder, fix=fix, cause="missing file")
+    return CheckpointError(what, where=folder, fix=fix, cause="missing file")
 
 
 def _read_shard(path: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:

@@ -252,10 +252,23 @@ def _cast(task: Task, stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
         return stored, 0
     kept = stored.to(dtype)
     if not finite(kept):
-        raise FormatError("infinity or NaN, or too large for BF16", where=task.weight.data.where)
+        raise _not_finite(task, stored, kept)
     if stored.dtype == dtype or dtype == torch.float32:
         return kept, 0
     return kept, int(not torch.equal(kept.float().view(torch.int32), stored.float().view(torch.int32)))
+
+
+def _not_finite(task: Task, stored: Tensor, kept: Tensor) -> FormatError:
+    """The error of the first value that is not finite in the type that a master keeps: what it is, and since when."""
+    value = float(stored[kept.isfinite().logical_not()][0])
+    if math.isfinite(value):
+        largest = torch.finfo(kept.dtype).max
+        what = f"{value:.6g} is too large for {task.dtype}, which ends at {largest:.6g}"
+        fix = "find the step that it came from, or scale the tensor down; a master keeps such tensors in BF16"
+    else:
+        what = f"{'NaN' if math.isnan(value) else 'infinity'} in a tensor that is kept as it is"
+        fix = "fetch the model again, or find the step that it came from: no engine computes with it"
+    return FormatError(what, where=task.weight.data.where, fix=fix)
 
 
 def finite(t: Tensor) -> bool:

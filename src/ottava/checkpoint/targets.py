@@ -5,12 +5,14 @@ itself is read: its values are looked at block by block, 128x128, and a block co
 a single value of it would change. What a chip takes is data with sources (`ottava.checkpoint.chips`),
 and most of it was read in documents: every answer says how far it has been shown.
 
-This is about weights only. What a chip computes with them differs in the order of its sums.
+This is about values only. What a chip computes with them differs in the order of its sums; and an engine may refuse
+or misread a layout of some shapes whatever the chip (`ottava.checkpoint.engines`): those are named beside the answer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ottava.checkpoint import chips
+from ottava.checkpoint import chips, engines
 from ottava.checkpoint.chips import FORMS, Form, Formats
 from ottava.checkpoint.layouts import Weight, weights
 from ottava.checkpoint.names import storage_of
@@ -38,9 +40,11 @@ def examine(folder: Path, chip: str | None = None, *, data: Path | None = None) 
     """For `chip`, or every chip of the data file, what it can be given of the model in `folder`, in any layout.
 
     Returns {chip: {"vendor", "evidence", "subnormals", "layouts": {form: answer}, "recommended"}}. An answer is
-    {"serves": "exactly" | "lossily" | "no", "blocks_affected", "blocks", "why", "source", "date", "certainty"};
-    blocks_affected is None where the chip does not take the form. `fp16` is answered for chips without BF16, and
-    `recommended` is the first form that serves exactly, else the one with the fewest blocks affected, else None.
+    {"serves": "exactly" | "lossily" | "no", "blocks_affected", "blocks", "why", "source", "date", "certainty",
+    "refused_by"}; blocks_affected is None where the chip does not take the form; refused_by: the engines, on whatever
+    chip, that are known to refuse or misread this model's shapes in this layout. `fp16` is answered for chips without
+    BF16, and `recommended` is the first form that serves exactly, else the one with the fewest blocks affected, else
+    None; it speaks of the chip, not of engines.
 
     Blocks are 128x128 pieces of the tensors seen as matrices, of those that are quantised or stored in BF16 or
     F16; F32 and integer tensors are kept as they are in every form. Where it is not known whether a chip keeps
@@ -49,8 +53,16 @@ def examine(folder: Path, chip: str | None = None, *, data: Path | None = None) 
     """
     known = chips.formats(data)
     chosen = list(known) if chip is None else [chips.named(known, chip)]
-    census = _count(weights(folder), half=any(not known[name].takes["bf16"].value for name in chosen))
-    return {chip or name: _of_chip(known[name], census) for name in chosen}
+    found = weights(folder)
+    census = _count(found, half=any(not known[name].takes["bf16"].value for name in chosen))
+    shapes = {weight.name: weight.shape for weight in found.values() if _quantised(weight)}
+    refused = {form: engines.refusing(form, {}, shapes) for form in FORMS}  # one device divides nothing: no config
+    return {chip or name: _of_chip(known[name], census, refused) for name in chosen}
+
+
+def _quantised(weight: Weight) -> bool:
+    """Whether a weight is FP8 or FP4, or a conversion would make it so."""
+    return weight.scale is not None or storage_of(weight.name, len(weight.shape)) == "fp8"
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,10 @@ class _Census:
         return plain + (self.quantised if form == "int8" else self.changed[form])
 
 
-def _of_chip(formats: Formats, census: _Census) -> dict[str, Any]:
+def _of_chip(formats: Formats, census: _Census, refused: Mapping[Form, list[str]]) -> dict[str, Any]:
     half = "bf16" if formats.takes["bf16"].value else "fp16"
-    answers = {form: _answer(form, half, formats, census) for form in FORMS if form != "fp16" or half == "fp16"}
+    asked = [form for form in FORMS if form != "fp16" or half == "fp16"]
+    answers = {form: {**_answer(form, half, formats, census), "refused_by": refused[form]} for form in asked}
     served = [form for form in answers if answers[form]["serves"] != "no"]
     best = min(served, key=lambda form: answers[form]["blocks_affected"], default=None)  # of equals the first
     return {
@@ -122,7 +135,7 @@ def _count(found: dict[str, Weight], *, half: bool) -> _Census:
     totals: Counter[str] = Counter()
     with Reader() as reader:
         for weight in found.values():
-            quantised = weight.scale is not None or storage_of(weight.name, len(weight.shape)) == "fp8"
+            quantised = _quantised(weight)
             if not quantised and weight.data.dtype not in CAST:
                 continue
             kind = "quantised" if quantised else "plain"

@@ -2,34 +2,70 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
+from rich.text import Text
+
+BYTES = "bytes"
+
+
+class _Amount(ProgressColumn):
+    """How much is done of how much, in the task's unit; of bytes, with their speed."""
+
+    def render(self, task: Task) -> Text:
+        unit, total = task.fields["unit"], task.total
+        if unit != BYTES:
+            return Text(f"{task.completed:.0f}/{'?' if total is None else f'{total:.0f}'} {unit}")
+        speed = task.finished_speed or task.speed
+        text = f"{decimal(int(task.completed))}/{'?' if total is None else decimal(int(total))}"
+        return Text(text + (f" {decimal(int(speed))}/s" if speed else ""))
 
 
 @contextmanager
-def bytes_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress in bytes, with speed and time left: gives a function of (done, total), which any thread may call."""
+def work_bar(*parts: tuple[str, str]) -> Iterator[Callable[[int, int], None]]:
+    """Progress with time left through the parts of a work, each (doing, unit); unit: BYTES, or what is counted.
+
+    Gives a function of (done, total), which any thread may call. The first part ends, and the next begins, where
+    another total is told.
+    """
     console = Console(stderr=True, highlight=False)
-    columns = (TextColumn(doing), BarColumn(bar_width=28), DownloadColumn(), TransferSpeedColumn(), TextColumn("left"))
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=28), _Amount(), TextColumn("left"))
+    left, totals = list(parts), set[int]()
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def begin() -> TaskID:
+            doing, unit = left.pop(0)
+            return bar.add_task(doing, total=None, unit=unit)
+
+        task = begin()
+
+        def told(done: int, total: int) -> None:
+            nonlocal task
+            if totals and total not in totals and left:
+                bar.remove_task(task)
+                task = begin()
+            totals.add(total)
+            bar.update(task, completed=done, total=total)
+
+        yield told
 
 
 class Terminal:
@@ -129,6 +165,32 @@ HEADLINES = {
 }
 
 
+def listed(result: Mapping[str, Any]) -> str:
+    """A result, one line a key."""
+    return "\n".join(f"{key:>16}  {_said(value)}" for key, value in result.items())
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def comparison(result: Mapping[str, Any]) -> str:
+    """What `verify.weights.compare` found, one line a key; of a cause, what it means and whether it is proven."""
+    first = result["first_bad"]
+    lines = {key: value for key, value in result.items() if key != "first_bad"}
+    if first is None:
+        return listed(lines)
+    from ottava.verify.causes import CAUSES
+
+    lines |= {key: first[key] for key in ("tensor", "block")}
+    lines["cause"] = f"{first['cause']} ({CAUSES.get(first['cause'], 'as the reader found it')})"
+    lines["certain"] = "yes" if first["certain"] else "no: nothing proves this cause"
+    lines["faulty"] = first["faulty"] or "neither looks the worse"
+    files = [f"{letter}: {file or 'not there'}" for letter, file in first["files"].items()]
+    lines["where"] = first["where"] or "; ".join(files)
+    return listed(lines)
+
+
 def targets_table(found: Mapping[str, Any]) -> str:
     """What `checkpoint.targets.examine` found, one line a chip: exact, lossy with the blocks affected, or no."""
     forms = list(dict.fromkeys(form for chip in found.values() for form in chip["layouts"]))
@@ -138,9 +200,23 @@ def targets_table(found: Mapping[str, Any]) -> str:
         lines.append([name, chip["recommended"] or "none", *cells, chip["evidence"]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(
-        [*text, "", "? recalled, not read in a source. --json gives reason, source and date of every entry."]
-    )
+    notes = [
+        "exact: every value, on the chip. What an engine makes of the shapes: ottava convert --for ENGINE tells.",
+        *_refused([chip["layouts"] for chip in found.values()]),
+        "? recalled, not read in a source. --json gives reason, source and date of every entry.",
+    ]
+    return "\n".join([*text, "", *notes])
+
+
+def _refused(answers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The line about engines that are known to refuse or misread this model, where there are any."""
+    forms: dict[str, dict[str, None]] = {}
+    for form, entry in (item for said in answers for item in said.items()):
+        if entry["refused_by"]:
+            forms.setdefault(", ".join(entry["refused_by"]), {})[form] = None
+    if forms:
+        listed = "; ".join(f"{' and '.join(names)} by {engines}" for engines, names in forms.items())
+        yield f"Known to be refused or misread, of this model: {listed}."
 
 
 def _target(entry: Mapping[str, Any] | None) -> str:

@@ -136,7 +136,7 @@ class Gateway:
         except QueueFull as error:
             raise ApiError(503, error.what, code="queue_full", retry=1) from None
         except DataError as error:
-            raise ApiError(400, " ".join(filter(None, (error.what, error.fix))), param="messages") from None
+            raise ApiError(400, "\n".join(filter(None, (error.what, error.fix))), param="messages") from None
 
 
 class _Reply:

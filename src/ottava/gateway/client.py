@@ -72,4 +72,5 @@ def _refusal(response: httpx.Response, where: str) -> DataError | ResourceError:
     except (ValueError, KeyError, TypeError):
         message = f"the server answered {response.status_code}"
     kind = ResourceError if response.status_code >= 500 else DataError
-    return kind(str(message), where=where)
+    what, _, fix = str(message).partition("\n")  # as `Gateway` puts a mend below what happened
+    return kind(what, where=where, fix=fix or None)

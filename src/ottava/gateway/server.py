@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
@@ -56,9 +57,22 @@ def _certified(folder: Path, args: Mapping[str, Any]) -> None:
         raise DataError(what, where="--certificate, --trust", fix="give both: --certificate FILE --trust KEY.pub")
     if certificate is None:
         return
-    found = check(Path(certificate), folder, trust, workers=default_workers())
+    found = check(Path(certificate), folder, [_key(key) for key in trust or ()], workers=default_workers())
     if args.get("announce"):
         print(f"certified: {found['digest']}", file=sys.stderr, flush=True)
+
+
+def _key(given: str) -> str:
+    """A public key as `check` takes it: its digits in lower case, or a file's name. Raises DataError."""
+    if re.fullmatch(r"[0-9a-fA-F]{64}", given):
+        return given.lower()
+    if not os.path.isfile(given):  # also where a name is too long for a file's
+        text = "-----BEGIN" in given
+        what = "the text of a PEM file" if text else "neither 64 hexadecimal digits nor a file"
+        shown = given.strip().splitlines()[0][:80] if given.strip() else "empty"
+        fix = "give the key's 64 hexadecimal digits, as ottava keygen prints them, or its PEM file: --trust KEY.pub"
+        raise DataError(f"this is no public key: {what}", where=f"--trust {shown}", fix=fix)
+    return given
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -19,6 +19,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from ottava.checkpoint.safetensors import check_folder
 from ottava.errors import CheckpointError, DataError, from_os_error
 
 THINKING_KEYS = ("thinking", "enable_thinking")
@@ -247,12 +248,16 @@ def _json(path: Path, default: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json. Raises CheckpointError."""
+    check_folder(path.parent)
     if not path.is_file():
-        raise CheckpointError("the model folder has no tokenizer.json", where=path)
+        fix = "put it beside the weights: the model's publisher has it"
+        raise CheckpointError("the model folder has no tokenizer.json", where=path, fix=fix)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"the tokenizer cannot be read: {error}", where=path) from None
+        what, fix = f"the tokenizer cannot be read: {error}", "fetch it again: the model's publisher has it"
+        raise CheckpointError(what, where=path, fix=fix) from None
 
 
 def _special_words(config: Mapping[str, Any]) -> dict[str, str]:

@@ -3,8 +3,9 @@
 Each fault that has been seen in the field is written down as a prediction: from the sound tensor it
 makes, band by band, the values that a file with this fault would hold. A cause is given only where
 the prediction equals the faulty tensor bit for bit, over the whole tensor. The most specific are
-tried first; where none fits, the cause is "unknown". Some faults leave the same bytes (`ALIKE`). Two
-causes of last resort predict nothing and go by likeness (`BY_LIKENESS`); likeness never says which side is faulty.
+tried first; where none fits, the cause is "unknown". Some faults leave the same bytes (`ALIKE`). A few
+causes of last resort predict nothing and go by likeness (`BY_LIKENESS`): they are not certain, and never say which
+side is faulty.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ CAUSES = {
     "tensors swapped": "two tensors of one shape under each other's names",
     "copy of another tensor": "the values of another tensor, which is still in its place",
     "tied head forgotten": "the head is the embeddings, or is missing where it equals them",
+    "rounded otherwise": "by likeness: only linear weights differ, nearly all values by one step of the grid at most: "
+    "one source rounded in two ways (GPTQ and nearest, say), or a version of it a small step away",
     "stale tensor": "by likeness: small differences throughout, as another version of the tensor has",
     "stale shard": "by likeness: every tensor of one file differs, all of the other files are equal: an older file",
     # structure
@@ -99,8 +102,8 @@ CAUSES = {
 }
 """Every cause that `verify` can name (so the reader of a result can rely on the words), and what it means."""
 
-BY_LIKENESS = ("stale tensor", "stale shard")
-"""Causes that no prediction proves."""
+BY_LIKENESS = ("stale shard", "rounded otherwise", "stale tensor")
+"""Causes that no prediction proves, in the order in which they are tried."""
 
 ALIKE = (
     {
@@ -117,6 +120,11 @@ ALIKE = (
     {"experts permuted", "tensors swapped"},
 )
 """Faults that can leave the same values: only one of each set is named."""
+
+
+def certain(cause: str) -> bool:
+    """Whether a cause is proven where it is named: by its prediction, or by what the reader found in the file."""
+    return cause not in (*BY_LIKENESS, "unknown")
 
 
 def diagnose(case: Case) -> Iterator[str | None]:

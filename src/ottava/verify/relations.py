@@ -18,14 +18,20 @@ import torch
 
 from ottava.checkpoint.digest import Digest
 from ottava.checkpoint.layouts import Weight
+from ottava.checkpoint.names import storage_of
 from ottava.verify.case import PARTS, Case
 from ottava.verify.causes import Seen
-from ottava.verify.side import CODES, Form, Side, bits
+from ottava.verify.side import CODES, Form, Side, bits, spread
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Projections that engines keep in one tensor."""
 
 _EXPERT = re.compile(r"^(.*\.experts\.)\d+(\..*)$")
+
+FAR, APART = 0.15, 0.6
+"""Of two roundings of one source, how many values may be more than a step apart, and how many apart at all. GPTQ and
+rounding to nearest were at 0.03 to 0.10 and 0.2 to 0.35, over layers of SmolLM2 and dampings from 0.001 to 0.5;
+rounding toward zero and to nearest are at 0 and 0.5."""
 
 Contents = tuple[tuple[int, ...], bytes]
 
@@ -48,6 +54,11 @@ class Model:
         for name in self.digests:
             found[self.contents(name)].append(name)
         return found
+
+    def linear(self, name: str) -> bool:
+        """Whether a converter rounds this weight."""
+        weight = self.weights[name]
+        return weight.scale is not None or storage_of(name, len(weight.shape)) == "fp8"
 
     def file(self, name: str) -> Path:
         """Where a tensor lies."""
@@ -105,8 +116,15 @@ def whole_file(name: str, good: Model, bad: Model) -> bool:
     """Whether exactly the tensors of one of the faulty folder's files differ, and there are several files."""
     file = bad.file(name)
     inside = {other for other in bad.weights if bad.file(other) == file}
-    differ = {other for other in bad.digests if bad.digests[other].hash != good.digests[other].hash}
+    differ = _differing(good, bad)
     return len(inside) > 1 and inside == differ and len(differ) < len(bad.digests)
+
+
+def _differing(good: Model, bad: Model) -> set[str]:
+    """The names under which the faulty folder holds other values than the sound one, or the only ones."""
+    return {
+        name for name in bad.digests if name not in good.digests or bad.digests[name].hash != good.digests[name].hash
+    }
 
 
 def rows(name: str, case: Case, good: Model) -> str | None:
@@ -234,7 +252,38 @@ def foreign_scales(name: str, case: Case, good: Model) -> bool:
     return False
 
 
+def rounded_otherwise(seen: Seen, case: Case, good: Model, bad: Model) -> bool:
+    """Whether two models look like one source that was rounded to the grid in two ways (or not at all, on one side).
+
+    Rounding leaves everything but linear weights alone, and no value that is rounded up here and down there is more
+    than a step of the grid apart. GPTQ moves small values further, to make good of large ones' errors: so some are.
+    One linear weight of many is no model that was rounded otherwise, nor are a few values of a tensor.
+    """
+    if not _everywhere(seen, case):
+        return False
+    linear = {name for name in good.digests if good.linear(name) or (name in bad.weights and bad.linear(name))}
+    differ = _differing(good, bad)
+    if good.digests.keys() != bad.digests.keys() or not differ <= linear or len(differ) == 1 < len(linear):
+        return False
+    forms = [form for form in (case.form, case.bad.form(case.good)) if form is not None]
+    if not forms:
+        return False
+    total, far = case.good.rows * case.good.columns, 0
+    for band in case.bands:
+        a, b = case.good.values(band), case.bad.values(band)
+        scales = [spread(form.factors, form.block, band, *a.shape) for form in forms]
+        coarse = torch.maximum(scales[0], scales[-1])
+        size = torch.maximum(a.abs(), b.abs()) / coarse
+        step = torch.exp2(torch.frexp(size).exponent.double().sub(4).clamp_min(-9)) * coarse  # E4M3: 3 bits of fraction
+        near = ((a - b).abs() <= step) & (coarse <= 2 * torch.minimum(scales[0], scales[-1]))
+        far += int((~near).sum())
+    return far <= FAR * total and (len(forms) == 1 or seen.count <= APART * total)
+
+
 def resembles(seen: Seen, case: Case) -> bool:
     """Whether the tensors differ a little nearly everywhere, as two versions of one tensor do."""
-    everywhere = len(case.bands) == case.good.bands and seen.count > case.good.rows * case.good.columns / 20
-    return everywhere and seen.noise < seen.signal / 4
+    return _everywhere(seen, case) and seen.noise < seen.signal / 4
+
+
+def _everywhere(seen: Seen, case: Case) -> bool:
+    return len(case.bands) == case.good.bands and seen.count > case.good.rows * case.good.columns / 20

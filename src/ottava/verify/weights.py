@@ -24,7 +24,7 @@ from ottava.errors import CheckpointError
 from ottava.fp8.spec import BLOCK, MX_BLOCK, grid
 from ottava.verify import code_faults, relations
 from ottava.verify.case import Case
-from ottava.verify.causes import BY_LIKENESS, CAUSES, diagnose, observe
+from ottava.verify.causes import BY_LIKENESS, CAUSES, certain, diagnose, observe
 from ottava.verify.relations import Model
 from ottava.verify.side import Side, bits
 
@@ -63,8 +63,9 @@ def compare(
     Returns {"verdict": "identical" | "different", "digest_a", "digest_b": hex, or None of a folder that is
     damaged, "tensors": how many names the two have, "first_bad": None, or of the first faulty tensor in order of
     name {"tensor": its weight's name, "block": [row, column] of its first bad 128x128 block (None for a vector and
-    for a damaged file), "cause": one of `causes.CAUSES`, "faulty": "a" | "b" | None where neither looks the worse,
-    "where": the file (of the faulty side, else of b)}}. Names are in order of code point.
+    for a damaged file), "cause": one of `causes.CAUSES`, "certain": whether it is proven (`causes.certain`),
+    "faulty": "a" | "b" | None where neither looks the worse, "where": the faulty side's file (None where no side is
+    faulty, or has it), "files": {"a", "b": its file there, or None}}}. Names are in order of code point.
 
     workers: threads. progress: called with bytes done and bytes in all. Memory does not grow with the model; of a
     tensor that differs a few bands are held at a time. Raises CheckpointError where a folder is no checkpoint.
@@ -141,9 +142,10 @@ def _damage(sides: Sequence[Opened]) -> dict[str, Any]:
     ]
     tensor, letter, side = min(found, key=lambda item: item[:2])
     assert side.fault is not None
-    where = (side.fault.where or str(side.folder)).partition(": ")[0]
-    cause = _structural(side.folder, tensor, side.fault)
-    return {"tensor": tensor, "block": None, "cause": cause, "faulty": letter, "where": where}
+    held = {one: (other.weights or {}).get(tensor) for one, other in zip("ab", sides, strict=True)}
+    files = {one: None if weight is None else str(weight.data.path) for one, weight in held.items()}
+    files[letter] = (side.fault.where or str(side.folder)).partition(": ")[0]
+    return _found(tensor, None, _structural(side.folder, tensor, side.fault), letter, files)
 
 
 def _owner(name: str) -> str:
@@ -239,6 +241,7 @@ def _hypotheses(name: str, good: Model, bad: Model, case: Case) -> Iterator[str 
     yield "scales of another tensor" if relations.foreign_scales(name, case, good) else None
     yield relations.rows(name, case, good)
     yield "stale shard" if relations.whole_file(name, good, bad) else None
+    yield "rounded otherwise" if relations.rounded_otherwise(observe(case), case, good, bad) else None
     yield "stale tensor" if relations.resembles(observe(case), case) else None
 
 
@@ -269,9 +272,17 @@ def _only_one(name: str, models: Sequence[Model], known: str | None) -> dict[str
 def _answer(
     name: str, models: Sequence[Model], cause: str, faulty: str | None, block: list[int] | None
 ) -> dict[str, Any]:
-    preferred = [models[0], models[1]] if faulty == "a" else [models[1], models[0]]
-    where = next(model.file(name) for model in preferred if name in model.weights)
-    return {"tensor": name, "block": block, "cause": cause, "faulty": faulty, "where": str(where)}
+    both = zip("ab", models, strict=True)
+    files = {letter: str(model.file(name)) if name in model.weights else None for letter, model in both}
+    return _found(name, block, cause, faulty, files)
+
+
+def _found(
+    tensor: str, block: list[int] | None, cause: str, faulty: str | None, files: Mapping[str, str | None]
+) -> dict[str, Any]:
+    where = None if faulty is None else files[faulty]
+    found = {"tensor": tensor, "block": block, "cause": cause, "certain": certain(cause), "faulty": faulty}
+    return {**found, "where": where, "files": dict(files)}
 
 
 def _differing(a: Digest, b: Digest) -> list[int]:
