@@ -884,7 +884,7 @@ def test_an_output_folder_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "precious").read_text() == "x"
     (tmp_path / "out" / "precious").unlink()
     (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "conversion.log").write_text("x")
+    (tmp_path / "out.part" / "conversion.log").write_text("{}")
     relaid(master, tmp_path / "out", "bf16")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["config.json", "conversion.json", SINGLE, "tokenizer.json"]

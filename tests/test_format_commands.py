@@ -76,9 +76,7 @@ def test_from_conversion_to_certificate(source: Path, tmp_path: Path) -> None:
 def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
     """The same without a process of its own: exit code and standard error."""
     monkeypatch.setattr(sys, "argv", ["ottava", *map(str, args)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(str(caught.value.code)), capsys.readouterr().err
+    return cli.outcome(), capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,12 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: every outcome becomes one message and an exit code."""
+    """Entry point."""
+    _leave(outcome())
+
+
+def outcome() -> int:
+    """Do what the command line says: every outcome becomes one message and an exit code."""
     from ottava.errors import OttavaError, from_os_error
 
     try:
@@ -304,7 +309,7 @@ def main() -> NoReturn:
         code = _say(mended.render(), mended.exit_code)
     except Exception as error:
         code = _unexpected(error)
-    _leave(code)
+    return int(code)
 
 
 def _leave(code: int) -> NoReturn:
