@@ -50,6 +50,28 @@ class Batch:
     direct_count: int
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What all shards draw from the examples of one mode. rows [V, K]; count: target tokens, over all shards."""
+
+    pool: Examples
+    rows: Tensor
+    count: int
+
+    def examples(self, shard: int) -> Examples:
+        """One shard's examples."""
+        return Examples(self.pool.tokens[self.rows[shard]], self.pool.targets[self.rows[shard]])
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A whole step's draws, made once for all shards."""
+
+    step: int
+    thinking: Drawn
+    direct: Drawn | None
+
+
 def load(folder: Path, chat: Chat) -> Data:
     """Read `cold_start.jsonl` and `answers.jsonl` of a label artifact. Raises DataError."""
     cold = _read(folder / "cold_start.jsonl", ("question", "answer", "steps", "trace"))
@@ -60,23 +82,35 @@ def load(folder: Path, chat: Chat) -> Data:
 
 def batch(data: Data, spec: TrainSpec, seed: int, step: int, shard: int) -> Batch:
     """Shard `shard` of step `step`. Every worker knows the draws of all shards, so counts need no exchange."""
-    shards = spec.virtual_shards
+    return share(draw(data, spec, seed, step), shard)
+
+
+def draw(data: Data, spec: TrainSpec, seed: int, step: int) -> Draws:
+    """What all shards draw in step `step`."""
     pool = data.thinking[schedule.thinking_length(spec, seed, step, sorted(data.thinking))]
-    thinking, thinking_count = _draw(pool, spec.batch, seed, schedule.THINKING, step, shard, shards)
+    thinking = _draw(pool, spec.batch, seed, schedule.THINKING, step, spec.virtual_shards)
     if not schedule.direct_joins(spec, step):
-        return Batch(thinking, thinking_count, None, 0)
+        return Draws(step, thinking, None)
     pool = data.direct[schedule.direct_length(spec, seed, step, sorted(data.direct))]
-    direct, direct_count = _draw(pool, spec.direct.batch, seed, schedule.DIRECT, step, shard, shards)
-    return Batch(thinking, thinking_count, direct, direct_count)
+    direct = _draw(pool, spec.direct.batch, seed, schedule.DIRECT, step, spec.virtual_shards)
+    return Draws(step, thinking, direct)
 
 
-def _draw(
-    pool: Examples, size: int, seed: int, stream: int, step: int, shard: int, shards: int
-) -> tuple[Examples, int]:
-    rows = [schedule.rng(seed, stream, step, v).integers(0, len(pool.tokens), size) for v in range(shards)]
-    count = sum(int((pool.targets[torch.from_numpy(r)] != IGNORE).sum()) for r in rows)
-    mine = torch.from_numpy(rows[shard])
-    return Examples(pool.tokens[mine], pool.targets[mine]), count
+def share(draws: Draws, shard: int) -> Batch:
+    """One shard's batch."""
+    direct = draws.direct
+    return Batch(
+        draws.thinking.examples(shard),
+        draws.thinking.count,
+        None if direct is None else direct.examples(shard),
+        0 if direct is None else direct.count,
+    )
+
+
+def _draw(pool: Examples, size: int, seed: int, stream: int, step: int, shards: int) -> Drawn:
+    draws = [schedule.rng(seed, stream, step, v).integers(0, len(pool.tokens), size) for v in range(shards)]
+    rows = torch.from_numpy(np.stack(draws))
+    return Drawn(pool, rows, int((pool.targets[rows] != IGNORE).sum()))
 
 
 def _examples(rows: list[dict[str, str]], chat: Chat, *, thinking: bool) -> dict[int, Examples]:

@@ -31,7 +31,7 @@ def clip_(gradient: Tensor, limit: float) -> float:
 
     The norm is summed in float64 over fixed chunks, so it is the same for every number of workers.
     """
-    squares = [float(part.double().square().sum()) for part in torch.split(gradient, CHUNK)]
+    squares = [float(part.double().square_().sum()) for part in torch.split(gradient, CHUNK)]
     norm = math.sqrt(sum(squares))
     if norm > limit:
         gradient.mul_(limit / norm)
