@@ -1,0 +1,170 @@
+"""What is asked of Ray itself: to join a cluster, and to say where a run's pools are and keep these chips for it.
+
+A worker of pool `p` takes one unit of the custom resource `ottava:p`. The first group on a pool reserves its chips with
+a placement group; later groups of the same run find them reserved, so a recovery does not wait for a scheduler.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ottava.errors import PlatformError, PoolMissing
+
+CONNECT_S = 30.0  # to reach the cluster
+DOCS = "see docs/ray.md"
+LISTED = 8  # nodes in a message
+
+
+def join(address: str | None) -> tuple[Any, bool]:
+    """(ray, whether it was this call that connected): a driver that prints nothing, as stdout belongs to the command.
+
+    Where this process has called `ray.init` before, that cluster is used. Raises PlatformError.
+    """
+    try:
+        import ray
+        import ray.util.scheduling_strategies
+    except ImportError:
+        raise PlatformError("ray is not installed", fix="pip install 'ottava[ray]'") from None
+    if ray.is_initialized():
+        return ray, False
+    ray._private.worker._worker_logs_enabled = False  # what its daemons report would be printed on stdout
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    terminate = signal.getsignal(signal.SIGTERM)
+    _connect(ray, address)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)  # Ray's native part has put its own in its place
+    return ray, True
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """In a thread, since an address that does not answer holds `ray.init` for many minutes."""
+    ended: list[BaseException | None] = []
+
+    def init() -> None:
+        try:
+            ray.init(address=address or "auto", log_to_driver=False, configure_logging=False)
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=init, daemon=True)
+    thread.start()
+    thread.join(CONNECT_S)
+    where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    if not ended:
+        raise PlatformError(f"the Ray cluster did not answer in {CONNECT_S:g} s", where=where, fix=DOCS)
+    if ended[0] is not None:
+        told = str(ended[0]).strip().splitlines() or [type(ended[0]).__name__]
+        raise PlatformError(
+            f"no Ray cluster: {told[0]}", where=where, fix=f"start one, or give the token that it asks for: {DOCS}"
+        ) from ended[0]
+
+
+def resource(pool: str) -> str:
+    """The name of the Ray resource that stands for the chips of a pool."""
+    return f"ottava:{pool}"
+
+
+def spread(slots: Sequence[str], busy: Mapping[str, int], workers: int) -> list[str]:
+    """The node of each rank. slots: one node's name per reserved chip; busy: how many of a node's are in use.
+
+    Free chips come first; ranks are contiguous on a node, so that neighbours in the tree of sums are neighbours in
+    the cluster. Where there are more workers than chips, chips are shared evenly.
+    """
+    left = dict(busy)
+    order = []
+    for node in sorted(slots):
+        order.append((left.get(node, 0) > 0, node))
+        left[node] = left.get(node, 0) - 1
+    chosen = sorted(node for _, node in sorted(order)[:workers])
+    return [chosen[rank * len(chosen) // workers] for rank in range(workers)]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A placement group: what it holds, a node's id for each chip."""
+
+    group: Any
+    pool: str
+    nodes: tuple[str, ...]
+
+
+class Places:
+    """The chips that this run holds in a cluster. patience_s: how long to wait for those that others hold.
+
+    avoid, in its methods: nodes that do not answer, whatever Ray says of them: id -> what to say of it.
+    """
+
+    def __init__(self, ray: Any, patience_s: float):
+        self._ray, self._patience = ray, patience_s
+        self._held: list[_Held] = []
+
+    def take(self, pool: str, count: int, avoid: Mapping[str, str]) -> list[str]:
+        """The node's id of each of the pool's chips that are held, at least `count`; reserves what is missing.
+
+        A reservation that has lost a node is given back first. Raises PoolMissing.
+        """
+        alive = [node for node in self._ray.nodes() if node["Alive"] and node["NodeID"] not in avoid]
+        known = {node["NodeID"] for node in alive}
+        for held in [held for held in self._held if not known.issuperset(held.nodes)]:
+            self._held.remove(held)
+            self._ray.util.remove_placement_group(held.group)
+        missing = count - len(self._nodes(pool))
+        if missing > 0:
+            name = resource(pool)
+            have = Counter[str]()
+            for node in alive:
+                have[node["NodeName"]] += int(node["Resources"].get(name, 0))
+            if sum(have.values()) < count:
+                raise self._missing(pool, count, have, avoid)
+            self._held.append(self._reserve(pool, missing, have, avoid))
+        return self._nodes(pool)
+
+    def close(self) -> None:
+        """Give all chips back."""
+        for held in self._held:
+            self._ray.util.remove_placement_group(held.group)
+        self._held.clear()
+
+    def _nodes(self, pool: str) -> list[str]:
+        return [node for held in self._held if held.pool == pool for node in held.nodes]
+
+    def _reserve(self, pool: str, count: int, have: Mapping[str, int], avoid: Mapping[str, str]) -> _Held:
+        selector = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}
+        bundles: list[dict[str, float]] = [{resource(pool): 1}] * count
+        group = self._ray.util.placement_group(bundles, bundle_label_selector=[selector] * count if avoid else None)
+        if not group.wait(self._patience):
+            self._ray.util.remove_placement_group(group)
+            raise PoolMissing(
+                f"{count} of the {sum(have.values())} workers of pool {pool!r} did not become free "
+                f"in {self._patience:g} s",
+                where=_where(have, avoid),
+                fix="another run holds them: wait for its end or add nodes; `ray status` shows who uses what",
+            )
+        nodes = self._ray.util.placement_group_table(group)["bundles_to_node_id"]
+        return _Held(group, pool, tuple(nodes[index] for index in range(count)))
+
+    def _missing(self, pool: str, wanted: int, have: Mapping[str, int], avoid: Mapping[str, str]) -> PoolMissing:
+        total = sum(have.values())
+        head = self._ray.get_runtime_context().gcs_address
+        order = f"--address={head} --resources='{{\"{resource(pool)}\": {wanted - total}}}'"
+        return PoolMissing(
+            f"the cluster cannot place {wanted} worker{'s' * (wanted > 1)} of pool {pool!r}: it has {total}, "
+            f"{wanted - total} missing",
+            where=_where(have, avoid),
+            fix=f"start a node that has them: ray start {order}; {DOCS}",
+        )
+
+
+def _where(have: Mapping[str, int], avoid: Mapping[str, str]) -> str:
+    some = [f"{node} has {count}" for node, count in sorted(have.items()) if count]
+    counts = [*some[:LISTED], *([f"{len(some) - LISTED} more nodes have some"] if len(some) > LISTED else [])]
+    told = [*(counts or [f"none of the {len(have)} nodes has any"]), *(f"not used: {text}" for text in avoid.values())]
+    return "; ".join(told)
