@@ -91,6 +91,19 @@ def test_batches_are_pure_and_counts_are_global(dataset: Path) -> None:
     assert not torch.equal(shards[0].thinking.tokens, shards[1].thinking.tokens)
 
 
+def test_every_shard_draws_by_itself(dataset: Path) -> None:
+    """What the shards of a step share is only made once: each draws by (seed, stream, step, shard) alone."""
+    its = spec(virtual_shards=4)
+    loaded = data.load(dataset, Chat.load(dataset / "chat"))
+    draws = data.draw(loaded, its, 3, 5)
+    assert draws.direct is not None
+    for stream, drawn, size in ((schedule.THINKING, draws.thinking, 4), (schedule.DIRECT, draws.direct, 3)):
+        for shard in range(4):
+            rows = torch.from_numpy(schedule.rng(3, stream, 5, shard).integers(0, len(drawn.pool.tokens), size))
+            assert torch.equal(drawn.examples(shard).tokens, drawn.pool.tokens[rows])
+            assert torch.equal(drawn.examples(shard).targets, drawn.pool.targets[rows])
+
+
 def test_targets_are_the_reply(dataset: Path) -> None:
     chat = Chat.load(dataset / "chat")
     loaded = data.load(dataset, chat)
@@ -153,8 +166,8 @@ def test_world_size_does_not_change_a_bit(dataset: Path, launcher: Any, tmp_path
         folder = tmp_path / str(world)
         folder.mkdir()
         args = {
-            **base(dataset, its), "phase": "t", "pool": "p", "attempt": 0, "folder": str(folder), "start": None,
-            "until": 6, "keep": {}, "fault": None, "journal": str(folder / "j"),
+            **base(dataset, its), "pool": "p", "chips": list(range(world)), "start": None, "until": 6, "keep": {},
+            "memory": str(folder), "durable": str(folder / "durable"), "faults": {}, "run": "r", "vouched": 0,
         }  # fmt: skip
         results = launcher.call("ottava.trainer.worker:run", args, workers=world, logs=tmp_path / "logs")
         digests[world] = {result["digest"] for result in results}
@@ -303,28 +316,28 @@ def _snapshot(step: int, size: int = 4096) -> snapshot.Snapshot:
 def test_two_slots_and_torn_writes(tmp_path: Path) -> None:
     path = tmp_path / "r.snap"
     writer = snapshot.Writer(path, 4096)
-    assert snapshot.read(path) is None
+    assert snapshot.states(path) == []
     for step in (1, 2, 3):
         writer.write(_snapshot(step))
-    assert snapshot.read(path) == _snapshot(3)
+    assert snapshot.states(path) == [_snapshot(3), _snapshot(2)]
+    assert sorted(snapshot.steps(path)) == [2, 3]
+    assert snapshot.load(path, 2) == _snapshot(2)
     whole = path.read_bytes()
     half = len(whole) // 2
     for position in (half + 3, half + 20, half + 200, half + 4000):  # slot of step 3: head, digest, payload
         torn = bytearray(whole)
         torn[position] ^= 1
         path.write_bytes(torn)
-        assert snapshot.read(path) == _snapshot(2)
+        assert snapshot.states(path) == [_snapshot(2)]
 
 
 def test_saved_states_are_whole_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.state"
     snapshot.save(path, _snapshot(7))
     assert snapshot.load(path) == _snapshot(7)
-    assert snapshot.newest(tmp_path) == _snapshot(7)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="torn or was altered"):
         snapshot.load(path)
-    assert snapshot.newest(tmp_path) is None
     with pytest.raises(CheckpointError, match="no such state file"):
         snapshot.load(tmp_path / "none")
 
@@ -345,13 +358,12 @@ def test_killed_writers_leave_a_whole_state(launcher: Any, tmp_path: Path) -> No
         process = launcher.spawn(
             "tests.test_trainer:write_for_ever", {"path": str(path)}, pool=None, logs=tmp_path, env={}
         )
-        while snapshot.read(path) is None:
+        while not snapshot.states(path):
             assert process.alive()
         assert process.wait(float(rng.uniform(0, 0.05))) is None
         process.kill()
         process.wait()
-        found = snapshot.read(path)
-        assert found is not None
+        found = snapshot.states(path)[0]
         assert bytes(found.payload[:8]) == found.step.to_bytes(8, "little")
 
 

@@ -199,6 +199,40 @@ def verify(
 
 
 @app.command()
+def drill(
+    recipe: Annotated[Path, typer.Argument(help="A recipe with a label and a train stage.")],
+    seeds: Annotated[
+        str, typer.Option(help="FIRST:END; every seed is one run, and chooses its class of fault.")
+    ] = "0:12",
+    faults: Annotated[str, typer.Option(help="all, or classes by name with commas; see docs/faults.md.")] = "all",
+    steps: Annotated[int, typer.Option(min=16, help="Steps of each run.")] = 24,
+    out: Annotated[
+        Path, typer.Option(help="Where to run; a run that broke a guarantee leaves its folder here.")
+    ] = Path("runs/drill"),
+    as_json: Json = False,
+) -> None:
+    """Rehearse faults on a recipe before the real run; exit 1 if any guarantee breaks."""
+    from ottava import platforms, runner, stages
+    from ottava.console.terminal import drill_bar, drill_table
+    from ottava.recipe import load_recipe
+    from ottava.supervisor import campaign
+    from ottava.supervisor.local import LocalLauncher
+
+    asked, names = campaign.seeds_of(seeds), campaign.names_of(faults)
+    loaded = load_recipe(recipe, stages.specs(), (), platforms.names())
+    campaign.check(loaded)
+    label = runner.one_stage(loaded, "label", out / "data", LocalLauncher)
+    with drill_bar() as progress:
+        result = campaign.run(loaded, label, steps, asked, names, out, progress)
+    if as_json:
+        _print(result)
+    else:
+        typer.echo(drill_table(result))
+    if result["broken"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def keygen(
     path: Annotated[Path, typer.Argument(help="Where to write the private key (PEM, readable by you only).")],
 ) -> None:

@@ -16,8 +16,13 @@ from ottava.recipe import Fleet, Pool, Spec
 class Process(Protocol):
     """A process in a pool, started by name."""
 
-    pid: int
-    log: Path
+    @property
+    def pid(self) -> int: ...
+    @property
+    def log(self) -> Path: ...
+    @property
+    def node(self) -> str | None:
+        """The machine that it is on, where the launcher knows several."""
 
     def alive(self) -> bool: ...
     def terminate(self) -> None: ...
@@ -33,6 +38,10 @@ class Process(Protocol):
 class Launcher(Protocol):
     """Starts functions by name in the processes of a pool."""
 
+    @property
+    def host(self) -> str:
+        """The address under which its processes reach this one."""
+
     def call(
         self, target: str, args: Mapping[str, Any], *, pool: Pool | None = None, workers: int = 1, logs: Path
     ) -> list[dict[str, Any]]:
@@ -42,6 +51,9 @@ class Launcher(Protocol):
         self, target: str, args: Mapping[str, Any], *, pool: Pool | None, logs: Path, env: Mapping[str, str] = {}
     ) -> Process:
         """Start one process and return at once."""
+
+    def rendezvous(self, pool: Pool | None, workers: int) -> list[dict[str, str]]:
+        """The environment of each rank of a group that is about to be spawned on `pool`, in torchrun's variables."""
 
 
 @dataclass(frozen=True)

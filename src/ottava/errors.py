@@ -11,6 +11,7 @@ message and an exit code. Anything else that escapes is an internal fault (exit 
     +- FormatError          values that have no UE8M0-FP8 form (inf, NaN)
     +- PlatformError        a device, a library or a pool that is not there, or a worker that died
     |  +- LauncherGone      the process that starts workers is gone: it says nothing about any pool
+    |  +- PoolMissing       a pool's chips are not there, or not free: it says nothing about the others
     +- ResourceError        disk full, port in use, no memory
     +- Busy                 another process holds this run
     Verdict                 exit 1: the command worked and its answer is no
@@ -87,6 +88,10 @@ class PlatformError(OttavaError):
 
 class LauncherGone(PlatformError):
     """The process that starts workers is gone. It says nothing about any pool."""
+
+
+class PoolMissing(PlatformError):
+    """A pool's chips are not there, or not free. It says nothing about the other pools."""
 
 
 class ResourceError(OttavaError):

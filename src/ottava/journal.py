@@ -39,6 +39,10 @@ class Journal:
         if os.write(self._fd, data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
+    def sync(self) -> None:
+        """Wait until what was appended is on disk."""
+        os.fdatasync(self._fd)
+
 
 def _torn(path: Path) -> bool:
     size = path.stat().st_size

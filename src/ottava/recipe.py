@@ -50,11 +50,15 @@ class Sourced(Frozen):
 
 
 class Pool(Frozen):
-    """Workers of one kind. env is set in each of its processes; stands_for names the chip a rehearsal imitates."""
+    """Workers of one kind. env is set in each of its processes; stands_for names the chip a rehearsal imitates.
+
+    nodes: the machines that the workers lie on, in equal parts; in a rehearsal, folders that stand for their memory.
+    """
 
     name: Name
     platform: str = "cpu"
     workers: Annotated[int, Field(ge=1)] = 1
+    nodes: Annotated[int, Field(ge=1)] = 1
     stands_for: str | None = None
     chip: str | None = None
     env: dict[str, str] = {}

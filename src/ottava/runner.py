@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,6 +82,28 @@ def run(
                 walk.find(name)
         journal.append("run.end", peak_memory_mb=memory.peak_mb and round(memory.peak_mb))
         return walk.done
+
+
+def one_stage(recipe: Recipe, name: str, folder: Path, launcher: Callable[[], Any]) -> Artifact:
+    """Do a single stage that needs no other, in a folder of its own; its artifact, or the one that is there already."""
+    alone = replace(recipe, stages={name: recipe.stages[name]})
+    return run(alone, folder, launcher, Quiet())[name]
+
+
+class Quiet:
+    """A reporter that draws nothing."""
+
+    def start(self, stage: str, pool: str, budget_s: float) -> None:
+        pass
+
+    def progress(self, stage: str, fraction: float, message: str) -> None:
+        pass
+
+    def done(self, stage: str, seconds: float, cached: bool, summary: Mapping[str, Any]) -> None:
+        pass
+
+    def failed(self, stage: str, message: str) -> None:
+        pass
 
 
 @dataclass

@@ -68,6 +68,47 @@ def work_bar(*parts: tuple[str, str]) -> Iterator[Callable[[int, int], None]]:
         yield told
 
 
+@contextmanager
+def drill_bar() -> Iterator[Callable[[int, int, Any], None]]:
+    """Progress in runs, with time left; where there is no terminal, one line a run."""
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("drill"), BarColumn(bar_width=28), TextColumn("{task.completed}/{task.total} runs"))
+    left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
+    with Progress(*columns, *left, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None, said="")
+
+        def show(done: int, total: int, outcome: Any) -> None:
+            said = "" if outcome is None else _drill_line(outcome)
+            bar.update(task, completed=done, total=total, said=said)
+            if outcome is not None and (outcome.wrong or not console.is_terminal):
+                console.print(f"{done}/{total} {said}", markup=False)
+
+        yield show
+
+
+def _drill_line(outcome: Any) -> str:
+    seen = ", ".join(outcome.seen) or "nothing"
+    wrong = f": WRONG: {'; '.join(outcome.wrong)}" if outcome.wrong else ""
+    return f"{outcome.name} {outcome.seed} {outcome.ended}, saw {seen}{wrong}"
+
+
+DRILL_COLUMNS = {
+    "runs": "runs", "finished": "finished", "diagnosed": "stopped rightly", "bit_identical": "same bits",
+    "lost_steps_max": "lost", "corrupt_loads": "corrupt loads", "detect_p50_s": "seen, s", "mttr_p50_s": "next step, s",
+}  # fmt: skip
+
+
+def drill_table(result: Mapping[str, Any]) -> str:
+    """A campaign as a table: one line a class of fault, and the whole."""
+    lines = [f"{'fault':<12}" + "".join(f"{head:>16}" for head in DRILL_COLUMNS.values())]
+    for name, figures in (*result["by_fault"].items(), ("all", result)):
+        values = ("-" if figures[column] is None else figures[column] for column in DRILL_COLUMNS)
+        lines.append(f"{name:<12}" + "".join(f"{value!s:>16}" for value in values))
+    broken = result["broken"]
+    lines.append(f"{broken} runs broke a guarantee" if broken else "no guarantee was broken")
+    return "\n".join(lines)
+
+
 class Terminal:
     """Draws a run's progress. Use as a context manager, so that the bar is taken away at the end."""
 

@@ -22,7 +22,9 @@ from ottava.journal import RunState
 from ottava.models.chat import write_tiny
 from ottava.recipe import Pool
 from ottava.supervisor.drift import measure
-from ottava.supervisor.loop import Run, Segment, handoff_file, kept_file, replay, supervise, window
+from ottava.supervisor.loop import Run, replay, supervise, window
+from ottava.supervisor.record import Segment
+from ottava.supervisor.store import handoff_file, kept_file
 from ottava.trainer import snapshot
 from ottava.trainer.snapshot import Snapshot
 from ottava.trainer.spec import TrainSpec
@@ -40,10 +42,11 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
     model = ctx.out / "model"
     write_tiny(model, label.json("vocabulary.json"))
     base = {"spec": spec.model_dump(mode="json"), "seed": ctx.seed, "data": str(label.path), "chat": str(model)}
+    base["content"] = label.digest
     if not (ctx.work / "main").exists():
         ctx.journal.append("train.begin")
     main = _run(spec, ctx, pools, base, "main", 0.0)
-    final, segments = supervise(main, spec.fault)
+    final, segments = supervise(main, [] if spec.fault is None else [spec.fault])
     again = replay(_run(spec, ctx, pools, base, "replay", 0.46), segments)
     last = next(pool for pool in pools if pool.name == segments[-1].pool)
     proof = {
@@ -73,11 +76,11 @@ def _check(spec: TrainSpec, pools: Sequence[Pool]) -> None:
                 fix="take that pool out of the fleet",
             )
     names = [pool.name for pool in pools]
-    if spec.fault is not None and spec.fault.pool not in names:
+    if spec.fault is not None and spec.fault.pool not in (None, *names):
         raise RecipeError(
             f"the fault is planned on the pool {spec.fault.pool!r}, which this stage may not use",
             where="train.fault.pool",
-            fix=suggest(spec.fault.pool, names),
+            fix=suggest(spec.fault.pool or "", names),
         )
 
 
@@ -130,7 +133,9 @@ def _move(main: Run, state: RunState, source: Segment, target: Segment) -> dict[
 
     handoff_identical: every worker of the new pool joined with live tensors of that very digest.
     """
-    before = snapshot.load(handoff_file(main.folder, target.start)).digest
+    before = next(
+        e["digest"] for e in reversed(state.fallbacks) if (e["phase"], e["at_step"]) == ("main", target.start)
+    )
     arrived = ("main", target.pool, target.start)
     joins = [e for e in state.joins if (e["phase"], e["pool"], e["step"]) == arrived]
     journaled = [e["digest"] for e in state.steps if (e["phase"], e["step"]) == ("main", target.start)]

@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ottava import errors
+from ottava.context import Launcher, Process
 from ottava.errors import LauncherGone, OttavaError, PlatformError
 from ottava.recipe import Pool
 
@@ -25,6 +27,8 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 class LocalProcess:
     """A forked worker. log: its output; result: what its function returned, once it has exited."""
+
+    node = None
 
     def __init__(self, launcher: LocalLauncher, pid: int, log: Path, result: Path):
         self._launcher, self.pid, self.log, self._result = launcher, pid, log, result
@@ -56,12 +60,17 @@ class LocalProcess:
             raise PlatformError(_epitaph(status, self.log), where=self.log) from None
         finally:
             self._result.unlink(missing_ok=True)
-        if "error" in outcome:
-            error = outcome["error"]
-            kind = getattr(errors, error["type"], OttavaError)
-            raise kind(error["what"], where=error["where"], fix=error["fix"])
-        result: dict[str, Any] = outcome["result"]
-        return result
+        return answer(outcome)
+
+
+def answer(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """What a worker's function returned; raises the OttavaError that it raised."""
+    if "error" in outcome:
+        error = outcome["error"]
+        kind = getattr(errors, error["type"], OttavaError)
+        raise kind(error["what"], where=error["where"], fix=error["fix"])
+    result: dict[str, Any] = outcome["result"]
+    return result
 
 
 def _epitaph(status: int | None, log: Path) -> str:
@@ -76,9 +85,17 @@ def _gone() -> LauncherGone:
 
 
 class LocalLauncher:
-    """Starts functions by name in processes of this machine. Use as a context manager."""
+    """Starts functions by name in processes of this machine. Use as a context manager.
 
-    def __init__(self) -> None:
+    server: the `address` of another launcher, whose warm process is then used too; None: one of its own. tag: part of
+    the name of every log; keeps machines apart that write into one folder.
+    """
+
+    host = "127.0.0.1"
+
+    def __init__(self, server: str | None = None, tag: str = "") -> None:
+        self._server, self._tag = server, tag
+        self._folder: TemporaryDirectory[str] | None = None
         self._lock = threading.RLock()
         self._ids = itertools.count()
         self._buffer = b""
@@ -86,12 +103,25 @@ class LocalLauncher:
         self._pids: dict[int, int] = {}
         self._zygote: subprocess.Popen[bytes] | None = None
 
+    @property
+    def address(self) -> str:
+        """Where other processes of this user may ask the same warm process for workers."""
+        assert self._server is not None, "the launcher was not entered"
+        return self._server
+
     def __enter__(self) -> LocalLauncher:
+        self._ready = False
+        if self._server is not None:
+            self._control = socket.socket(socket.AF_UNIX)
+            self._control.connect(self._server)
+            return self
         ours, theirs = socket.socketpair()
+        self._folder = TemporaryDirectory(prefix="ottava-")
+        self._server = str(Path(self._folder.name) / "zygote")
         environment = {**os.environ, **dict.fromkeys(THREADS, "1"), "TOKENIZERS_PARALLELISM": "false"}
         environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # a broken vendor plug-in must not break the CPU pools
         self._zygote = subprocess.Popen(
-            [sys.executable, "-m", "ottava.supervisor.zygote", str(theirs.fileno())],
+            [sys.executable, "-m", "ottava.supervisor.zygote", str(theirs.fileno()), self._server],
             pass_fds=[theirs.fileno()],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
@@ -99,13 +129,14 @@ class LocalLauncher:
         )
         theirs.close()
         self._control = ours
-        self._ready = False
         return self
 
     def __exit__(self, *_: object) -> None:
         self._control.close()
         if self._zygote is not None:
             self._zygote.wait()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def spawn(
         self,
@@ -118,7 +149,7 @@ class LocalLauncher:
     ) -> LocalProcess:
         """Fork one process with the pool's environment and run `package.module:function` with `args` in it."""
         number = next(self._ids)
-        name = f"{target.rpartition('.')[2].replace(':', '.')}-{os.getpid()}-{number}"
+        name = f"{target.rpartition('.')[2].replace(':', '.')}-{self._tag}{os.getpid()}-{number}"
         logs.mkdir(parents=True, exist_ok=True)
         log, result = logs / f"{name}.log", logs / f"{name}.result"
         request = {
@@ -148,22 +179,11 @@ class LocalLauncher:
 
         When one fails, the others are killed and its error is raised.
         """
-        group = [self.spawn(target, args, pool=pool, logs=logs, env=env) for env in rendezvous(workers)]
-        try:
-            waiting = list(group)
-            while waiting:
-                done = [p for p in waiting if p.wait(0.02 / len(waiting)) is not None]
-                for process in done:
-                    waiting.remove(process)
-                    if process.wait() != 0:
-                        process.result()
-                        raise PlatformError(_epitaph(process.wait(), process.log), where=process.log)
-            return [process.result() for process in group]
-        finally:
-            for process in group:
-                if process.alive():
-                    process.kill()
-                    process.wait()
+        return call_group(self, target, args, pool=pool, workers=workers, logs=logs)
+
+    def rendezvous(self, pool: Pool | None, workers: int) -> list[dict[str, str]]:
+        """The environment of each rank of a group on this machine."""
+        return rendezvous(workers)
 
     def status(self, pid: int, wait: float = 0.0) -> int | None:
         """The exit status of a child, or None while it runs; waits up to `wait` seconds for news."""
@@ -206,14 +226,43 @@ class LocalLauncher:
                 self._pids[message["id"]] = message["pid"]
 
 
+def call_group(
+    launcher: Launcher, target: str, args: Mapping[str, Any], *, pool: Pool | None, workers: int, logs: Path
+) -> list[dict[str, Any]]:
+    """Run a function in `workers` processes of any launcher; their results by rank. None is left alive."""
+    group: list[Process] = []
+    try:
+        for env in launcher.rendezvous(pool, workers):
+            group.append(launcher.spawn(target, args, pool=pool, logs=logs, env=env))
+        waiting = list(group)
+        while waiting:
+            done = [p for p in waiting if p.wait(0.02 / len(waiting)) is not None]
+            for process in done:
+                waiting.remove(process)
+                if process.wait() != 0:
+                    process.result()
+                    raise PlatformError(_epitaph(process.wait(), process.log), where=process.log)
+        return [process.result() for process in group]
+    finally:
+        for process in group:
+            if process.alive():
+                process.kill()
+                process.wait()
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listens on now at an address of this machine."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def rendezvous(workers: int) -> list[dict[str, str]]:
     """The environment of each rank of a process group on this machine, in torchrun's variables."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     common = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(workers),
         "LOCAL_WORLD_SIZE": str(workers),
         "GLOO_SOCKET_IFNAME": "lo",

@@ -4,14 +4,17 @@ A fresh interpreter spends seconds on imports before its first step; a fork spen
 Nothing here runs a tensor operation, so a child may still choose its instruction set and thread
 count through its environment (these are read at the first operation), and no OpenMP pool exists
 that a fork could break. The process dies with its owner: the end of the control socket is the
-order to kill every child.
+order to kill every child. Other processes of the owner's may ask for workers of their own over a Unix
+socket; when one of them goes away, its workers are killed.
 
-Run as `python -m ottava.supervisor.zygote FD`; messages are JSON lines over the socket FD.
+Run as `python -m ottava.supervisor.zygote FD PATH`; messages are JSON lines over the socket FD or one that is opened
+to PATH, which lies in a folder of the owner's alone.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import importlib
 import json
@@ -22,6 +25,7 @@ import socket
 import sys
 import traceback
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +42,61 @@ def main() -> None:
             importlib.import_module(module)
     _materialise_lazy_imports()
     gc.freeze()
-    children: set[int] = set()
-    with suppress(BrokenPipeError, ConnectionResetError):  # the owner died while it was being told something
-        _serve(control, children)
-    for pid in children:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(sys.argv[2])
+    server.listen()
+    _serve(Client(control), server)
 
 
-def _serve(control: socket.socket, children: set[int]) -> None:
-    _send(control, {"ready": os.getpid()})
-    buffer = b""
-    while True:
-        readable, _, _ = select.select([control], [], [], 0.01 if children else 1.0)
-        if readable:
-            data = control.recv(1 << 16)
-            if not data:
-                return
-            *lines, buffer = (buffer + data).split(b"\n")
-            for line in lines:
-                _handle(control, children, json.loads(line))
-        _reap(control, children)
+@dataclass
+class Client:
+    """Somebody who asks for workers. children: those that live."""
+
+    control: socket.socket
+    children: set[int] = field(default_factory=set)
+    buffer: bytes = b""
+
+    def send(self, message: dict[str, Any]) -> None:
+        with suppress(OSError):  # it is gone: the next read says so
+            self.control.sendall(json.dumps(message).encode() + b"\n")
+
+    def close(self) -> None:
+        for pid in self.children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.control.close()
+
+
+def _serve(owner: Client, server: socket.socket) -> None:
+    """Until the owner goes away."""
+    clients = [owner]
+    owner.send({"ready": os.getpid()})
+    while owner in clients:
+        idle = 1.0 if not any(client.children for client in clients) else 0.01
+        readable, _, _ = select.select([server, *(client.control for client in clients)], [], [], idle)
+        if server in readable:
+            clients.append(Client(server.accept()[0]))
+            clients[-1].send({"ready": os.getpid()})
+        for client in [client for client in clients if client.control in readable]:
+            if not _listen(client, server, clients):
+                clients.remove(client)
+                client.close()
+                server.close() if client is owner else None
+        _reap(clients)
+    for client in clients:
+        client.close()
+
+
+def _listen(client: Client, server: socket.socket, clients: list[Client]) -> bool:
+    """Do what a client asks; False where it is gone."""
+    try:
+        data = client.control.recv(1 << 16)
+    except OSError:
+        return False
+    *lines, client.buffer = (client.buffer + data).split(b"\n")
+    for line in lines:
+        _handle(client, json.loads(line), [server, *(other.control for other in clients)])
+    return bool(data)
 
 
 def _materialise_lazy_imports() -> None:
@@ -67,35 +105,34 @@ def _materialise_lazy_imports() -> None:
         from transformers.models.llama import LlamaForCausalLM  # noqa: F401
 
 
-def _handle(control: socket.socket, children: set[int], request: dict[str, Any]) -> None:
+def _handle(client: Client, request: dict[str, Any], ours: list[socket.socket]) -> None:
     if "kill" in request:
         pid = int(request["kill"])
-        if pid in children:  # reaped here alone, so the number cannot belong to a stranger
+        if pid in client.children:  # reaped here alone, so the number cannot belong to a stranger
             with suppress(ProcessLookupError):
                 os.kill(pid, int(request["signal"]))
         return
     pid = os.fork()
     if pid == 0:
-        control.close()
+        for inherited in ours:
+            inherited.close()
         _child(request)
-    children.add(pid)
-    _send(control, {"id": request["id"], "pid": pid})
+    client.children.add(pid)
+    client.send({"id": request["id"], "pid": pid})
 
 
-def _reap(control: socket.socket, children: set[int]) -> None:
-    while children:
+def _reap(clients: list[Client]) -> None:
+    while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return
         if pid == 0:
             return
-        children.discard(pid)
-        _send(control, {"exit": pid, "status": os.waitstatus_to_exitcode(status)})
-
-
-def _send(control: socket.socket, message: dict[str, Any]) -> None:
-    control.sendall(json.dumps(message).encode() + b"\n")
+        for client in clients:
+            if pid in client.children:
+                client.children.discard(pid)
+                client.send({"exit": pid, "status": os.waitstatus_to_exitcode(status)})
 
 
 def _child(request: dict[str, Any]) -> None:
@@ -108,6 +145,8 @@ def _child(request: dict[str, Any]) -> None:
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR1, all_threads=True)  # a supervisor may ask where this process stands
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -132,18 +171,19 @@ def _run(request: dict[str, Any]) -> int:
         code = 0
     except OttavaError as error:
         traceback.print_exc()
-        result = {"error": _describe(error)}
+        result = {"error": describe(error)}
         code = error.exit_code
     except OSError as error:
         traceback.print_exc()
-        result = {"error": _describe(from_os_error(error, "running " + request["target"]))}
+        result = {"error": describe(from_os_error(error, "running " + request["target"]))}
         code = 2
     with replacing(Path(request["result"])) as part:
         part.write_text(json.dumps(result))
     return code
 
 
-def _describe(error: Any) -> dict[str, Any]:
+def describe(error: Any) -> dict[str, Any]:
+    """An OttavaError as plain data, to be raised again on the other side of a process boundary."""
     return {"type": type(error).__name__, "what": error.what, "where": error.where, "fix": error.fix}
 
 

@@ -18,7 +18,7 @@ from ottava.fp8.codec import project
 from ottava.models.build import from_config, initialise
 from ottava.models.published import matrices
 from ottava.trainer import optimiser, schedule, state
-from ottava.trainer.data import IGNORE, Data, Examples, batch
+from ottava.trainer.data import IGNORE, Data, Draws, Examples, draw, share
 from ottava.trainer.reduce import tree_sum
 from ottava.trainer.spec import TrainSpec
 from ottava.trainer.state import ALIGN, State
@@ -53,6 +53,10 @@ class Trainer:
         for slot in self.state.slots:
             parameters[slot.name].data = slot.view(self.forward)
         self._parameters = [parameters[slot.name] for slot in self.state.slots]
+        ends = [slot.start for slot in self.state.slots[1:]] + [self.state.weights.numel()]
+        gaps = [end - slot.start - slot.size for slot, end in zip(self.state.slots, ends, strict=True)]
+        self._gaps = [torch.zeros(gap) for gap in gaps]
+        self._draws: Draws | None = None
         self._biases = self._alias_biases()
         self._counts = [torch.zeros(spec.shape.experts) for _ in self._biases]
         self._watch_routers()
@@ -79,7 +83,7 @@ class Trainer:
 
     def shard(self, number: int) -> Tensor:
         """The contribution of virtual shard `number` to the present step: [width], to be summed over shards."""
-        work = batch(self.data, self.spec, self.seed, self.state.step, number)
+        work = share(self._drawn(), number)
         for counts in self._counts:
             counts.zero_()
         thinking = self._loss(work.thinking) / work.thinking_count
@@ -88,32 +92,50 @@ class Trainer:
             direct = self._loss(work.direct) / work.direct_count
             loss = thinking + self.spec.direct.weight * direct
         gradients = torch.autograd.grad(loss, self._parameters)
-        out = torch.zeros(self.width)
-        for slot, gradient in zip(self.state.slots, gradients, strict=True):
-            slot.view(out).copy_(gradient)
-        tail = [*self._counts, torch.stack([thinking.detach(), torch.zeros(()) if direct is None else direct.detach()])]
-        out[self.forward.numel() :] = torch.cat(tail)
-        return out
+        parts = [part for g, gap in zip(gradients, self._gaps, strict=True) for part in (g.reshape(-1), gap)]
+        losses = torch.stack([thinking.detach(), torch.zeros(()) if direct is None else direct.detach()])
+        return torch.cat([*parts, *self._counts, losses])
+
+    def contribution(self, shards: range) -> Tensor:
+        """What these shards add to the present step: [width], their subtree's sum. Call `refresh` before."""
+        return tree_sum(self.shard(v) for v in shards)
+
+    def losses(self, total: Tensor) -> tuple[float, float]:
+        """The thinking and direct loss in a sum over shards."""
+        thinking, direct = total[-2:].tolist()
+        return thinking, direct
+
+    def update(self, total: Tensor, norm: float) -> Report:
+        """End the step with the sum over all shards, whose gradient was clipped. Changes the state."""
+        now, size = self.state.step, self.forward.numel()
+        optimiser.update(self.state, total[:size], self.spec.optimiser, schedule.rate(self.spec, now))
+        for bias, load in zip(self._biases, torch.split(total[size:-2], self.spec.shape.experts), strict=True):
+            optimiser.router_step_(bias, load, self.spec.optimiser.router_bias)
+        self.state.step = now + 1
+        thinking, direct = self.losses(total)
+        joined = schedule.direct_joins(self.spec, now)
+        return Report(now + 1, thinking, direct if joined else None, norm, schedule.on_grid(self.spec, now))
+
+    def clip(self, total: Tensor) -> float:
+        """Clip a sum's gradient in place; its norm before."""
+        return optimiser.clip_(total[: self.forward.numel()], self.spec.optimiser.clip)
 
     def step(self, reduce: Reduce, shards: range, perturb: Callable[[Tensor], None] | None = None) -> Report:
         """One whole step. reduce: turns this worker's subtree sum into the sum over all shards.
 
         perturb: changes the summed gradient [P] in place; the drift measurement's noise.
         """
-        now = self.state.step
         self.refresh()
-        total = reduce(tree_sum(self.shard(v) for v in shards))
-        gradient = total[: self.forward.numel()]
+        total = reduce(self.contribution(shards))
         if perturb is not None:
-            perturb(gradient)
-        counts, losses = total[self.forward.numel() : -2], total[-2:].tolist()
-        norm = optimiser.clip_(gradient, self.spec.optimiser.clip)
-        optimiser.update(self.state, gradient, self.spec.optimiser, schedule.rate(self.spec, now))
-        for bias, load in zip(self._biases, torch.split(counts, self.spec.shape.experts), strict=True):
-            optimiser.router_step_(bias, load, self.spec.optimiser.router_bias)
-        self.state.step = now + 1
-        joined = schedule.direct_joins(self.spec, now)
-        return Report(now + 1, losses[0], losses[1] if joined else None, norm, schedule.on_grid(self.spec, now))
+            perturb(total[: self.forward.numel()])
+        return self.update(total, self.clip(total))
+
+    def _drawn(self) -> Draws:
+        """The present step's draws, made at its first shard."""
+        if self._draws is None or self._draws.step != self.state.step:
+            self._draws = draw(self.data, self.spec, self.seed, self.state.step)
+        return self._draws
 
     def _loss(self, examples: Examples) -> Tensor:
         """Sum of cross-entropies over the reply's tokens."""

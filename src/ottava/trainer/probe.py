@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ottava.trainer.guard import Group
 from ottava.trainer.loop import Trainer
-from ottava.trainer.worker import Group, join
+from ottava.trainer.worker import join
 
 
 def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
     for number in [*range(repeats), *range(repeats)]:  # once to warm up: every shape is slow the first time
         trainer.state.step = number * spec.steps // repeats
         begun = time.perf_counter()
-        trainer.step(group.reduce, shards)
+        trainer.step(lambda value: reduce.exchange_(value, group.rank, group.world), shards)
         seconds.append(time.perf_counter() - begun)
         tokens.append(_tokens(trainer))
     seconds, tokens = seconds[repeats:], tokens[repeats:]

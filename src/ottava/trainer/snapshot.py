@@ -1,25 +1,26 @@
 """Every step's state, kept in a file that survives the death of its writer.
 
 Two slots take turns: while one is written the other stays whole, and a slot counts only when its
-commit word and SHA-256 agree with its bytes. The file is mapped memory: a killed process loses
+commit word and digest agree with its bytes. The file is mapped memory: a killed process loses
 nothing, because the pages belong to the system. Its blocks are reserved when it is made, so a full
 disk is an error at the start and not a crash in mid-run. Loss of power is what checkpoints are for.
 """
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 from ottava.artifact import replacing
 from ottava.errors import CheckpointError, from_os_error
 
 HEADER = struct.Struct("<8sqq32s32s8s")
-MAGIC = b"OTTAVA01"
+MAGIC = b"OTTAVA02"
 COMMITTED, OPEN = b"COMMIT01", b"\0" * 8
 HEAD = 128
 
@@ -34,18 +35,15 @@ class Snapshot:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over layout, step and payload: what snapshots, hand-offs and replays are compared by."""
-        sha = hashlib.sha256(self.layout)
-        sha.update(struct.pack("<q", self.step))
-        sha.update(self.payload)
-        return sha.hexdigest()
+        """BLAKE3 over layout, step and payload: what snapshots, hand-offs and replays are compared by, every step."""
+        return blake3(self.layout + struct.pack("<q", self.step)).update(self.payload).hexdigest()
 
 
 class Writer:
     """Writes states of `size` bytes into a two-slot file, one slot after the other."""
 
     def __init__(self, path: Path, size: int):
-        self._size = size
+        self.path, self._size = path, size
         self._slot = -(-(HEAD + size) // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -58,9 +56,9 @@ class Writer:
             error.filename = str(path)
             raise from_os_error(error, "reserving space for the run's snapshots") from error
 
-    def write(self, snapshot: Snapshot) -> str:
-        """Keep a state; returns its digest. When this returns, the death of the process cannot lose it."""
-        value = snapshot.digest
+    def write(self, snapshot: Snapshot, value: str | None = None) -> str:
+        """Keep a state; returns its digest (`value`, where it is known). Then no process's death can lose it."""
+        value = snapshot.digest if value is None else value
         base = (snapshot.step % 2) * self._slot
         self._map[base : base + HEAD] = _head(snapshot, value, OPEN)
         self._map[base + HEAD : base + HEAD + self._size] = snapshot.payload
@@ -68,22 +66,31 @@ class Writer:
         return value
 
 
-def read(path: Path) -> Snapshot | None:
-    """The newest whole state in a file, or None. Torn slots are passed over."""
+def states(path: Path) -> list[Snapshot]:
+    """The whole states in a two-slot file, newest first; none where it is missing. Torn slots are passed over."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return None
-    half = len(data) // 2 if path.suffix == ".snap" else len(data)
-    found = [snapshot for base in (0, half) if (snapshot := _slot(data, base)) is not None]
-    return max(found, key=lambda s: s.step, default=None)
+        return []
+    found = [snapshot for base in (0, len(data) // 2) if (snapshot := _slot(data, base)) is not None]
+    return sorted(found, key=lambda snapshot: -snapshot.step)
 
 
-def newest(folder: Path) -> Snapshot | None:
-    """The newest whole state in a folder, among its snapshots (`*.snap`) and checkpoints (`*.state`)."""
-    paths = [*folder.glob("*.snap"), *folder.glob("*.state")]
-    found = [snapshot for path in paths if (snapshot := read(path)) is not None]
-    return max(found, key=lambda snapshot: snapshot.step, default=None)
+def steps(path: Path) -> list[int]:
+    """The steps that a two-slot file says it holds, from its heads alone: their bytes may still prove torn."""
+    found = []
+    try:
+        with path.open("rb") as file:
+            half = path.stat().st_size // 2
+            for base in (0, half):
+                file.seek(base)
+                head = file.read(HEADER.size)
+                if len(head) == HEADER.size:
+                    magic, step, _, _, _, commit = HEADER.unpack(head)
+                    found += [step] if (magic, commit) == (MAGIC, COMMITTED) else []
+    except OSError:
+        pass
+    return found
 
 
 def save(path: Path, snapshot: Snapshot) -> None:
@@ -96,8 +103,16 @@ def save(path: Path, snapshot: Snapshot) -> None:
         raise from_os_error(error, "writing a checkpoint of the run") from error
 
 
-def load(path: Path) -> Snapshot:
-    """Read what `save` wrote. Raises CheckpointError where it is missing, torn or altered."""
+def load(path: Path, step: int | None = None) -> Snapshot:
+    """Read what `save` wrote, or the state after `step` steps from a two-slot file.
+
+    Raises CheckpointError where it is missing, torn or altered.
+    """
+    if path.suffix == ".snap":
+        found = [snapshot for snapshot in states(path) if snapshot.step == step]
+        if not found:
+            raise CheckpointError(f"the file has no whole state of step {step}", where=path)
+        return found[0]
     try:
         snapshot = _slot(path.read_bytes(), 0)
     except FileNotFoundError:

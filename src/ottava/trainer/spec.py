@@ -12,6 +12,16 @@ from ottava.recipe import Frozen
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+Phase = Literal[
+    "join", "load", "forward", "reduce", "update", "snapshot", "kept",
+    "save:payload", "save:fsync:payload", "save:manifest", "save:fsync:manifest", "save:fsync:folder", "save:rename",
+    "save:fsync:root",
+]  # fmt: skip
+"""What a worker does, in order: it tells its supervisor, and a fault may strike there. save: of a durable state."""
+
+FaultKind = Literal["sigkill", "sigstop", "sleep", "error", "nan", "spike", "flip", "gradient", "memory", "clock"]
+"""Faults that a worker commits against itself; `supervisor.drill` has others that come from outside."""
+
 
 class Shape(Frozen):
     """A DeepSeek-V3 architecture: MLA attention, first layer dense, then experts with one shared."""
@@ -100,12 +110,38 @@ class Direct(Frozen):
 
 
 class Fault(Frozen):
-    """A fault to inject once: the run must survive it."""
+    """A fault to inject: the run must survive it, or stop with the right words. It comes once, unless it is sticky.
 
-    pool: str
-    at_step: Positive
+    at_step: strikes in the step that follows this many kept ones, or right after the last of them (phase kept); a fault
+    in join or load strikes at the first start from there on. rank: the chip, by its number in the pool. pool: None
+    means whichever runs then. bits: how many are flipped. seconds: how long it sleeps, or how far its clock jumps.
+    sticky: it stays with the chip, step after step.
+    """
+
+    pool: str | None = None
+    at_step: Annotated[int, Field(ge=0)] = 1
     rank: Annotated[int, Field(ge=0)] = 0
-    kind: Literal["sigkill", "sigstop"] = "sigkill"
+    kind: FaultKind = "sigkill"
+    phase: Phase = "kept"
+    target: Literal["weights", "momentum", "first", "second", "bias"] = "weights"
+    bits: Positive = 1
+    seconds: float = 3600.0
+    sticky: bool = False
+
+
+class Audit(Frozen):
+    """Sampled recomputation against silent corruption. share: of the steps on which every worker's gradient is
+    computed again by another worker, bit for bit; 0 turns it off."""
+
+    share: Fraction = 0.02
+
+
+class Spike(Frozen):
+    """A loss this many nats, and this many spreads, above the median of the last `window` counts as a spike."""
+
+    nats: Annotated[float, Field(gt=0)] = 2.0
+    spreads: Annotated[float, Field(gt=0)] = 8.0
+    window: Annotated[int, Field(ge=4)] = 16
 
 
 class Drift(Frozen):
@@ -129,8 +165,18 @@ class TrainSpec(recipe.Spec):
         float, Field(ge=0, le=1, description="share of the run from which weights lie on the grid")
     ] = 0.85
     fault: Fault | None = None
+    audit: Audit = Audit()
+    spike: Spike = Spike()
     restarts: Annotated[int, Field(ge=0, description="restarts on one pool before the run falls back")] = 0
-    hang_s: Annotated[float, Field(gt=0, description="seconds without a step that count as a hang")] = 60.0
+    hang_s: Annotated[
+        float, Field(gt=0, description="seconds without a step that count as a hang while step times are unknown")
+    ] = 60.0
+    hang_least_s: Annotated[
+        float, Field(gt=0, description="later 3 times the 99th percentile of the steps' times, but no less than this")
+    ] = 10.0
+    leave_stragglers: Annotated[
+        bool, Field(description="go on without a worker that is far slower than the others; else only say so")
+    ] = False
     checkpoint_every: Positive = 100
     min_thinking: Annotated[Fraction, Field(description="the verdict is no below this thinking accuracy")] = 0.0
     drift: Drift = Drift()

@@ -1,4 +1,4 @@
-"""What the supervisor starts, one process a device: join, check the class, load, step, keep, report.
+"""What the supervisor starts, one process a device: join, check the class, load, step, check, keep, report.
 
 Functions here take and return plain data, because they are started by name in another process.
 """
@@ -8,34 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import time
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from ottava import platforms
-from ottava.errors import PlatformError, TrainingFailed
-from ottava.journal import Journal
+from ottava import link, platforms
+from ottava.errors import CheckpointError, OttavaError, TrainingFailed
 from ottava.models.chat import Chat
-from ottava.trainer import data, reduce, snapshot
-from ottava.trainer.loop import Report, Trainer, finite
+from ottava.platforms.base import FaultClass
+from ottava.trainer import audit, data, envelope, guard, reduce, snapshot
+from ottava.trainer.faults import Injector
+from ottava.trainer.guard import Alarm, Group
+from ottava.trainer.loop import Report, Trainer
+from ottava.trainer.saver import STATE, Saver
 from ottava.trainer.spec import Fault, TrainSpec
-
-
-@dataclass(frozen=True)
-class Group:
-    """This worker's place among the workers."""
-
-    rank: int
-    world: int
-
-    def reduce(self, value: torch.Tensor) -> torch.Tensor:
-        return reduce.exchange_(value, self.rank, self.world) if self.world > 1 else value
 
 
 def join() -> Group:
@@ -67,43 +57,206 @@ def numerics_class(trainer: Trainer) -> str:
 def run(args: Mapping[str, Any]) -> dict[str, Any]:
     """Train from a state to step `until`, keeping every step. The supervisor's worker.
 
-    args: spec, seed, data, chat; phase, pool, attempt; folder (snapshots, one file a rank); start
-    (a folder with snapshots, or a state file, or None); until; keep: {step: path}; journal; fault: one to
-    commit, or None.
-    Returns {step, digest}. Raises TrainingFailed on a loss that is not finite.
+    args: spec, seed, data, chat; run: its id; start: {"path", "step", "digest"} of a state, or None; until; memory: the
+    folder of this start's snapshots; keep: {step: path} of states to save; durable: the folder of generations; vouched:
+    the last step that an audit vouches for; recent: losses of the steps before; chips: the chip of each rank; pool;
+    faults: {number: fault} to commit.
+    Returns {step, digest}. Raises TrainingFailed where something is wrong with this worker's chip or its numbers.
     """
-    group = join()
-    journal = Journal(args["journal"])
-    trainer = make_trainer(args)
-    its_class = numerics_class(trainer)
-    _same_class(group, its_class)
-    _load(trainer, args["start"])
-    folder = Path(args["folder"])
-    writer = snapshot.Writer(folder / f"rank{group.rank}.snap", trainer.state.arena.numel() * 4)
-    where = {"phase": args["phase"], "pool": args["pool"], "attempt": args["attempt"]}
-    journal.append(
-        "train.join", **where, rank=group.rank, world=group.world, pid=os.getpid(), numerics_class=its_class,
-        step=trainer.state.step, digest=trainer.state.digest(),
-    )  # fmt: skip
-    keep = {int(step): Path(path) for step, path in args["keep"].items()}
-    shards = reduce.owned(trainer.spec.virtual_shards, group.rank, group.world)
-    begun = time.monotonic()
-    while trainer.state.step < args["until"]:
-        report = trainer.step(group.reduce, shards)
-        if not finite(report):
-            raise TrainingFailed(f"the loss of step {report.step} is not finite", where=f"pool {args['pool']}")
-        value = writer.write(trainer.state.snapshot())
-        if args["fault"] is not None:
-            _commit_fault(Fault.model_validate(args["fault"]), report.step, group, journal, args["pool"])
-        if group.rank == 0:
-            _save(trainer, folder, keep)
-            now = time.monotonic()
-            journal.append("train.step", **where, **_event(report), digest=value[:16], seconds=round(now - begun, 4))
-            begun = now
-    if group.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    return {"step": trainer.state.step, "digest": trainer.state.digest()}
+    line = link.connect()
+    worker = None
+    try:
+        group = join()
+        chip = int(args["chips"][group.rank])
+        faults = {int(number): Fault.model_validate(fault) for number, fault in args["faults"].items()}
+        worker = Worker(args, group, line, Injector(faults, chip, args["pool"], line.say))
+        return worker.run()
+    except Alarm as alarm:
+        step = -1 if worker is None else worker.trainer.state.step
+        line.alarm(alarm.kind, step, alarm.message, ranks=list(alarm.ranks))
+        raise TrainingFailed(f"{alarm.kind}: {alarm.message}", where=f"pool {args['pool']}") from alarm
+    except OttavaError as error:
+        if getattr(error, "cause", None) == "padding not zero":
+            line.alarm("corrupt", -1, error.what, ranks=[int(os.environ.get("RANK", "0"))])
+        raise
+    except Exception as error:
+        step = -1 if worker is None else worker.trainer.state.step
+        kind = _KIND_OF.get(platforms.get("cpu").classify_error(error), "error")
+        line.alarm(kind, step, f"{type(error).__name__}: {error}", ranks=[int(os.environ.get("RANK", "0"))])
+        raise
+
+
+_KIND_OF = {FaultClass.OUT_OF_MEMORY: "memory", FaultClass.COLLECTIVE: "peer"}
+"""What an exception is told as; a lost peer is a consequence and no failure of its own."""
+
+
+class Worker:
+    """One worker of a group, from joining to the last step."""
+
+    def __init__(self, args: Mapping[str, Any], group: Group, line: link.Link, faults: Injector):
+        self.args, self.group, self.line, self.faults = args, group, line, faults
+        self.trainer = make_trainer(args)
+        self.spec, self.seed = self.trainer.spec, self.trainer.seed
+        self.shards = reduce.owned(self.spec.virtual_shards, group.rank, group.world)
+        self.recent: deque[float] = deque(args.get("recent", ()), self.spec.spike.window)
+        self.keep = {int(step): Path(path) for step, path in args["keep"].items()}
+        self.digest = ""
+        self.vouched, self.saving = int(args["vouched"]), -1
+
+    def run(self) -> dict[str, Any]:
+        self._begin()
+        while self.trainer.state.step < self.args["until"] and not self.line.stopping:
+            self._step()
+        self.line.phase = "end"
+        if self.group.rank == 0:
+            self.saver.close()
+            self._tell_saved()
+        if self.group.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        step, digest = self.trainer.state.step, self.trainer.state.digest()
+        self.line.bye(step, digest=digest)
+        return {"step": step, "digest": digest}
+
+    def _begin(self) -> None:
+        """Check the class, load the state, join, and wait for the others."""
+        state, start = self.trainer.state, self.args["start"]
+        self._enter("join")
+        its_class = numerics_class(self.trainer)
+        facts = json.dumps(platforms.get("cpu").describe(), sort_keys=True)
+        guard.check_class(self.group.gather([its_class, numerics_class(self.trainer), facts]))
+        self._enter("load")
+        if start is not None:
+            _restore(self.trainer, start, self.args["run"])
+        self.digest = state.digest()
+        path = Path(self.args["memory"]) / os.environ.get(link.NODE, "node0") / f"rank{self.group.rank}.snap"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.writer = snapshot.Writer(path, state.arena.numel() * 4)
+        self.writer.write(state.snapshot(), self.digest)  # so that the step before any other is always at hand
+        if self.group.rank == 0:
+            durable, run, epoch = Path(self.args["durable"]), self.args["run"], self.line.epoch
+            self.saver = Saver(durable, run=run, epoch=epoch, at=self._in_save)
+            if state.step in self.keep:
+                snapshot.save(self.keep[state.step], state.snapshot())
+        self.line.join(
+            step=state.step, digest=self.digest, numerics_class=its_class, world=self.group.world, pid=os.getpid()
+        )
+
+    def _enter(self, phase: str) -> None:
+        self.line.phase = phase
+        self.faults.at(phase, self.trainer.state.step)
+        self.faults.state(self.trainer.state, self.trainer.state.step, phase)
+
+    def _step(self) -> None:
+        """One step: compute, exchange, check, update, check, keep, tell."""
+        trainer, step, begun = self.trainer, self.trainer.state.step, time.monotonic()
+        if self.group.world == 1 and step > 0 and trainer.state.digest() != self.digest:
+            raise Alarm("corrupt", f"the state after step {step} changed in memory", [0])
+        self._enter("forward")
+        trainer.refresh()
+        own = trainer.contribution(self.shards)
+        computed = time.monotonic() - begun
+        self.faults.contribution(own, step)
+        sound, mine = bool(own.sum().isfinite()), trainer.losses(own)
+        audited = audit.due(self.spec.audit.share, self.seed, step)
+        hashed = audit.hashed(own) if audited else ""
+        self._enter("reduce")
+        total = reduce.exchange_(own, self.group.rank, self.group.world, redundant=audited)
+        self._enter("update")
+        norm = trainer.clip(total)
+        self._check_losses(total, norm, sound, mine)
+        if audited:
+            audit.check(trainer, self.group, hashed)
+        report = trainer.update(total, norm)
+        self._keep(report, audited)
+        where = {"digest": self.digest[:16], "seconds": round(time.monotonic() - begun, 4)}
+        self.line.step(report.step, **_event(report), **where, compute_s=round(computed, 4), audited=audited)
+        self._enter("kept")
+
+    def _check_losses(self, total: Any, norm: float, sound: bool, mine: tuple[float, float]) -> None:
+        """Before the update: are the numbers numbers, is the loss like those before? Others are asked only if not."""
+        losses, step = self.trainer.losses(total), self.trainer.state.step + 1
+        try:
+            guard.check_finite([*losses, norm], [sound], f"step {step}")
+            guard.check_spike(losses[0], self.recent, self.spec.spike, f"step {step}")
+        except Alarm as alarm:
+            everyone = self.group.gather([sound, mine[0]])
+            guard.check_finite([*losses, norm], [good for good, _ in everyone], f"step {step}")
+            raise Alarm(alarm.kind, alarm.message, guard.outliers([loss for _, loss in everyone])) from None
+        self.recent.append(losses[0])
+
+    def _keep(self, report: Report, audited: bool) -> None:
+        """Compare the new state with the other workers' and keep it. What differs is not kept."""
+        self.faults.state(self.trainer.state, report.step - 1, "snapshot")
+        self.digest = self.trainer.state.digest()
+        found = self.group.digests(self.digest)
+        if len(set(found)) > 1:
+            odd = guard.minority(found) or self._redo(report.step)
+            raise Alarm("corrupt", f"after step {report.step} the workers hold different bits", odd)
+        self._enter_snapshot(report.step - 1)
+        self.line.check()
+        self.writer.write(self.trainer.state.snapshot(), self.digest)
+        if self.group.rank == 0:
+            self._save(report.step, audited)
+
+    def _enter_snapshot(self, step: int) -> None:
+        self.line.phase = "snapshot"
+        self.faults.at("snapshot", step)
+
+    def _redo(self, step: int) -> tuple[int, ...]:
+        """The step once more from the state that was kept before: wrong is who now finds something else."""
+        before = [s for s in snapshot.states(self.writer.path) if s.step == step - 1]
+        if not all(self.group.gather(bool(before))):
+            return ()
+        first = self.digest
+        self.trainer.state.restore(before[0])
+        self.trainer.refresh()
+        total = reduce.exchange_(self.trainer.contribution(self.shards), self.group.rank, self.group.world)
+        self.trainer.update(total, self.trainer.clip(total))
+        again = self.group.gather([first, self.trainer.state.digest()])
+        if len({second for _, second in again}) > 1:
+            return ()
+        return tuple(rank for rank, (one, two) in enumerate(again) if one != two)
+
+    def _save(self, step: int, audited: bool) -> None:
+        """Make the state durable beside the next steps, now and then; one that an audit vouches for stays longer."""
+        if step in self.keep:
+            snapshot.save(self.keep[step], self.trainer.state.snapshot())
+        if audited or step % self.spec.checkpoint_every == 0:
+            self.vouched = step if audited else self.vouched
+            self.saving = step
+            pinned = frozenset({self.vouched})
+            tensors = self.trainer.state.tensors()
+            self.saver.submit(step, tensors, state=self.digest, pinned=pinned, wait=audited)
+        self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        for done in self.saver.poll():
+            for item in done.rejected:
+                self.line.say("rejected", path=str(item.path), step=item.step, message=f"{item.cause}: {item.what}")
+            if done.saved is None:
+                what = "nothing was saved" if done.error is None else done.error.what
+                self.line.say("unsaved", step=done.step, message=what)
+            else:
+                self.line.say("saved", step=done.step, path=str(done.saved.path), seconds=round(done.seconds, 4))
+
+    def _in_save(self, point: str) -> None:
+        """Called before each durable operation, in the saver's thread."""
+        self.faults.at(f"save:{point}", self.saving)
+        if point == "rename":
+            self.line.check()
+
+
+def _restore(trainer: Trainer, start: Mapping[str, Any], run: str) -> None:
+    """Load the state that the supervisor chose: a step of a two-slot file, or a generation."""
+    path = Path(start["path"])
+    if path.is_dir():
+        generation = envelope.verify(path, run)
+        trainer.state.take(envelope.load(generation, STATE))
+    else:
+        trainer.state.restore(snapshot.load(path, start["step"]))
+    if trainer.state.digest() != start["digest"]:
+        raise CheckpointError("the state that was loaded is not the one that was chosen", where=path)
 
 
 def export(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,50 +281,9 @@ def export(args: Mapping[str, Any]) -> dict[str, Any]:
     return {"parameters": sum(slot.size for slot in trainer.state.slots), "step": trainer.state.step}
 
 
-def _commit_fault(fault: Fault, step: int, group: Group, journal: Journal, pool: str) -> None:
-    """Die or hang, if this is the worker and the step. The step itself is kept, so the fault is at a known place."""
-    if step == fault.at_step and group.rank == fault.rank % group.world:
-        journal.append("train.injected", pool=pool, kind=fault.kind, rank=group.rank, step=step)
-        os.kill(os.getpid(), signal.SIGKILL if fault.kind == "sigkill" else signal.SIGSTOP)
-
-
-def _save(trainer: Trainer, folder: Path, keep: Mapping[int, Path]) -> None:
-    """Durable copies: the steps that were asked for, and regular checkpoints, of which the last three stay."""
-    step = trainer.state.step
-    if step in keep:
-        snapshot.save(keep[step], trainer.state.snapshot())
-    if step % trainer.spec.checkpoint_every == 0:
-        snapshot.save(folder / f"checkpoint-{step:07d}.state", trainer.state.snapshot())
-        for old in sorted(folder.glob("checkpoint-*.state"))[:-3]:
-            old.unlink()
-
-
 def _event(report: Report) -> dict[str, Any]:
     direct = {} if report.direct is None else {"direct_loss": round(report.direct, 6)}
     return {
-        "step": report.step, "loss": round(report.thinking, 6), **direct,
+        "loss": round(report.thinking, 6), **direct,
         "norm": round(report.norm, 5), "on_grid": report.on_grid,
     }  # fmt: skip
-
-
-def _load(trainer: Trainer, start: str | None) -> None:
-    """Take over a state file, or the newest state of a folder; start anew where there is none."""
-    if start is None:
-        return
-    path = Path(start)
-    found = snapshot.newest(path) if path.is_dir() else snapshot.load(path)
-    if found is not None:
-        trainer.state.restore(found)
-
-
-def _same_class(group: Group, its_class: str) -> None:
-    """Raise PlatformError unless all workers of the group compute the same bits."""
-    if group.world == 1:
-        return
-    classes: list[Any] = [None] * group.world
-    dist.all_gather_object(classes, its_class)
-    if len(set(classes)) > 1:
-        raise PlatformError(
-            f"the workers are of {len(set(classes))} numerics classes: {', '.join(c[:12] for c in classes)}",
-            fix="a pool's workers must be of one chip, one library version and one instruction set",
-        )

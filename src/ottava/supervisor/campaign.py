@@ -1,0 +1,74 @@
+"""Many drills on one recipe: its own label stage makes the data, then every seed is one run of one class of fault."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ottava.artifact import Artifact, write_json
+from ottava.document import suggest
+from ottava.errors import DataError, RecipeError
+from ottava.models.chat import write_tiny
+from ottava.recipe import Recipe
+from ottava.supervisor import drill
+from ottava.supervisor.drill import Drill, Outcome
+from ottava.supervisor.local import LocalLauncher
+from ottava.supervisor.scenario import CLASSES, TWELVE, scenario
+from ottava.trainer.spec import TrainSpec
+
+Progress = Callable[[int, int, Outcome | None], object]
+"""Called with the runs that are done, of how many, and the last one."""
+
+
+def check(recipe: Recipe) -> None:
+    """Raise RecipeError where a recipe has nothing to drill."""
+    for name in ("label", "train"):
+        if name not in recipe.stages:
+            what = f"a drill needs a recipe with a {name} stage"
+            raise RecipeError(what, where=recipe.path, fix="name a recipe that trains, such as recipes/tiny.yaml")
+
+
+def run(
+    recipe: Recipe, label: Artifact, steps: int, seeds: range, names: Sequence[str], folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """All drills of a campaign on a recipe and its label artifact; the summary, which is also kept as drill.json.
+
+    Every seed is one run; it is of the class names[seed % len(names)].
+    """
+    train = recipe.stages["train"]
+    assert isinstance(train, TrainSpec)
+    spec, chat = drill.spec_for(train, steps), folder / "chat"
+    chat.mkdir(parents=True, exist_ok=True)
+    write_tiny(chat, label.json("vocabulary.json"))
+    base = {"seed": recipe.seed, "data": str(label.path), "chat": str(chat)}
+    outcomes: list[Outcome] = []
+    with LocalLauncher() as launcher:
+        where = Drill(spec, base, folder, launcher)
+        progress(0, len(seeds), None)
+        for seed in seeds:
+            outcomes.append(drill.rehearse(where, scenario(names[seed % len(names)], seed, spec.steps)))
+            progress(len(outcomes), len(seeds), outcomes[-1])
+    result = drill.summary(outcomes) | {"rehearsal": True, "cores": len(os.sched_getaffinity(0)), "steps": spec.steps}
+    write_json(folder / "drill.json", result | {"outcomes": [vars(outcome) for outcome in outcomes]})
+    return result
+
+
+def seeds_of(text: str) -> range:
+    """FIRST:END as a range. Raises DataError."""
+    if not re.fullmatch(r"\d+:\d+", text) or len(found := range(*map(int, text.split(":")))) == 0:
+        raise DataError(f"{text!r} is no range of seeds", where="--seeds", fix="e.g. --seeds 0:24")
+    return found
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """The classes that are asked for. Raises RecipeError."""
+    if text == "all":
+        return TWELVE
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in CLASSES:
+            raise RecipeError(f"no class of fault is called {name!r}", where="--faults", fix=suggest(name, CLASSES))
+    return names

@@ -1,0 +1,95 @@
+"""What the supervisor can see from outside: who makes no progress, and who is slow. Fed with messages and the time.
+
+Everything else (numbers, bits, classes) the workers find together in `trainer.guard`, before a state is kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ottava.trainer.spec import TrainSpec
+
+SILENT_S = 1.0
+"""A worker that sent no beat (one every 0.2 s) for so long is stopped or starved."""
+
+KNOWN = 16
+"""Steps after which their times say what a hang is."""
+
+SLOW, SLOW_STEPS, SLOW_S = 3.0, 8, 2.0
+"""A straggler takes so many times longer than the median of the others, over so many steps, and for so long. Below
+that, leaving it and going on with half as many workers costs more than it gains."""
+
+
+class Watch:
+    """One start of a group. Times are monotonic seconds."""
+
+    def __init__(self, world: int, spec: TrainSpec, now: float):
+        self._world, self._spec = world, spec
+        self._progress = now
+        self._times: deque[float] = deque(maxlen=200)
+        self._beats = dict.fromkeys(range(world), now)
+        self._phases = dict.fromkeys(range(world), "start")
+        self._steps = dict.fromkeys(range(world), -1)
+        self._computed: dict[int, deque[float]] = {rank: deque(maxlen=SLOW_STEPS) for rank in range(world)}
+
+    def hear(self, message: Mapping[str, Any]) -> None:
+        """Take note of a message."""
+        rank = message["rank"]
+        self._beats[rank] = message["t"]
+        if message["say"] == "beat":
+            self._phases[rank] = str(message["phase"])
+        elif message["say"] == "step":
+            self._steps[rank] = message["step"]
+            self._progress = message["t"]
+            self._times.append(float(message["seconds"]))
+            self._computed[rank].append(float(message["compute_s"]))
+        elif message["say"] == "join":
+            self._progress = message["t"]
+
+    def deadline(self) -> float:
+        """Seconds without a step after which the group counts as hanging."""
+        if len(self._times) < KNOWN:
+            return self._spec.hang_s
+        ordered = sorted(self._times)
+        p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+        return max(self._spec.hang_least_s, 3 * p99)
+
+    def hung(self, now: float) -> tuple[int, ...] | None:
+        """None while there is progress; else whom it speaks against: the silent, or those whom the others wait for."""
+        if now - self._progress <= self.deadline():
+            return None
+        silent = tuple(rank for rank, beat in self._beats.items() if now - beat > SILENT_S)
+        if silent:
+            return silent if len(silent) < self._world or self._world == 1 else ()
+        waiting = {rank for rank, phase in self._phases.items() if phase == "reduce"}
+        others = tuple(rank for rank in self._phases if rank not in waiting)
+        return others if waiting else ()
+
+    def stragglers(self) -> tuple[int, ...]:
+        """Ranks that have been far slower than the others for a while."""
+        if self._world < 2 or any(len(times) < SLOW_STEPS for times in self._computed.values()):
+            return ()
+        if sum(max(times[step] for times in self._computed.values()) for step in range(SLOW_STEPS)) < SLOW_S:
+            return ()
+        medians = {rank: statistics.median(times) for rank, times in self._computed.items()}
+        return tuple(
+            rank
+            for rank, own in medians.items()
+            if own > SLOW * statistics.median([other for peer, other in medians.items() if peer != rank])
+        )
+
+    def facts(self, now: float) -> list[dict[str, Any]]:
+        """What is known of each rank: {rank, phase, step, silent_s}."""
+        return [
+            {"rank": r, "phase": self._phases[r], "step": self._steps[r], "silent_s": round(now - self._beats[r], 3)}
+            for r in range(self._world)
+        ]
+
+
+def first_cause(alarms: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The alarm that is a cause and no consequence: one who lost its peer says nothing about why."""
+    causes = [alarm for alarm in alarms if alarm["kind"] != "peer"]
+    return causes[0] if causes else None
