@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/tiny
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-vllm test-all check bench nightly clean
+.PHONY: install demo test test-vllm test-ray test-all check bench nightly clean
 
 install: .venv/installed
 
@@ -34,7 +34,15 @@ test: install
 test-vllm: install .venv-vllm/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_engines.py
 
-test-all: install .venv-vllm/installed
+# Ray is wanted by those who have more than one machine.
+.venv/ray: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[ray]"
+	touch $@
+
+test-ray: install .venv/ray
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_ray.py tests/test_ray_network.py tests/test_agent.py
+
+test-all: install .venv/ray .venv-vllm/installed
 	$(BIN)/pytest -n 2
 
 check: install
@@ -52,9 +60,11 @@ bench: install .venv-bench/installed
 	$(BIN)/python -m benchmarks.startup --json
 	$(BIN)/python -m benchmarks.training --json
 	$(BIN)/python -m benchmarks.fp8 --json
+	$(BIN)/python -m benchmarks.supervision --json
 
-# The long campaign behind the accuracies in docs/training.md: 10 seeds on each instruction set.
+# The long campaigns: twenty drills of each class of fault, and 10 seeds on each instruction set (docs/training.md).
 nightly: install test-all
+	$(BIN)/ottava drill recipes/tiny.yaml --seeds 0:240 --faults all --json
 	$(BIN)/python -m benchmarks.accuracy --seeds 10 --json
 
 clean:
