@@ -122,6 +122,12 @@ def test_a_spike_is_far_above_the_median(recent: list[float], loss: float) -> No
             guard.check_spike(loss, recent, spec, "x")
 
 
+def test_a_loss_above_guessing_needs_no_history() -> None:
+    guard.check_spike(5.7, [], Spike(), "x", guessing=math.log(44))
+    with pytest.raises(Alarm, match="guessing would give"):
+        guard.check_spike(5.9, [], Spike(), "x", guessing=math.log(44))
+
+
 def test_numbers_that_are_none() -> None:
     guard.check_finite([1.0, 2.0], [True, False], "x")
     for bad in (math.nan, math.inf):
@@ -183,7 +189,7 @@ def test_the_record_of_a_move() -> None:
     now = record.fold([*events, elsewhere], "main", START)
     assert now.segments == [Segment("a", 0, 7), Segment("b", 7)]
     assert (now.epoch, now.reported, now.situation.pool.name) == (2, 10, "b")
-    assert now.losses(10, 4) == [7.0, 8.0, 9.0, 10.0]
+    assert now.losses(10, 4) == [(7, 7.0), (8, 8.0), (9, 9.0), (10, 10.0)]
     assert now.usable(2, 10)
     assert now.usable(1, 7)
     assert not now.usable(1, 8), "a stale worker's step does not count"

@@ -63,6 +63,7 @@ CARE = {
 }  # fmt: skip
 """What a recipe says of how a run is looked after: it does not change what is computed."""
 
+REMEMBERED = 256  # steps whose losses a new group is told, to judge spikes by
 UNSAVED = 3  # durable states in a row that may fail before the run stops
 SETTLE = 0.3  # seconds for the deaths and last words of one failure to become known
 
@@ -184,7 +185,7 @@ def attempt(run: Run, hub: Hub, stretch: Stretch, now: Record, found: Found | No
         "until": stretch.until, "keep": dict(stretch.keep), "memory": str(memory),
         "durable": str(store.durable(run.folder)), "faults": dict(stretch.faults),
         "run": run.id, "vouched": now.situation.audited,
-        "recent": now.losses(step, run.spec.spike.window),
+        "recent": now.losses(step, REMEMBERED),
     }  # fmt: skip
     tokens = hub.admit(epoch)
     processes: list[Process] = []

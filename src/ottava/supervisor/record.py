@@ -59,14 +59,9 @@ class Record:
         """Whether a state of that epoch and step counts."""
         return all(epoch > sealed or step <= limit for sealed, limit in self.seals)
 
-    def losses(self, step: int, window: int) -> list[float]:
-        """The losses of the last `window` steps up to `step`, as far as they are known without a gap."""
-        found = []
-        for number in range(step, max(step - window, 0), -1):
-            if number not in self.recent:
-                break
-            found.append(self.recent[number])
-        return found[::-1]
+    def losses(self, step: int, window: int) -> list[tuple[int, float]]:
+        """(step, loss) of the last `window` steps up to `step`, as far as they are known."""
+        return [(n, self.recent[n]) for n in range(max(step - window, 0) + 1, step + 1) if n in self.recent]
 
     def _start(self, event: Mapping[str, Any]) -> None:
         self.epoch, step = int(event["epoch"]), int(event["step"])

@@ -86,8 +86,14 @@ def check_finite(values: Sequence[float], sound: Sequence[bool], where: str) -> 
     raise Alarm("nan", f"the loss of {where} is not finite", bad if len(bad) < len(sound) else ())
 
 
-def check_spike(loss: float, recent: Sequence[float], spec: Spike, where: str) -> None:
-    """Raise the Alarm of a loss far above the median of the recent ones; silent while there are too few."""
+def check_spike(loss: float, recent: Sequence[float], spec: Spike, where: str, guessing: float = math.inf) -> None:
+    """Raise the Alarm of a loss far above that of guessing, or above the median of the recent ones of its kind.
+
+    recent: losses of batches like this one; while they are too few, only `guessing` is a bound, the logarithm of the
+    vocabulary's size: a curriculum that opens a harder kind of problem is no fault.
+    """
+    if loss > guessing + spec.nats:
+        raise Alarm("spike", f"the loss of {where} is {loss:.4f}, and guessing would give {guessing:.4f}")
     if len(recent) < spec.window:
         return
     middle = statistics.median(recent)

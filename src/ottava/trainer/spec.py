@@ -137,7 +137,8 @@ class Audit(Frozen):
 
 
 class Spike(Frozen):
-    """A loss this many nats, and this many spreads, above the median of the last `window` counts as a spike."""
+    """A loss this many nats above that of guessing is a spike; so is one this many nats, and this many spreads, above
+    the median of the last `window` of its kind (chains of the same length)."""
 
     nats: Annotated[float, Field(gt=0)] = 2.0
     spreads: Annotated[float, Field(gt=0)] = 8.0

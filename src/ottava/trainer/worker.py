@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from ottava import link, platforms
 from ottava.errors import CheckpointError, OttavaError, TrainingFailed
 from ottava.models.chat import Chat
 from ottava.platforms.base import FaultClass
-from ottava.trainer import audit, data, envelope, guard, reduce, snapshot
+from ottava.trainer import audit, data, envelope, guard, reduce, schedule, snapshot
 from ottava.trainer.faults import Injector
 from ottava.trainer.guard import Alarm, Group
 from ottava.trainer.loop import Report, Trainer
@@ -59,8 +60,8 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
 
     args: spec, seed, data, chat; run: its id; start: {"path", "step", "digest"} of a state, or None; until; memory: the
     folder of this start's snapshots; keep: {step: path} of states to save; durable: the folder of generations; vouched:
-    the last step that an audit vouches for; recent: losses of the steps before; chips: the chip of each rank; pool;
-    faults: {number: fault} to commit.
+    the last step that an audit vouches for; recent: [step, loss] of the steps before; chips: the chip of each rank;
+    pool; faults: {number: fault} to commit.
     Returns {step, digest}. Raises TrainingFailed where something is wrong with this worker's chip or its numbers.
     """
     line = link.connect()
@@ -98,7 +99,10 @@ class Worker:
         self.trainer = make_trainer(args)
         self.spec, self.seed = self.trainer.spec, self.trainer.seed
         self.shards = reduce.owned(self.spec.virtual_shards, group.rank, group.world)
-        self.recent: deque[float] = deque(args.get("recent", ()), self.spec.spike.window)
+        self.recent: dict[int, deque[float]] = {}
+        for step, loss in args.get("recent", ()):
+            self._like(step).append(loss)
+        self.guessing = math.log(self.trainer.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         self.keep = {int(step): Path(path) for step, path in args["keep"].items()}
         self.digest = ""
         self.vouched, self.saving = int(args["vouched"]), -1
@@ -178,12 +182,17 @@ class Worker:
         losses, step = self.trainer.losses(total), self.trainer.state.step + 1
         try:
             guard.check_finite([*losses, norm], [sound], f"step {step}")
-            guard.check_spike(losses[0], self.recent, self.spec.spike, f"step {step}")
+            guard.check_spike(losses[0], self._like(step), self.spec.spike, f"step {step}", self.guessing)
         except Alarm as alarm:
             everyone = self.group.gather([sound, mine[0]])
             guard.check_finite([*losses, norm], [good for good, _ in everyone], f"step {step}")
             raise Alarm(alarm.kind, alarm.message, guard.outliers([loss for _, loss in everyone])) from None
-        self.recent.append(losses[0])
+        self._like(step).append(losses[0])
+
+    def _like(self, step: int) -> deque[float]:
+        """The last losses of steps whose chains were as long as those of this one."""
+        length = schedule.thinking_length(self.spec, self.seed, step - 1, sorted(self.trainer.data.thinking))
+        return self.recent.setdefault(length, deque(maxlen=self.spec.spike.window))
 
     def _keep(self, report: Report, audited: bool) -> None:
         """Compare the new state with the other workers' and keep it. What differs is not kept."""
