@@ -82,7 +82,7 @@ def recovery(launcher: Any, dataset: Path, names: list[str], strike: Callable[[d
                 raise Recovered
 
         try:
-            supervise(replace(run, progress=progress), None)
+            supervise(replace(run, progress=progress))
         except Recovered:
             return taken[0]
     raise RuntimeError("the run ended before it had recovered")

@@ -222,6 +222,7 @@ def test_any_field_that_was_changed_breaks_the_signature(field: str, good: Certi
     with pytest.raises(Verdict, match="altered") as caught:
         check({**good, field: OTHER[field]}, DIGEST, [key[1]])
     assert caught.value.exit_code == 1
+    assert "ottava verify A B --certificate" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         (("serve", "empty", "--port", "0"), ["error: there is no model in this folder", "where: empty", "mend:"]),
         (("convert", "", "out"), ["error: an empty name names no folder", "where: SOURCE", "mend:"]),
         (("convert", "source", ""), ["error: an empty name names no folder", "where: OUT", "mend:"]),
+        (("convert", "source", "text"), ["error: a file is where the output", "where: text", "mend:  name another"]),
+        (("convert", "source", "source", "--rounding", "gptq"), ["the output is the source", "where: source", "mend:"]),
+        (("convert", "source", "out", "--rounding", "gptq"), ["no tokenizer.json", "source/tokenizer.json", "mend:"]),
         (("convert", "source", "source/sub"), ["inside the source folder", "where: source/sub", "mend:"]),
         (("chat", ""), ["error: the question is empty", "where: QUESTION", "mend:"]),
         (("chat", " \n"), ["error: the question is empty", "where: QUESTION", "mend:"]),
@@ -161,9 +164,14 @@ def test_the_bar_tells_the_unit_of_each_part(
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(terminal, "Progress", Eager)
     drawn = []
-    with work_bar(("rounding", "layers"), ("converting", BYTES)) as progress:
-        for done, total in ((1, 30), (30, 30), (10**6, 10**9), (10**9, 10**9)):
-            progress(done, total)
+    with work_bar(("rounding", "layers"), ("converting", BYTES)) as (layers, progress):
+        for told, done, total in (
+            (layers, 1, 30),
+            (layers, 30, 30),
+            (progress, 10**6, 10**9),
+            (progress, 10**9, 10**9),
+        ):
+            told(done, total)
             drawn.append(capsys.readouterr().err.rpartition("\r")[2])
     for line, doing, amount in zip(
         drawn, ["rounding"] * 2 + ["converting"] * 2, ["1/30 layers", "30/30 layers", "1.0 MB/1.0 GB", "1.0 GB/1.0 GB"],
@@ -172,6 +180,20 @@ def test_the_bar_tells_the_unit_of_each_part(
         assert doing in line
         assert amount in line
         assert ("layers" in line) == (doing == "rounding")
+
+
+def test_a_part_that_is_left_out_lends_nobody_its_unit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A source on the grid has nothing to round: its bytes are told first."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(terminal, "Progress", Eager)
+    with work_bar(("rounding", "layers"), ("converting", BYTES)) as (_, progress):
+        progress(10**6, 10**9)
+        line = capsys.readouterr().err.rpartition("\r")[2]
+    assert "converting" in line
+    assert "1.0 MB/1.0 GB" in line
 
 
 def test_a_verdict_in_words(source: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("architecture", "engines", "format", "labels", "planning", "report", "serving", "smollm2", "training")
+PAGES = (
+    "architecture", "conversion", "engines", "format", "labels", "planning", "report", "serving", "smollm2", "training",
+)  # fmt: skip
 SAID = (
     "Commands on this page need the project's environment: `source .venv/bin/activate` once, or `.venv/bin/` before "
     "each of them."

@@ -97,7 +97,7 @@ def test_a_cut_link_ends_the_workers_behind_it(
     with RayLauncher(address, [NET, PLAIN[1]]) as launcher:
         results = launcher.call(HERE + "total", {}, pool=NET, workers=2, logs=tmp_path / "logs")
         assert [(r["OTTAVA_NODE"], r["MASTER_ADDR"], r["sum"]) for r in results] == [("far", FAR, 3), ("near", FAR, 3)]
-        whole, _ = supervise(make(dataset, tmp_path / "whole", launcher, (NET,)), None)
+        whole, _ = supervise(make(dataset, tmp_path / "whole", launcher, (NET,)))
         run = make(dataset, tmp_path / "cut", launcher, (NET, PLAIN[1]), restarts=0, hang_s=60.0)
         cut: list[int] = []
 
@@ -109,7 +109,7 @@ def test_a_cut_link_ends_the_workers_behind_it(
             elif {join["pool"] for join in joins} == {"net", "b"}:
                 assert not any(map(_running, cut)), "the run went on elsewhere before its old workers were dead"
 
-        final, segments = supervise(replace(run, progress=strike), None)
+        final, segments = supervise(replace(run, progress=strike))
         shell(f"ip link set {link[0]} up")
     assert len(cut) == 2
     assert [segment.pool for segment in segments] == ["net", "b"]

@@ -426,7 +426,16 @@ def test_the_master_holds_the_overlay_s_values(tmp_path: Path) -> None:
     make(source, DEEPSEEK)
     args = {"source": source, "text": text(tmp_path / "t.txt"), "tokens": 512, "window": 64}
     round_model({**args, "out": tmp_path / "overlay"})
-    report = convert_calibrated({**args, "out": tmp_path / "master", "layout": "e8m0"})
+    bytes_told, layers_told = list[tuple[int, int]](), list[tuple[int, int]]()
+    report = convert_calibrated(
+        {**args, "out": tmp_path / "master", "layout": "e8m0"},
+        lambda done, of: bytes_told.append((done, of)),
+        lambda done, of: layers_told.append((done, of)),
+    )
+    count = len(list((tmp_path / "overlay").glob("layer-*.safetensors")))
+    assert layers_told == [(number + 1, count) for number in range(count)]
+    total = sum(weight.data.end - weight.data.start for weight in weights(source).values())
+    assert (bytes_told[-1], {of for _, of in bytes_told}) == ((total, total), {total})
     rounded, master = overlay(tmp_path / "overlay"), weights(tmp_path / "master")
     for name, weight in weights(source).items():
         kept = exact(weight).float()

@@ -139,11 +139,13 @@ def convert(
 
         windows_of(source, kl)  # what is wrong with the text is told before the work
     parts = [("rounding", "layers")] if rounding is Rounding.gptq else []
-    with work_bar(*parts, ("converting", BYTES)) as progress:
+    with work_bar(*parts, ("converting", BYTES)) as (*layers, progress):
         if rounding is Rounding.gptq:
             from ottava.models.calibrate import convert_calibrated
 
-            result = convert_calibrated(args | {"text": None if calibration is None else str(calibration)}, progress)
+            result = convert_calibrated(
+                args | {"text": None if calibration is None else str(calibration)}, progress, *layers
+            )
         elif calibration is not None:
             raise RecipeError(
                 "calibration text is for --rounding gptq", where="--calibration", fix="add --rounding gptq"
@@ -183,7 +185,7 @@ def verify(
         )
     if certificate is not None and not certificate.resolve().parent.is_dir():
         raise RecipeError("there is no folder to write the certificate to", where=certificate, fix="make it first")
-    with work_bar(("comparing", BYTES)) as progress:
+    with work_bar(("comparing", BYTES)) as (progress,):
         result = compare(first, second, workers=workers, progress=progress)
     identical = result["verdict"] == "identical"
     if identical and certificate is not None and key is not None:

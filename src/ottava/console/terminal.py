@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -38,34 +39,25 @@ class _Amount(ProgressColumn):
 
 
 @contextmanager
-def work_bar(*parts: tuple[str, str]) -> Iterator[Callable[[int, int], None]]:
+def work_bar(*parts: tuple[str, str]) -> Iterator[list[Callable[[int, int], None]]]:
     """Progress with time left through the parts of a work, each (doing, unit); unit: BYTES, or what is counted.
 
-    Gives a function of (done, total), which any thread may call. The first part ends, and the next begins, where
-    another total is told.
+    Gives a function of (done, total) for each part, which any thread may call. The part that was told of last is shown.
     """
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=28), _Amount(), TextColumn("left"))
-    left, totals = list(parts), set[int]()
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:
+        tasks = [bar.add_task(doing, total=None, unit=unit, visible=not n) for n, (doing, unit) in enumerate(parts)]
 
-        def begin() -> TaskID:
-            doing, unit = left.pop(0)
-            return bar.add_task(doing, total=None, unit=unit)
+        def told(number: int, done: int, total: int) -> None:
+            for other, task in enumerate(tasks):
+                if bar.tasks[other].visible != (other == number):
+                    bar.reset(task, visible=other == number, total=None)  # its time begins now
+            bar.update(tasks[number], completed=done, total=total)
 
-        task = begin()
-
-        def told(done: int, total: int) -> None:
-            nonlocal task
-            if totals and total not in totals and left:
-                bar.remove_task(task)
-                task = begin()
-            totals.add(total)
-            bar.update(task, completed=done, total=total)
-
-        yield told
+        yield [partial(told, number) for number in range(len(parts))]
 
 
 @contextmanager
@@ -256,8 +248,8 @@ def _refused(answers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         if entry["refused_by"]:
             forms.setdefault(", ".join(entry["refused_by"]), {})[form] = None
     if forms:
-        listed = "; ".join(f"{' and '.join(names)} by {engines}" for engines, names in forms.items())
-        yield f"Known to be refused or misread, of this model: {listed}."
+        told = "; ".join(f"{' and '.join(names)} by {engines}" for engines, names in forms.items())
+        yield f"Known to be refused or misread, of this model: {told}."
 
 
 def _target(entry: Mapping[str, Any] | None) -> str:

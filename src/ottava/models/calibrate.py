@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ottava.artifact import digest_of, file_digest, write_json
-from ottava.checkpoint.convert import check, convert
+from ottava.checkpoint.convert import check, check_apart, convert
 from ottava.checkpoint.layouts import NEEDS_MASTER, Weight, exact, read_config, weights
 from ottava.checkpoint.names import storage_of
 from ottava.checkpoint.resume import check_free, locked
@@ -39,6 +38,7 @@ from ottava.checkpoint.safetensors import read_header, write
 from ottava.errors import CheckpointError, DataError, ResourceError
 from ottava.fp8.codec import project
 from ottava.fp8.rounding import damping_for, gptq, grid_scale, nearest, output_error
+from ottava.models.chat import read_tokenizer
 from ottava.models.published import published
 from ottava.models.walk import LayeredModel
 
@@ -118,14 +118,18 @@ def _rounded(args: Mapping[str, Any], progress: Progress | None) -> dict[str, An
     return report
 
 
-def convert_calibrated(args: Mapping[str, Any], progress: Progress | None = None) -> dict[str, Any]:
+def convert_calibrated(
+    args: Mapping[str, Any], progress: Progress | None = None, layers: Progress | None = None
+) -> dict[str, Any]:
     """Round args["source"] by `round_model` and convert it; return convert's report with the calibration's facts.
 
     args: those of `round_model` (text, tokens, window) and of `convert`. The overlay lies beside `out` while the work
-    lasts, as `OUT.rounding`, so that a stopped run goes on. progress counts layers, then bytes. The report gains
-    {"calibration": rounding.json without its list of tensors}; rounding.json goes with the master.
+    lasts, as `OUT.rounding`, so that a stopped run goes on. layers counts layers, then progress bytes; without layers,
+    progress counts both. The report gains {"calibration": rounding.json without its list of tensors}; rounding.json
+    goes with the master.
     Raises what those two raise; what can be known before the rounding is said before it.
     """
+    check_apart(Path(args["source"]), Path(args["out"]))
     check_free(Path(args["out"]))
     out = Path(os.path.abspath(args["out"]))
     overlay = out.with_name(out.name + ".rounding")
@@ -141,7 +145,7 @@ def convert_calibrated(args: Mapping[str, Any], progress: Progress | None = None
             fix = f"{NEEDS_MASTER}, or allow a lossy conversion"
             raise CheckpointError(what, where=again.data.where, fix=fix, tensor=again.name)
         _check_room(overlay, linear)
-        rounding = _rounded({**args, "out": overlay}, progress)
+        rounding = _rounded({**args, "out": overlay}, layers or progress)
         calibration = {key: value for key, value in rounding.items() if key != "tensors"}
         report = convert({**passed, "overlay": overlay, "notes": {"calibration": calibration}}, progress)
         shutil.rmtree(overlay)
@@ -185,11 +189,7 @@ def _texts(given: str | Path | Sequence[str | Path] | None) -> dict[str, str]:
 
 def _windows(source: Path, texts: Mapping[str, str], tokens: int, width: int) -> tuple[Tensor, list[dict[str, Any]]]:
     """Token ids [n, width], the same number from each text as far as it has them, spread evenly over it; the facts."""
-    path = source / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"the tokenizer cannot be read: {error}", where=path) from None
+    tokenizer = read_tokenizer(source / "tokenizer.json")
     windows, facts = [], []
     for name, text in texts.items():
         try:

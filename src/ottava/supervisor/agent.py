@@ -47,7 +47,7 @@ class Agent:
         self._address, self._lease = told["address"], float(told["lease_s"])
         if launcher is None:
             _move_to(told["folder"], told["path"])
-            launcher = LocalLauncher(f"{told['node']}-").__enter__()
+            launcher = LocalLauncher(tag=f"{told['node']}-").__enter__()
             self._owned: LocalLauncher | None = launcher
         else:
             self._owned = None

@@ -165,7 +165,8 @@ def check(
     try:
         Ed25519PublicKey.from_public_bytes(key).verify(bytes.fromhex(found["signature"]), _signed_bytes(body))
     except (InvalidSignature, ValueError):
-        raise Verdict("the certificate was altered: its signature does not fit", where=where) from None
+        what = "the certificate was altered: its signature does not fit"
+        raise Verdict(what, where=where, fix=f"fetch it again, or {HOW_TO_CERTIFY}") from None
     if trusted is not None and key not in trusted:
         what = f"the certificate is signed with a key that is not trusted: {found['public_key']}"
         raise Verdict(what, where=where, fix="trust the key, or have the model verified by somebody who is trusted")
