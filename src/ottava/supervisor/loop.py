@@ -65,6 +65,9 @@ CARE = {
 
 REMEMBERED = 256  # steps whose losses a new group is told, to judge spikes by
 UNSAVED = 3  # durable states in a row that may fail before the run stops
+SILENCE = (
+    8.0  # seconds to wait for a cause where all that is known is that a peer was lost: a node's death takes longest
+)
 SETTLE = 0.3  # seconds for the deaths and last words of one failure to become known
 
 
@@ -343,8 +346,10 @@ class Attempt:
 
     def _dead(self) -> Failure:
         """Name the cause of deaths and alarms. A fault that is no pool's, such as a full disk, is raised."""
-        deadline = time.monotonic() + SETTLE
-        while time.monotonic() < deadline and any(process.alive() for process in self.processes):
+        begun = time.monotonic()
+        while (waited := time.monotonic() - begun) < SILENCE and any(process.alive() for process in self.processes):
+            if waited > SETTLE and self._has_cause():
+                break
             self._hear(0.02)
         self._hear(0.02)
         bad = {rank: status for rank, p in enumerate(self.processes) if (status := p.wait(0.0))}
@@ -367,6 +372,14 @@ class Attempt:
         if words:
             return self._failure("error", words[0].what, ())
         return self._failure("collective", "the exchange between the workers broke, and none of them died", ())
+
+    def _has_cause(self) -> bool:
+        """Whether anything is known but that some have lost a peer."""
+        bereft = {alarm["rank"] for alarm in self.alarms if alarm["kind"] == "peer"}
+        ends = ((rank, process.wait(0.0)) for rank, process in enumerate(self.processes))
+        return first_cause(self.alarms) is not None or any(
+            status and (status < 0 or rank not in bereft) for rank, status in ends
+        )
 
     def _nodes(self, ranks: Sequence[int]) -> list[str]:
         """The machines all of whose workers are dead, where there are others."""
