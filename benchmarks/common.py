@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import statistics
@@ -74,3 +75,23 @@ def show(results: Sequence[Mapping[str, Any]], as_json: bool, **more: Any) -> No
         print("  ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
     for key, value in more.items():
         print(f"{key}: {value}")
+
+
+def run_parts(package: str, parts: Sequence[str], description: str) -> None:
+    """The command line of a package of benchmarks: run the parts that are asked for and print {"results": [...]}.
+
+    parts: modules of the package, each with rows(quick).
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions: a look, not a measurement")
+    parser.add_argument("--only", default=",".join(parts), help=f"parts, separated by commas: {', '.join(parts)}")
+    options = parser.parse_args()
+    chosen = options.only.split(",")
+    if unknown := set(chosen) - set(parts):
+        parser.error(f"no part named {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    results: list[Mapping[str, Any]] = []
+    for part in chosen:
+        print(f"measuring {part} ...", file=sys.stderr, flush=True)
+        results += importlib.import_module(f"{package}.{part}").rows(options.quick)
+    show(results, options.json)

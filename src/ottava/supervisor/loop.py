@@ -229,7 +229,6 @@ class Attempt:
         )
         self.watcher = Watch(len(processes), run.spec, time.monotonic())
         self.joins: dict[int, dict[str, Any]] = {}
-        self.byes: set[int] = set()
         self.alarms: list[dict[str, Any]] = []
         self.step = now.reported
         self.unsaved, self.slow_told = 0, False
@@ -285,8 +284,6 @@ class Attempt:
                 self._step(message)
             elif kind == "alarm":
                 self.alarms.append(message)
-            elif kind == "bye":
-                self.byes.add(message["rank"])
             elif kind in ("injected", "unsaved", "saved", "rejected"):
                 self.unsaved = (
                     (self.unsaved + 1 if kind == "unsaved" else 0) if kind.endswith("saved") else self.unsaved

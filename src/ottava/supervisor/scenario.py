@@ -7,7 +7,7 @@ supervisor, a lost machine, a slow chip, a full disk, damaged files) the drill d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -53,7 +53,6 @@ class Scenario:
     restarts: int = 0
     small_disk: bool = False
     binomial: bool = False
-    notes: tuple[str, ...] = field(default=())
 
 
 def scenario(name: str, seed: int, steps: int) -> Scenario:
