@@ -114,7 +114,11 @@ def test_a_rank_cannot_speak_for_another(hub: Hub) -> None:
 
 
 def test_a_stopped_worker_has_lost_its_lease_when_it_wakes(tmp_path: Path) -> None:
-    """The fence that needs no supervisor: nobody renews a lease in an epoch that is over, and the clock goes on."""
+    """The fence that needs no supervisor: nobody renews a lease in an epoch that is over, and the clock goes on.
+
+    A worker may have been stopped between its check and its write, so one write may still come: no check of its own can
+    forbid that one (the store refuses it by its epoch, tests/test_generations.py).
+    """
     code = WORKER.replace("time.sleep(0.01)", "time.sleep(0.01); line.check(); open(sys.argv[1], 'a').write('x')")
     written = tmp_path / "written"
     with Hub(lease_s=0.6) as hub:
@@ -123,7 +127,7 @@ def test_a_stopped_worker_has_lost_its_lease_when_it_wakes(tmp_path: Path) -> No
         heard(hub, "join")
         hub.tell("go")
         deadline = time.monotonic() + 60
-        while not written.exists():
+        while not (written.exists() and written.stat().st_size > 3):
             assert time.monotonic() < deadline
         os.kill(worker.pid, signal.SIGSTOP)
         hub.admit(2)
@@ -131,7 +135,7 @@ def test_a_stopped_worker_has_lost_its_lease_when_it_wakes(tmp_path: Path) -> No
         before = written.stat().st_size
         os.kill(worker.pid, signal.SIGCONT)
         assert worker.wait(60) != 0
-        assert written.stat().st_size == before, "a stale worker wrote"
+        assert written.stat().st_size <= before + 1, "a stale worker wrote"
 
 
 def test_without_a_supervisor_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
