@@ -20,6 +20,7 @@ from ottava.errors import DataError, PlatformError, ResourceError, TrainingFaile
 from ottava.journal import Journal
 from ottava.recipe import Pool
 from ottava.supervisor import store
+from ottava.supervisor.attempt import Attempt, Stretch
 from ottava.supervisor.decide import (
     DETERMINISTIC,
     KINDS,
@@ -34,7 +35,7 @@ from ottava.supervisor.decide import (
     decide,
 )
 from ottava.supervisor.local import LocalLauncher
-from ottava.supervisor.loop import Attempt, Run, Stretch, replay, supervise, window
+from ottava.supervisor.loop import WORKER, Run, replay, supervise, window
 from ottava.supervisor.record import Segment
 from ottava.supervisor.store import handoff_file, kept_file
 from ottava.trainer import snapshot
@@ -438,7 +439,7 @@ class Silence:
 
 
 def attempt_of(run: Run, group: list[Any]) -> Attempt:
-    stretch = Stretch(PLAIN[0], (0, 1), 40)
+    stretch = Stretch(PLAIN[0], (0, 1), WORKER, {})
     return Attempt(run, Silence(), stretch, group, 1, run.record())  # type: ignore[arg-type]
 
 

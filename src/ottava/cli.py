@@ -235,6 +235,37 @@ def drill(
 
 
 @app.command()
+def supervise(
+    command: Annotated[list[str], typer.Argument(help="What to run, after --: python train.py.")],
+    out: Annotated[Path, typer.Option(help="Where its states, logs, journal and diagnoses go.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes to start, with torchrun's variables.")] = 1,
+    fleet: Annotated[
+        Path | None, typer.Option(help="A fleet, whose pools are tried in turn; instead of --workers.")
+    ] = None,
+    restarts: Annotated[int, typer.Option(min=0, help="Failures that a pool may have.")] = 3,
+    hang: Annotated[float, typer.Option(help="Seconds without a step that are a hang at first; inf: never.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Run any training command under supervision; it starts again after a fault. See docs/protocol.md."""
+    from ottava import platforms
+    from ottava.errors import RecipeError
+    from ottava.journal import Journal
+    from ottava.recipe import Pool, load_fleet
+    from ottava.supervisor import command as commands
+    from ottava.supervisor.local import LocalLauncher
+
+    if workers & (workers - 1):
+        raise RecipeError("workers come in powers of two", where="--workers", fix="take 1, 2, 4, 8, ...")
+    pools = (Pool(name="local", workers=workers),) if fleet is None else load_fleet(fleet, platforms.names()).pools
+    commands.check(command)
+    out.mkdir(parents=True, exist_ok=True)
+    care = commands.Care(restarts=restarts, hang_s=hang)
+    with LocalLauncher() as launcher:
+        run = commands.Run(command, pools, out, Journal(out / "journal.jsonl"), launcher, care)
+        _show(commands.supervise(run), as_json)
+
+
+@app.command()
 def keygen(
     path: Annotated[Path, typer.Argument(help="Where to write the private key (PEM, readable by you only).")],
 ) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ADDRESS, TOKEN, EPOCH, LEASE = "OTTAVA_LINK", "OTTAVA_TOKEN", "OTTAVA_EPOCH", "OTTAVA_LEASE_S"
-NODE = "OTTAVA_NODE"
+NODE, STATE = "OTTAVA_NODE", "OTTAVA_STATE"
 """The environment that a supervisor gives its workers, beside torchrun's RANK and WORLD_SIZE."""
 
 EXIT_ALONE = 75

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ottava.recipe import Pool
+
 KINDS = {
     "killed": "a worker's process ended by a signal",
     "node": "a whole machine is gone",
@@ -117,6 +119,11 @@ class Stop:
 
 
 Action = Exclude | RollBack | Start | FallBack | Stop
+
+
+def standing(pools: Sequence[Pool], restarts: int, shards: int) -> Situation:
+    """Where a run stands before anything happened."""
+    return Situation(tuple(Standing(pool.name, tuple(range(pool.workers))) for pool in pools), restarts, shards)
 
 
 def decide(situation: Situation, failure: Failure) -> tuple[Situation, tuple[Action, ...]]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from ottava.trainer.spec import TrainSpec
+from typing import Any, Protocol
 
 SILENT_S = 1.0
 """A worker that sent no beat (one every 0.2 s) for so long is stopped or starved."""
@@ -23,45 +21,64 @@ SLOW, SLOW_STEPS, SLOW_S = 3.0, 8, 2.0
 that, leaving it and going on with half as many workers costs more than it gains."""
 
 
-class Watch:
-    """One start of a group. Times are monotonic seconds."""
+class Care(Protocol):
+    """How a run's workers are looked after: as in `trainer.spec.TrainSpec`."""
 
-    def __init__(self, world: int, spec: TrainSpec, now: float):
-        self._world, self._spec = world, spec
+    @property
+    def hang_s(self) -> float: ...
+    @property
+    def hang_least_s(self) -> float: ...
+    @property
+    def leave_stragglers(self) -> bool: ...
+
+
+class Watch:
+    """One start of a group. Times are monotonic seconds. speaks: whether silence from the very start is a hang."""
+
+    def __init__(self, world: int, care: Care, now: float, speaks: bool = True):
+        self._world, self._care, self._speaks = world, care, speaks
         self._progress = now
         self._times: deque[float] = deque(maxlen=200)
         self._beats = dict.fromkeys(range(world), now)
         self._phases = dict.fromkeys(range(world), "start")
         self._steps = dict.fromkeys(range(world), -1)
+        self._told: dict[int, float] = {}
+        self._done: set[int] = set()
         self._computed: dict[int, deque[float]] = {rank: deque(maxlen=SLOW_STEPS) for rank in range(world)}
 
     def hear(self, message: Mapping[str, Any]) -> None:
         """Take note of a message."""
-        rank = message["rank"]
+        rank, self._speaks = message["rank"], True
         self._beats[rank] = message["t"]
         if message["say"] == "beat":
             self._phases[rank] = str(message["phase"])
         elif message["say"] == "step":
             self._steps[rank] = message["step"]
             self._progress = message["t"]
-            self._times.append(float(message["seconds"]))
-            self._computed[rank].append(float(message["compute_s"]))
+            if "seconds" in message or rank in self._told:  # a trainer that does not time its steps is timed here
+                self._times.append(float(message.get("seconds", message["t"] - self._told.get(rank, 0.0))))
+            self._told[rank] = message["t"]
+            if "compute_s" in message:
+                self._computed[rank].append(float(message["compute_s"]))
         elif message["say"] == "join":
             self._progress = message["t"]
+        elif message["say"] == "bye":
+            self._done.add(rank)
 
     def deadline(self) -> float:
         """Seconds without a step after which the group counts as hanging."""
         if len(self._times) < KNOWN:
-            return self._spec.hang_s
+            return self._care.hang_s
         ordered = sorted(self._times)
         p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-        return max(self._spec.hang_least_s, 3 * p99)
+        return max(self._care.hang_least_s, 3 * p99)
 
     def hung(self, now: float) -> tuple[int, ...] | None:
         """None while there is progress; else whom it speaks against: the silent, or those whom the others wait for."""
-        if now - self._progress <= self.deadline():
+        if not self._speaks or now - self._progress <= self.deadline():
             return None
-        silent = tuple(rank for rank, beat in self._beats.items() if now - beat > SILENT_S)
+        busy = {rank: beat for rank, beat in self._beats.items() if rank not in self._done}
+        silent = tuple(rank for rank, beat in busy.items() if now - beat > SILENT_S)
         if silent:
             return silent if len(silent) < self._world or self._world == 1 else ()
         waiting = {rank for rank, phase in self._phases.items() if phase == "reduce"}

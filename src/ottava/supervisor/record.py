@@ -35,7 +35,8 @@ class Record:
 
     epoch: the last one; seals: (epoch, step): of that epoch and earlier ones only states up to that step count;
     reported: the last step that was reported; injected: numbers of the faults that struck; recent: losses by step;
-    classes: the numerics class of each pool; stopped: the last decision was to stop.
+    times: when a step was reported, by the wall clock; classes: the numerics class of each pool; stopped: the last
+    decision was to stop.
     """
 
     situation: Situation
@@ -46,6 +47,7 @@ class Record:
     reported: int = 0
     injected: set[int] = field(default_factory=set)
     recent: dict[int, float] = field(default_factory=dict)
+    times: dict[int, float] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     stopped: bool = False
 
@@ -72,11 +74,14 @@ class Record:
             self.situation, self.stopped = self.fresh, False
 
     def _join(self, event: Mapping[str, Any]) -> None:
-        self.classes[event["pool"]] = event["numerics_class"]
+        if event.get("numerics_class") is not None:
+            self.classes[event["pool"]] = event["numerics_class"]
 
     def _step(self, event: Mapping[str, Any]) -> None:
         self.reported = max(self.reported, int(event["step"]))
-        self.recent[int(event["step"])] = float(event["loss"])
+        self.times[int(event["step"])] = float(event.get("t", 0.0))
+        if event.get("loss") is not None:
+            self.recent[int(event["step"])] = float(event["loss"])
         if event.get("audited"):
             self.situation = replace(self.situation, audited=int(event["step"]))
 
