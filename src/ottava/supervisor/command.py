@@ -69,8 +69,8 @@ class Run:
 def supervise(run: Run) -> dict[str, Any]:
     """Carry a command to its end through whatever happens; the account of it (`summary`).
 
-    Raises RecipeError where another command ran in this folder, TrainingFailed where no pool is left or the same error came back,
-    Busy where another supervisor holds the folder.
+    Raises RecipeError where another command ran in this folder, TrainingFailed where no pool is left or the same error
+    came back, Busy where another supervisor holds the folder.
     """
     with alone(run.folder), Hub(run.launcher.host) as hub:
         _begin(run)
