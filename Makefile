@@ -58,7 +58,6 @@ check: install
 
 bench: install .venv-bench/installed
 	$(BIN)/python -m benchmarks.startup --json
-	$(BIN)/python -m benchmarks.training --json
 	$(BIN)/python -m benchmarks.fp8 --json
 	$(BIN)/python -m benchmarks.supervision --json
 

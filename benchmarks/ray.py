@@ -139,12 +139,12 @@ def measure(cluster: Any, folder: Path, pairs: int) -> tuple[list[dict[str, Any]
     def first(launcher: Any) -> float:
         begun = time.perf_counter()
         with launcher as opened:
-            opened.call("benchmarks.training:nothing", {}, pool=a, logs=logs)
+            opened.call("benchmarks.startup:nothing", {}, pool=a, logs=logs)
             return time.perf_counter() - begun
 
     def spawn(launcher: Any) -> float:
         begun = time.perf_counter()
-        launcher.call("benchmarks.training:nothing", {}, pool=a, logs=logs)
+        launcher.call("benchmarks.startup:nothing", {}, pool=a, logs=logs)
         return time.perf_counter() - begun
 
     few = min(pairs, 5)

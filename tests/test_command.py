@@ -63,10 +63,21 @@ def test_a_killed_command_goes_on_where_its_own_state_is(tmp_path: Path, launche
 
 
 def test_a_command_that_hangs_is_started_again(tmp_path: Path, launcher: LocalLauncher) -> None:
-    run = run_of(tmp_path, launcher, "12", str(int(signal.SIGSTOP)), care=Care(hang_s=2.0))
+    run = run_of(tmp_path, launcher, "12", str(int(signal.SIGSTOP)), care=Care(hang_s=2.0, hang_least_s=2.0))
     found = supervise(run)
     assert found["ended"] == "finished"
     assert [(fault["kind"], fault["chips"]) for fault in found["faults"]] == [("hang", [0])]
+
+
+def test_a_worker_that_hangs_says_where_it_stands(tmp_path: Path, launcher: LocalLauncher) -> None:
+    """Its listening thread writes the stack, though the trainer set up no handler of its own."""
+    code = TRAINER.replace("os.kill(os.getpid(), int(sys.argv[2]))", "time.sleep(600)  # waits for a lost peer")
+    run = run_of(tmp_path, launcher, "12", "0", code=code, care=Care(restarts=0, hang_s=2.0, hang_least_s=2.0))
+    with pytest.raises(TrainingFailed, match="no step for 2 s"):
+        supervise(run)
+    (bundle,) = (run.folder / "diagnosis").iterdir()
+    line = code.splitlines().index("        time.sleep(600)  # waits for a lost peer") + 1
+    assert f'train.py", line {line}' in (bundle / "stacks" / "rank-0.txt").read_text()
 
 
 def test_a_command_without_the_line_is_watched_for_its_end(tmp_path: Path, launcher: LocalLauncher) -> None:

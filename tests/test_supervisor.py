@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ottava import journal
-from ottava.errors import DataError, PlatformError, ResourceError, TrainingFailed
+from ottava.errors import Busy, CheckpointError, DataError, PlatformError, ResourceError, TrainingFailed
 from ottava.journal import Journal
 from ottava.recipe import Pool
-from ottava.supervisor import store
-from ottava.supervisor.attempt import Attempt, Stretch
+from ottava.supervisor import observe, store
+from ottava.supervisor.attempt import Attempt, Stretch, alone
 from ottava.supervisor.decide import (
     DETERMINISTIC,
     KINDS,
@@ -257,7 +257,7 @@ def _running(pid: int) -> bool:
 def make(dataset: Path, folder: Path, launcher: Any, pools: tuple[Pool, ...], **more: Any) -> Run:
     spec = TrainSpec.model_validate(
         {
-            "steps": 40, "batch": 2, "direct": {"begin": 0.3, "batch": 2}, "checkpoint_every": 10, "hang_s": 6.0,
+            "steps": 40, "batch": 2, "direct": {"begin": 0.3, "batch": 2}, "checkpoint_every": 10, "hang_s": 60.0,
             "drift": {"window": 4}, **more,
         }
     )  # fmt: skip
@@ -470,6 +470,77 @@ def test_a_full_disk_is_no_pool_s_fault(dataset: Path, tmp_path: Path) -> None:
     group: list[Any] = [Ended(70, LOST_PEER), Ended(2, ResourceError("disk full"))]
     with pytest.raises(ResourceError, match="disk full"):
         attempt_of(run, group)._dead()
+
+
+def test_a_worker_that_the_system_killed_for_memory(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([3, 3, 4])
+    monkeypatch.setattr("ottava.supervisor.attempt.oom_kills", lambda: next(counts))
+    run = make(dataset, tmp_path, None, PLAIN)
+    first = attempt_of(run, [Ended(None), Ended(-9)])
+    assert first._dead().kind == "killed", "nobody was killed for memory since the start"
+    first.oom_kills = 3
+    found = first._dead()
+    assert (found.kind, found.chips) == ("memory", (1,))
+
+
+def test_what_runs_out_is_said_once(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[dict[str, float]] = [{}, {"memory": 0.04}, {"memory": 0.03, "disk": 0.001}, {}, {"memory": 0.02}]
+    run = make(dataset, tmp_path, None, PLAIN)
+    watching = attempt_of(run, [Ended(None)])
+    for now in left:
+        monkeypatch.setattr("ottava.supervisor.attempt.headroom", lambda _, now=now: now)
+        watching.looked = 0.0
+        watching._look_at_machine()
+    told = [(e["what"], e["left"]) for e in journal.read(run.journal.path) if e["event"] == "train.low"]
+    assert told == [("memory", 0.04), ("disk", 0.001), ("memory", 0.02)]
+
+
+def test_headroom_is_that_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe, "memory", lambda: (49, 1000))
+    monkeypatch.setattr(observe, "disks", lambda paths: {str(path): (10, 1000) for path in paths})
+    assert observe.headroom(tmp_path) == {"memory": 0.049}
+    monkeypatch.setattr(observe, "disks", lambda paths: {str(path): (9, 1000) for path in paths})
+    assert observe.headroom(tmp_path) == {"memory": 0.049, "disk": 0.009}
+    monkeypatch.undo()
+    assert set(observe.headroom(tmp_path)) <= {"memory", "disk"}
+
+
+def test_two_supervisors_on_one_run(dataset: Path, launcher: Any, tmp_path: Path) -> None:
+    run = make(dataset, tmp_path, launcher, PLAIN)
+    with alone(run.folder), pytest.raises(Busy, match="another supervisor"):
+        supervise(run)
+    assert not run.journal.path.read_text()
+
+
+def test_states_of_another_recipe_are_refused(dataset: Path, launcher: Any, tmp_path: Path) -> None:
+    supervise(make(dataset, tmp_path, launcher, PLAIN, steps=12))
+    other = make(dataset, tmp_path, launcher, PLAIN, steps=14)
+    with pytest.raises(CheckpointError, match="of another run"):
+        supervise(other)
+
+
+def test_a_disk_that_becomes_read_only(dataset: Path, launcher: Any, tmp_path: Path) -> None:
+    """States that cannot be made durable stop the run with the right words; when the disk is mended it goes on."""
+    run = make(dataset, tmp_path, launcher, PLAIN, checkpoint_every=2, restarts=1)
+    durable = store.durable(run.folder)
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(durable)], capture_output=True).returncode:
+        pytest.skip("this process may not mount a disk")
+    try:
+
+        def make_read_only(step: int) -> None:
+            if step == 8:
+                subprocess.run(["mount", "-o", "remount,ro", str(durable)], check=True)
+
+        with pytest.raises(TrainingFailed, match="no state can be made durable"):
+            supervise(replace(run, progress=make_read_only))
+        subprocess.run(["mount", "-o", "remount,rw", str(durable)], check=True)
+        final, segments = supervise(run)
+        assert segments == [Segment("a", 0, 40, failures=1)]
+        assert final.step == 40
+    finally:
+        subprocess.run(["umount", str(durable)], check=True)
 
 
 def test_two_launchers_share_a_warm_process(launcher: Any, tmp_path: Path) -> None:

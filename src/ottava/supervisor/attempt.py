@@ -31,12 +31,13 @@ from ottava.supervisor.decide import Action, Exclude, Failure, FallBack, RollBac
 from ottava.supervisor.detect import Care, Watch, first_cause
 from ottava.supervisor.diagnose import diagnose
 from ottava.supervisor.hub import Hub
-from ottava.supervisor.observe import oom_kills
+from ottava.supervisor.observe import headroom, oom_kills
 from ottava.supervisor.record import Record
 
 NOT_THE_POOLS = (ResourceError, DataError, CheckpointError)
 UNSAVED = 3  # durable states in a row that may fail before the run stops
 SILENCE = 8.0  # seconds to wait for a cause where only a lost peer is known: a node's death takes longest to be known
+LOOK_S = 2.0  # between looks at memory and disk
 SETTLE = 0.3  # seconds for the deaths and last words of one failure to become known
 
 
@@ -147,6 +148,7 @@ class Attempt:
         self.step = now.reported
         self.unsaved, self.slow_told = 0, False
         self.oom_kills = oom_kills()
+        self.looked, self.low = 0.0, frozenset[str]()
 
     def watch(self) -> Failure | None:
         """To the end, or to a failure."""
@@ -156,11 +158,22 @@ class Attempt:
             if all(status == 0 for status in statuses):
                 self._hear(0.0)
                 return None
+            self._look_at_machine()
             failure = self._trouble(statuses)
             if failure is not None:
                 _tell_failure(self.run, self.epoch, failure)
                 self._diagnose(failure)
                 return failure
+
+    def _look_at_machine(self) -> None:
+        """Say it once when memory or disk are about to run out: nobody is to blame yet, and somebody may mend it."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_S:
+            return
+        self.looked, left = now, headroom(self.run.folder)
+        for what in left.keys() - self.low:
+            say(self.run, "train.low", epoch=self.epoch, pool=self.stretch.pool.name, what=what, left=left[what])
+        self.low = frozenset(left)
 
     def _diagnose(self, failure: Failure) -> None:
         """Before a stop or a move, while the workers are still there: one folder with what may have been the cause."""
@@ -168,6 +181,7 @@ class Attempt:
         if not isinstance(last, Stop | FallBack):
             return
         words = f"stop: {last.reason}" if isinstance(last, Stop) else f"fall back to the pool {last.target}"
+        self._ask_for_stacks()
         ranks = tuple(self._rank(rank, fact) for rank, fact in enumerate(self.watcher.facts(time.monotonic())))
         blamed = tuple(rank for rank, chip in enumerate(self.stretch.chips) if chip in failure.chips)
         facts = Facts(
@@ -180,12 +194,22 @@ class Attempt:
             folder=None if found.folder is None else str(found.folder),
         )  # fmt: skip
 
+    def _ask_for_stacks(self) -> None:
+        """Have the workers' listening threads write where they stand; those that are stopped cannot."""
+        for rank, process in enumerate(self.processes):
+            if process.alive():
+                self.hub.tell("stacks", rank, path=str(self._stacks(rank).resolve()))
+        self._hear(SETTLE)
+
+    def _stacks(self, rank: int) -> Path:
+        return self.run.logs / f"stacks-epoch{self.epoch}-rank{rank}.txt"
+
     def _rank(self, rank: int, fact: Mapping[str, Any]) -> RankFacts:
         process = self.processes[rank]
         words = next((str(a["message"]) for a in self.alarms if a["rank"] == rank), "")
         return RankFacts(
             rank, str(self.stretch.chips[rank]), process.pid, process.wait(0.0), fact["phase"], fact["step"],
-            fact["silent_s"], words, process.log,
+            fact["silent_s"], words, process.log, stacks=self._stacks(rank),
         )  # fmt: skip
 
     def _hear(self, timeout: float) -> None:
@@ -272,7 +296,9 @@ class Attempt:
         if alarm is not None:
             return self._failure(alarm["kind"], alarm["message"], alarm.get("ranks", ()))
         if killed:  # what the others say then is that they lost their peer
-            name = Signals(-bad[killed[0]]).name
+            name, kills = Signals(-bad[killed[0]]).name, oom_kills()
+            if name == "SIGKILL" and kills is not None and self.oom_kills is not None and kills > self.oom_kills:
+                return self._failure("memory", "the system had no memory left and killed a worker", killed)
             if self._nodes(killed):
                 return self._failure("node", f"the machine {', '.join(self._nodes(killed))} is gone", killed)
             return self._failure("killed", f"a worker was killed by {name}", killed)

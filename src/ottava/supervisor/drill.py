@@ -29,7 +29,7 @@ from ottava.recipe import Pool
 from ottava.supervisor.local import LocalLauncher
 from ottava.supervisor.loop import Run, replay, supervise
 from ottava.supervisor.record import Segment
-from ottava.supervisor.scenario import CHIPS, EVERY, FIRST, NODES, SECOND, WINDOW, Act, Scenario
+from ottava.supervisor.scenario import CHIPS, EVERY, FIRST, NODES, ONCE, SECOND, WINDOW, Act, Scenario
 from ottava.trainer.spec import Fault, TrainSpec
 
 STEPS = 24
@@ -47,7 +47,8 @@ POOLS = (
 class Outcome:
     """What became of one run. ended: finished | stopped | stuck; detect_s, recover_s: from the fault to its detection
     and to the next step; lost: steps that were reported and done again; undone: those an audit took back;
-    corrupt_loads: workers that began from bytes that the undisturbed run never had; wrong: why a guarantee broke."""
+    corrupt_loads: workers that began from bytes that the undisturbed run never had; after: steps from a wrong gradient
+    to the audit that found it, 0 in the same step; wrong: why a guarantee broke."""
 
     name: str
     seed: int
@@ -63,6 +64,7 @@ class Outcome:
     seconds: float
     pools: tuple[str, ...]
     reason: str = ""
+    after: int | None = None
     wrong: tuple[str, ...] = field(default=())
 
 
@@ -79,6 +81,7 @@ class Drill:
     def args(self, scenario: Scenario, folder: Path) -> dict[str, Any]:
         """What `carry` is given."""
         spec = self.spec.model_copy(update={"restarts": scenario.restarts}).model_dump(mode="json")
+        spec["audit"]["seed"] = scenario.seed  # every run is audited at other steps
         faults = [fault.model_dump(mode="json") for fault in scenario.faults]
         server = self.launcher.address
         return {**self.base, "spec": spec, "folder": str(folder), "faults": faults, "server": server}
@@ -294,7 +297,7 @@ def judge(
     pools = tuple(dict.fromkeys(str(e["pool"]) for e in events if e["event"] == "train.start"))
     found = Outcome(
         scenario.name, scenario.seed, ended, seen, identical, detect, recover, lost, undone, loads, struck, round(s, 2),
-        pools, reason,
+        pools, reason, _after(events),
     )  # fmt: skip
     return Outcome(**{**asdict(found), "wrong": tuple(_broken(scenario, found, events))})
 
@@ -364,6 +367,13 @@ def _lost(events: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     return lost, undone
 
 
+def _after(events: Sequence[Mapping[str, Any]]) -> int | None:
+    """Steps that a wrong gradient passed for right before an audit found it."""
+    struck = next((int(e["step"]) for e in events if e["event"] == "train.injected" and e["kind"] == "gradient"), None)
+    seen = next((int(e["step"]) for e in events if e["event"] == "train.fault" and e["kind"] == "gradient"), None)
+    return None if struck is None or seen is None else seen - struck
+
+
 def _latencies(events: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
     """Seconds from the first fault to its detection, and to the next step."""
     struck = next((float(e["t"]) for e in events if e["event"] == "train.injected"), None)
@@ -418,7 +428,21 @@ SMALL_DISK = 24 << 20
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What a campaign shows: the whole, and by class."""
     groups = {name: [o for o in outcomes if o.name == name] for name in dict.fromkeys(o.name for o in outcomes)}
-    return {**_figures(outcomes), "by_fault": {name: _figures(found) for name, found in groups.items()}}
+    by_fault = {name: _figures(found) for name, found in groups.items()}
+    whole = _figures(outcomes)
+    if ONCE in groups:
+        by_fault[ONCE] |= _audited(groups[ONCE])
+        whole["broken"] += not by_fault[ONCE]["inside"]
+    return {**whole, "by_fault": by_fault}
+
+
+def _audited(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Gradients that were wrong once: how many an audit found, and where 99% of such counts lie."""
+    from scipy.stats import binom
+
+    found = sum(o.after is not None for o in outcomes)
+    low, high = (int(x) for x in binom.interval(0.99, len(outcomes), SHARE))
+    return {"found": found, "share": SHARE, "interval": [low, high], "inside": low <= found <= high}
 
 
 def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -430,6 +454,7 @@ def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "bit_identical": sum(o.identical is True for o in finished),
         "lost_steps_max": max((o.lost for o in outcomes), default=0),
         "undone_steps_max": max((o.undone for o in outcomes), default=0),
+        "found_after_max": max((o.after for o in outcomes if o.after is not None), default=None),
         "corrupt_loads": sum(o.corrupt_loads for o in outcomes),
         "detect_p50_s": _median(o.detect_s for o in outcomes),
         "mttr_p50_s": _median(o.recover_s for o in outcomes),

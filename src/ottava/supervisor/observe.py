@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ottava import platforms
-from ottava.supervisor.causes import Facts, RankFacts, Seen
+from ottava.supervisor.causes import LOW_DISK, LOW_MEMORY, Facts, RankFacts, Seen
 
 DMESG_S = 2.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -118,6 +118,18 @@ def memory() -> tuple[int, int]:
     """Free and total bytes of the machine, or of the control group where that is smaller."""
     used, total = platforms.get("cpu").memory()
     return total - used, total
+
+
+def headroom(folder: Path) -> dict[str, float]:
+    """What is about to run out, with the share of it that is left: "memory", "disk" (that of `folder`)."""
+    shares = {"memory": (LOW_MEMORY, memory), "disk": (LOW_DISK, lambda: disks([folder])[str(folder)])}
+    out = {}
+    for what, (low, measured) in shares.items():
+        with suppress(OSError, KeyError, ValueError, ZeroDivisionError):
+            free, total = measured()
+            if free / total < low:
+                out[what] = round(free / total, 4)
+    return out
 
 
 def disks(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:

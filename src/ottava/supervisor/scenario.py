@@ -201,4 +201,4 @@ CLASSES: dict[str, Maker] = {
 }
 """By name; the last is measured apart: a gradient that is wrong once is found with the audited share's probability."""
 
-TWELVE = tuple(CLASSES)[:-1]
+TWELVE, ONCE = tuple(CLASSES)[:-1], tuple(CLASSES)[-1]

@@ -23,9 +23,9 @@ from ottava.trainer.loop import Trainer
 AUDIT = 31  # the random stream that chooses the steps
 
 
-def due(share: float, seed: int, step: int) -> bool:
-    """Whether the step after `step` kept ones is audited."""
-    return share > 0 and float(schedule.rng(seed, AUDIT, step, 0).random()) < share
+def due(share: float, seed: int, step: int, draw: int = 0) -> bool:
+    """Whether the step after `step` kept ones is audited. draw: another one chooses other steps."""
+    return share > 0 and float(schedule.rng(seed, AUDIT, step, draw).random()) < share
 
 
 def horizon(share: float, missed: float = 0.01) -> int:

@@ -131,9 +131,10 @@ class Fault(Frozen):
 
 class Audit(Frozen):
     """Sampled recomputation against silent corruption. share: of the steps on which every worker's gradient is
-    computed again by another worker, bit for bit; 0 turns it off."""
+    computed again by another worker, bit for bit; 0 turns it off. seed: which steps, beside the run's own seed."""
 
     share: Fraction = 0.02
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Spike(Frozen):

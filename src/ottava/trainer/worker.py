@@ -162,7 +162,7 @@ class Worker:
         computed = time.monotonic() - begun
         self.faults.contribution(own, step)
         sound, mine = bool(own.sum().isfinite()), trainer.losses(own)
-        audited = audit.due(self.spec.audit.share, self.seed, step)
+        audited = audit.due(self.spec.audit.share, self.seed, step, self.spec.audit.seed)
         hashed = audit.hashed(own) if audited else ""
         self._enter("reduce")
         total = reduce.exchange_(own, self.group.rank, self.group.world, redundant=audited)
