@@ -85,13 +85,25 @@ def test_scenarios_are_sound(name: str) -> None:
 def test_a_summary_counts() -> None:
     base = Outcome("kill", 0, "finished", ("killed",), True, 0.1, 1.0, 0, 0, 0, True, 5.0, ("a",))
     stopped = Outcome("disk", 1, "stopped", ("disk",), None, 2.0, None, 0, 0, 0, True, 5.0, ("a",))
-    broken = Outcome("kill", 2, "finished", ("killed",), False, 0.3, 3.0, 1, 0, 2, True, 5.0, ("a",), "", ("bad",))
+    broken = Outcome("kill", 2, "finished", ("killed",), False, 0.3, 3.0, 1, 0, 2, True, 5.0, ("a",), "", None, ("bad",))
     found = drill.summary([base, stopped, broken])
     whole = {name: found[name] for name in ("runs", "finished", "diagnosed", "bit_identical", "broken")}
     assert whole == {"runs": 3, "finished": 2, "diagnosed": 1, "bit_identical": 1, "broken": 1}
     assert (found["lost_steps_max"], found["corrupt_loads"], found["mttr_p50_s"]) == (1, 2, 2.0)
     assert set(found["by_fault"]) == {"kill", "disk"}
     json.dumps(found)
+
+
+def test_wrong_gradients_are_counted_against_chance() -> None:
+    """Of 40 that are audited with probability 1/4, 99% of all counts lie between 4 and 17."""
+    found = Outcome("gradient", 0, "finished", ("gradient",), True, 0.1, 1.0, 0, 3, 0, True, 5.0, ("a",), "", 2)
+    missed = Outcome("gradient", 1, "finished", (), False, None, None, 0, 0, 0, True, 5.0, ("a",))
+    for count, inside in ((3, False), (4, True), (10, True), (17, True), (18, False)):
+        whole = drill.summary([found] * count + [missed] * (40 - count))
+        told = whole["by_fault"]["gradient"]
+        assert (told["found"], told["interval"], told["inside"]) == (count, [4, 17], inside)
+        assert whole["broken"] == (not inside)
+        assert told["found_after_max"] == 2
 
 
 @pytest.mark.parametrize("text", ["3", "3:3", "5:1", "a:b", "-1:4", ""])
