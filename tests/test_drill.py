@@ -85,7 +85,9 @@ def test_scenarios_are_sound(name: str) -> None:
 def test_a_summary_counts() -> None:
     base = Outcome("kill", 0, "finished", ("killed",), True, 0.1, 1.0, 0, 0, 0, True, 5.0, ("a",))
     stopped = Outcome("disk", 1, "stopped", ("disk",), None, 2.0, None, 0, 0, 0, True, 5.0, ("a",))
-    broken = Outcome("kill", 2, "finished", ("killed",), False, 0.3, 3.0, 1, 0, 2, True, 5.0, ("a",), "", None, ("bad",))
+    broken = Outcome(
+        "kill", 2, "finished", ("killed",), False, 0.3, 3.0, 1, 0, 2, True, 5.0, ("a",), "", None, ("bad",)
+    )
     found = drill.summary([base, stopped, broken])
     whole = {name: found[name] for name in ("runs", "finished", "diagnosed", "bit_identical", "broken")}
     assert whole == {"runs": 3, "finished": 2, "diagnosed": 1, "bit_identical": 1, "broken": 1}
@@ -104,6 +106,19 @@ def test_wrong_gradients_are_counted_against_chance() -> None:
         assert (told["found"], told["interval"], told["inside"]) == (count, [4, 17], inside)
         assert whole["broken"] == (not inside)
         assert told["found_after_max"] == 2
+
+
+def test_goodput_is_the_time_of_steps_that_count() -> None:
+    events = [
+        {"event": "train.start", "t": 100.0},
+        {"event": "train.step", "step": 1, "seconds": 1.0, "t": 102.0},
+        {"event": "train.step", "step": 2, "seconds": 1.0, "t": 103.0},
+        {"event": "train.start", "t": 105.0},
+        {"event": "train.step", "step": 2, "seconds": 2.0, "t": 108.0},
+        {"event": "train.step", "step": 3, "seconds": 1.0, "t": 110.0},
+    ]
+    assert drill._goodput(events) == 0.4
+    assert drill._goodput(events[:1]) is None
 
 
 @pytest.mark.parametrize("text", ["3", "3:3", "5:1", "a:b", "-1:4", ""])

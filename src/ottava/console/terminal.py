@@ -87,6 +87,7 @@ def _drill_line(outcome: Any) -> str:
 DRILL_COLUMNS = {
     "runs": "runs", "finished": "finished", "diagnosed": "stopped rightly", "bit_identical": "same bits",
     "lost_steps_max": "lost", "corrupt_loads": "corrupt loads", "detect_p50_s": "seen, s", "mttr_p50_s": "next step, s",
+    "goodput_p50": "goodput",
 }  # fmt: skip
 
 

@@ -48,7 +48,8 @@ class Outcome:
     """What became of one run. ended: finished | stopped | stuck; detect_s, recover_s: from the fault to its detection
     and to the next step; lost: steps that were reported and done again; undone: those an audit took back;
     corrupt_loads: workers that began from bytes that the undisturbed run never had; after: steps from a wrong gradient
-    to the audit that found it, 0 in the same step; wrong: why a guarantee broke."""
+    to the audit that found it, 0 in the same step; goodput: share of the time from the first start to the last step
+    that went into steps that count; wrong: why a guarantee broke."""
 
     name: str
     seed: int
@@ -65,6 +66,7 @@ class Outcome:
     pools: tuple[str, ...]
     reason: str = ""
     after: int | None = None
+    goodput: float | None = None
     wrong: tuple[str, ...] = field(default=())
 
 
@@ -297,7 +299,7 @@ def judge(
     pools = tuple(dict.fromkeys(str(e["pool"]) for e in events if e["event"] == "train.start"))
     found = Outcome(
         scenario.name, scenario.seed, ended, seen, identical, detect, recover, lost, undone, loads, struck, round(s, 2),
-        pools, reason, _after(events),
+        pools, reason, _after(events), _goodput(events),
     )  # fmt: skip
     return Outcome(**{**asdict(found), "wrong": tuple(_broken(scenario, found, events))})
 
@@ -372,6 +374,16 @@ def _after(events: Sequence[Mapping[str, Any]]) -> int | None:
     struck = next((int(e["step"]) for e in events if e["event"] == "train.injected" and e["kind"] == "gradient"), None)
     seen = next((int(e["step"]) for e in events if e["event"] == "train.fault" and e["kind"] == "gradient"), None)
     return None if struck is None or seen is None else seen - struck
+
+
+def _goodput(events: Sequence[Mapping[str, Any]]) -> float | None:
+    """The share of a run's time that went into steps that count."""
+    began = next((float(e["t"]) for e in events if e["event"] == "train.start"), None)
+    steps = {int(e["step"]): e for e in events if e["event"] == "train.step"}
+    if began is None or not steps:
+        return None
+    spent = max(float(e["t"]) for e in steps.values()) - began
+    return round(sum(float(e["seconds"]) for e in steps.values()) / spent, 4) if spent > 0 else None
 
 
 def _latencies(events: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
@@ -458,6 +470,7 @@ def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "corrupt_loads": sum(o.corrupt_loads for o in outcomes),
         "detect_p50_s": _median(o.detect_s for o in outcomes),
         "mttr_p50_s": _median(o.recover_s for o in outcomes),
+        "goodput_p50": _median(o.goodput for o in outcomes),
         "broken": sum(bool(o.wrong) for o in outcomes),
     }
 
