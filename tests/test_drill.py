@@ -85,9 +85,7 @@ def test_scenarios_are_sound(name: str) -> None:
 def test_a_summary_counts() -> None:
     base = Outcome("kill", 0, "finished", ("killed",), True, 0.1, 1.0, 0, 0, 0, True, 5.0, ("a",))
     stopped = Outcome("disk", 1, "stopped", ("disk",), None, 2.0, None, 0, 0, 0, True, 5.0, ("a",))
-    broken = Outcome(
-        "kill", 2, "finished", ("killed",), False, 0.3, 3.0, 1, 0, 2, True, 5.0, ("a",), "", None, ("bad",)
-    )
+    broken = Outcome("kill", 2, "finished", ("killed",), False, 0.3, 3.0, 1, 0, 2, True, 5.0, ("a",), wrong=("bad",))
     found = drill.summary([base, stopped, broken])
     whole = {name: found[name] for name in ("runs", "finished", "diagnosed", "bit_identical", "broken")}
     assert whole == {"runs": 3, "finished": 2, "diagnosed": 1, "bit_identical": 1, "broken": 1}
