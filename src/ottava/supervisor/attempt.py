@@ -38,7 +38,7 @@ NOT_THE_POOLS = (ResourceError, DataError, CheckpointError)
 UNSAVED = 3  # durable states in a row that may fail before the run stops
 SILENCE = 8.0  # seconds to wait for a cause where only a lost peer is known: a node's death takes longest to be known
 LOOK_S = 2.0  # between looks at memory and disk
-SETTLE = 0.3  # seconds for the deaths and last words of one failure to become known
+SETTLE = 0.2  # seconds for the deaths and last words of one failure to become known
 
 
 class Watched(Protocol):
