@@ -40,7 +40,7 @@ test-vllm: install .venv-vllm/installed
 	touch $@
 
 test-ray: install .venv/ray
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_ray.py tests/test_ray_network.py tests/test_agent.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(wildcard tests/test_ray*.py) tests/test_launch.py tests/test_agent.py
 
 test-all: install .venv/ray .venv-vllm/installed
 	$(BIN)/pytest -n 2

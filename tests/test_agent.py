@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ottava.errors import DataError, LauncherGone, PlatformError, ResourceError
 from ottava.supervisor import agent as module
 from ottava.supervisor.agent import Agent, interface_of
-from ottava.supervisor.cluster import spread
+from ottava.supervisor.cluster import seat, spread
 from ottava.supervisor.local import answer
 from ottava.supervisor.ray import RayLauncher
 
@@ -40,6 +40,23 @@ def test_ranks_are_contiguous_and_chips_are_shared_evenly(slots: list[str], data
     else:  # each chip has workers / chips of them, rounded up or down
         least, most = workers // len(slots), -(-workers // len(slots))
         assert all(least * slots.count(name) <= nodes.count(name) <= most * slots.count(name) for name in busy)
+
+
+@given(st.lists(st.sampled_from("xyz"), min_size=4, max_size=8), st.data())
+def test_a_chip_keeps_its_seat(slots: list[str], data: st.DataObject) -> None:
+    chips = list(range(len(slots)))
+    seats = seat({}, slots, chips)
+    assert sorted(seats.values()) == sorted(slots)
+    assert list(seats.values()) == sorted(slots), "contiguous on a node"
+    some = data.draw(st.lists(st.sampled_from(chips), min_size=1, unique=True))
+    assert seat(seats, slots, some) == seats
+    dead = data.draw(st.sampled_from(slots))
+    left = [node for node in slots if node != dead]
+    spare = data.draw(st.lists(st.just("new"), max_size=len(slots)))
+    after = seat(seats, left + spare, some)
+    assert all(after[chip] == node for chip, node in seats.items() if node != dead)
+    moved = [chip for chip in some if seats[chip] == dead]
+    assert sum(chip in after for chip in moved) == min(len(moved), len(spare))
 
 
 def test_interface_of() -> None:
@@ -70,6 +87,9 @@ class Server:
         self.statuses: dict[int, int] = {}
         self.pids = itertools.count(1)
         self.refusal: Exception | None = None
+
+    def warm(self) -> None:
+        pass
 
     def spawn(self, target: str, args: dict[str, Any], *, pool: Any, logs: Path, env: dict[str, str]) -> Any:
         if self.refusal is not None:

@@ -5,13 +5,13 @@ Needs `pip install 'ottava[ray]'`. Each node has a loopback address of its own: 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +23,8 @@ import pytest
 from ottava import journal
 from ottava.errors import PlatformError, PoolMissing
 from ottava.recipe import Pool
+from ottava.supervisor.launch import Cluster, cluster_for, started
+from ottava.supervisor.local import LocalLauncher
 from ottava.supervisor.loop import supervise
 from ottava.supervisor.ray import RayLauncher
 
@@ -46,43 +48,20 @@ __all__ = [
 
 pytestmark = pytest.mark.slow
 
-A, B = Pool(name="a", workers=2), Pool(name="b", env=AVX2)
+A, B, D = Pool(name="a", workers=2), Pool(name="b", env=AVX2), Pool(name="d", workers=2)
 WIDE = Pool(name="wide", workers=4)
 NODES = {"nodea": {"ottava:a": 2, "ottava:wide": 2}, "nodeb": {"ottava:b": 1, "ottava:wide": 2}}
-SMALL = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_log_monitor": False, "include_dashboard": False}
 HERE = "tests.test_ray:"
 
 
-def add_node(cluster: Any, name: str, address: str, resources: dict[str, int]) -> Any:
-    """A node with an address of its own. Ray's cluster sets the options that are left out."""
-    small = {key: SMALL[key] for key in ("num_cpus", "object_store_memory")}
-    return cluster.add_node(**small, node_name=name, node_ip_address=address, resources=resources)
-
-
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster() -> Iterator[Cluster]:
     """A head without chips and two nodes; afterwards nothing of it may be left."""
     pytest.importorskip("ray", reason="ray is not installed: pip install 'ottava[ray]'")
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: it holds sockets
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_TMPDIR", folder)
-    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    patch.setenv("RAY_enable_metrics_collection", "0")
-    patch.setenv("RAY_AUTH_MODE", "disabled")
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={**SMALL, "node_ip_address": "127.0.0.2", "node_name": "head"})
-    try:
-        for number, (name, resources) in enumerate(NODES.items()):
-            add_node(made, name, f"127.0.0.{3 + number}", resources)
+    with started(NODES) as made:
         yield made
-    finally:
-        made.shutdown()
-        patch.undo()
-        try:
-            wait_until(lambda: not started_with(f"RAY_TMPDIR={folder}"), "a process of the cluster is left")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    wait_until(lambda: not started_with(f"RAY_TMPDIR={made.folder}"), "a process of the cluster is left")
+    assert not Path(made.folder).exists()
 
 
 def started_with(setting: str) -> list[int]:
@@ -97,6 +76,11 @@ def started_with(setting: str) -> list[int]:
     return found
 
 
+def network(cluster: Cluster) -> str:
+    """What the addresses of its nodes begin with."""
+    return cluster.address.rpartition(".")[0]
+
+
 def wait_until(condition: Any, otherwise: str) -> None:
     deadline = time.monotonic() + 60
     while not condition():
@@ -105,7 +89,7 @@ def wait_until(condition: Any, otherwise: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def launcher(cluster: Any) -> Iterator[RayLauncher]:
+def launcher(cluster: Cluster) -> Iterator[RayLauncher]:
     with RayLauncher(cluster.address, [A, B]) as processes:
         yield processes
 
@@ -148,15 +132,30 @@ def total(args: dict[str, Any]) -> dict[str, Any]:
     return {**where(args), "sum": int(value)}
 
 
-def test_a_group_over_two_nodes_meets_at_the_first(cluster: Any, tmp_path: Path) -> None:
+def test_a_group_over_two_nodes_meets_at_the_first(cluster: Cluster, tmp_path: Path) -> None:
     with RayLauncher(cluster.address) as own:
         results = own.call(HERE + "total", {}, pool=WIDE, workers=4, logs=tmp_path)
     assert [(r["OTTAVA_NODE"], r["LOCAL_RANK"]) for r in results] == [
         ("nodea", "0"), ("nodea", "1"), ("nodeb", "0"), ("nodeb", "1")
     ]  # fmt: skip
-    assert {r["MASTER_ADDR"] for r in results} == {"127.0.0.3"}
+    assert {r["MASTER_ADDR"] for r in results} == {network(cluster) + ".3"}
     assert {r["LOCAL_WORLD_SIZE"] for r in results} == {"2"}
     assert {r["sum"] for r in results} == {1 + 2 + 3 + 4}
+
+
+def test_a_machine_that_was_left_is_not_used_again(cluster: Cluster) -> None:
+    """Its chips are told apart by number, though it lives and comes first by name."""
+    with RayLauncher(cluster.address) as own:
+        for chips in ([0, 1, 2, 3], [2, 3], [1, 2], [0, 1], [0, 1, 2, 3]):
+            places = own.rendezvous(WIDE, len(chips), chips)
+            assert [place["OTTAVA_NODE"] for place in places] == ["nodea" if chip < 2 else "nodeb" for chip in chips]
+            assert (
+                [place["LOCAL_RANK"] for place in places] == ["0", "0"]
+                if chips == [1, 2]
+                else ["0", "1"] * (len(chips) // 2)
+            )
+    with RayLauncher(cluster.address) as after:  # a supervisor's successor counts as it did
+        assert [place["OTTAVA_NODE"] for place in after.rendezvous(WIDE, 2, [2, 3])] == ["nodeb", "nodeb"]
 
 
 def test_more_workers_than_chips_share_them(launcher: RayLauncher, tmp_path: Path) -> None:
@@ -170,7 +169,7 @@ def test_a_cluster_that_cannot_place_says_what_is_missing(launcher: RayLauncher)
         launcher.rendezvous(Pool(name="c", workers=2), 2)
     assert error.value.what == "the cluster cannot place 2 workers of pool 'c': it has 0, 2 missing"
     assert error.value.where == "none of the 3 nodes has any"
-    assert re.search(r"""ray start --address=127\.0\.0\.2:\d+ --resources='\{"ottava:c": 2\}'""", error.value.fix or "")
+    assert re.search(r"""ray start --address=127[.\d]+\.2:\d+ --resources='\{"ottava:c": 2\}'""", error.value.fix or "")
 
 
 ANOTHER = """
@@ -187,7 +186,7 @@ with RayLauncher(sys.argv[1], patience_s=1.0) as launcher:
 
 
 def test_chips_that_another_run_holds_are_not_awaited_for_ever(
-    launcher: RayLauncher, cluster: Any, tmp_path: Path
+    launcher: RayLauncher, cluster: Cluster, tmp_path: Path
 ) -> None:
     launcher.call("tests.test_agent:nap", {"seconds": 0}, pool=B, logs=tmp_path)  # from now on this run holds them
     command = [sys.executable, "-c", ANOTHER, cluster.address]
@@ -196,7 +195,7 @@ def test_chips_that_another_run_holds_are_not_awaited_for_ever(
 
 
 def test_a_node_with_other_code_is_refused(
-    launcher: RayLauncher, cluster: Any, monkeypatch: pytest.MonkeyPatch
+    launcher: RayLauncher, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = RayLauncher(cluster.address)
     monkeypatch.setattr("ottava.supervisor.ray.code", lambda: "0.0.1 (another)")
@@ -205,10 +204,14 @@ def test_a_node_with_other_code_is_refused(
     assert error.value.where == "node head"
 
 
-def test_no_cluster_at_the_address(cluster: Any) -> None:
+def test_no_cluster_at_the_address(cluster: Cluster) -> None:
     script = "import sys; from ottava.supervisor import cluster; cluster.CONNECT_S = 3.0; cluster.join(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", script, "127.0.0.2:1"], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", script, network(cluster) + ".2:1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert "the Ray cluster did not answer in 3 s" in done.stderr
 
@@ -250,7 +253,7 @@ def test_the_death_of_an_agent_ends_its_workers_and_the_node_goes_on(launcher: R
 
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_the_death_of_a_node_costs_no_bit(
-    cluster: Any,
+    cluster: Cluster,
     launcher: RayLauncher,
     dataset: Path,
     tmp_path: Path,
@@ -259,13 +262,13 @@ def test_the_death_of_a_node_costs_no_bit(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Pool c's only node dies in mid-run: the run goes on on pool b, also where c is tried again first."""
-    node = add_node(cluster, f"nodec{restarts}", f"127.0.0.{5 + restarts}", {"ottava:c": 2})
+    node = cluster.add(f"nodec{restarts}", {"ottava:c": 2})
     killed: list[int] = []
 
     def kill(step: int) -> None:
         if step >= 12 and not killed:
             killed.append(step)
-            cluster.remove_node(node, allow_graceful=False)
+            cluster.kill(node)
 
     run = make(dataset, tmp_path, launcher, (Pool(name="c", workers=2), PLAIN[1]), restarts=restarts)
     final, segments = supervise(replace(run, progress=kill))
@@ -280,6 +283,115 @@ def test_the_death_of_a_node_costs_no_bit(
     assert len(dead) == 2
     assert not any(_running(pid) for pid in dead)
     assert capfd.readouterr().out == "", "Ray has written on standard output"
+
+
+def test_the_death_of_one_of_a_pools_two_nodes_costs_no_bit(
+    cluster: Cluster, launcher: RayLauncher, dataset: Path, tmp_path: Path
+) -> None:
+    """The daemons of the first rank's node are killed, and what it kept in memory is lost: the run goes on on the other
+    node, from the copies that are there, and ends in the bytes of one worker that knows nothing of Ray."""
+    with LocalLauncher() as alone:
+        whole, _ = supervise(make(dataset, tmp_path / "whole", alone, (Pool(name="one"),), virtual_shards=4))
+    pool = Pool(name="e", workers=4, nodes=2)
+    nodes = {name: cluster.add(name, {"ottava:e": 2}) for name in ("nodee0", "nodee1")}
+    run = make(dataset, tmp_path / "run", launcher, (pool, PLAIN[1]), virtual_shards=4, restarts=2)
+    dead: list[int] = []
+
+    def kill(step: int) -> None:
+        if step >= 12 and not dead:
+            joins = journal.fold(journal.read(run.journal.path)).joins
+            assert [join["node"] for join in sorted(joins, key=lambda join: int(join["rank"]))] == [
+                "nodee0", "nodee0", "nodee1", "nodee1"
+            ]  # fmt: skip
+            dead.extend(join["pid"] for join in joins if join["node"] == "nodee0")
+            cluster.kill(nodes["nodee0"])
+            shutil.rmtree(next((run.folder / "memory").glob("e*/nodee0")))
+
+    final, segments = supervise(replace(run, progress=kill))
+    assert final.digest == whole.digest
+    state = journal.fold(journal.read(run.journal.path))
+    assert [(f["kind"], f["chips"]) for f in state.faults] == [("node", [0, 1])]
+    assert [(s.pool, s.failures) for s in segments] == [("e", 1)]
+    starts = [e for e in journal.read(run.journal.path) if e["event"] == "train.start"]
+    assert [e["chips"] for e in starts] == [[0, 1, 2, 3], [2, 3]]
+    reported = max(
+        e["step"] for e in journal.read(run.journal.path) if e["event"] == "train.step" and e["attempt"] == 1
+    )
+    assert reported - starts[1]["step"] <= 1
+    assert not any(_running(pid) for pid in dead)
+    cluster.kill(nodes["nodee1"])
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def test_a_cluster_is_looked_at_before_anything_is_begun(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cluster_for(cluster.address, [A, WIDE]) as where:
+        assert where.address == cluster.address
+        assert where.chips == {"a": {"nodea": 2}, "wide": {"nodea": 2, "nodeb": 2}}
+        assert where.away == ()
+    with cluster_for("auto", [A]) as where:
+        assert where.address == cluster.address
+    monkeypatch.setattr("ottava.supervisor.agent.interface_of", lambda address: None if address[-2:] == ".4" else "lo")
+    with cluster_for(cluster.address, [A, WIDE]) as where:
+        assert where.away == ("nodeb",)
+    with pytest.raises(PoolMissing, match="cannot place 2 workers of pool 'd'"), cluster_for(cluster.address, [A, D]):
+        pass
+
+
+def ottava(*words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "ottava.cli", *words]
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+
+
+FLEET = """
+name: two
+pools: [{name: wide, workers: 4, nodes: 2}, {name: b}]
+"""
+
+TRAIN = """
+import os, pathlib, sys
+from ottava.link import connect
+
+line = connect()
+line.join(step=0)
+line.step(1)
+print(os.environ["RANK"], os.environ["OTTAVA_NODE"], file=(pathlib.Path(sys.argv[1]) / os.environ["RANK"]).open("w"))
+line.bye(1)
+"""
+
+
+def test_a_command_runs_on_the_cluster_that_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "fleet.yaml").write_text(FLEET)
+    (tmp_path / "train.py").write_text(TRAIN)
+    words = ["--fleet", str(tmp_path / "fleet.yaml"), "--ray", cluster.address, "--json", "--", sys.executable]
+    done = ottava("supervise", "--out", str(tmp_path / "run"), *words, str(tmp_path / "train.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ended"] == "finished"
+    assert [(tmp_path / str(rank)).read_text().split()[1] for rank in range(4)] == ["nodea", "nodea", "nodeb", "nodeb"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["supervise", "--workers", "2", "--", "true"], "cannot place 2 workers of pool 'local': it has 0, 2 missing"),
+        (["run", "recipes/tiny.yaml"], "cannot place 2 workers of pool 'ascend'"),
+        (["drill", "recipes/tiny.yaml"], "a drill needs pool 'a' on 2 nodes of 2"),
+    ],
+)
+def test_a_cluster_without_the_pools_is_refused(cluster: Cluster, tmp_path: Path, words: list[str], said: str) -> None:
+    out = tmp_path / "run"
+    done = ottava(words[0], "--ray", cluster.address, "--out", str(out), *words[1:])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert not out.exists(), "nothing is written"
+
+
+def test_an_address_where_no_cluster_is_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    done = ottava("supervise", "--ray", network(cluster) + ".2:1", "--out", str(tmp_path / "run"), "--", "true")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Ray cluster" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 DRIVER = """
@@ -297,7 +409,7 @@ with RayLauncher(sys.argv[1]) as launcher:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
-def test_workers_die_with_their_driver(cluster: Any, tmp_path: Path, number: signal.Signals) -> None:
+def test_workers_die_with_their_driver(cluster: Cluster, tmp_path: Path, number: signal.Signals) -> None:
     """On both nodes; a driver that hangs is as good as dead, by the agents' lease."""
     command = [sys.executable, "-c", DRIVER, cluster.address, str(tmp_path)]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

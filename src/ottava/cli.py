@@ -51,6 +51,15 @@ def _folder(metavar: str, help: str) -> Any:
     return typer.Argument(metavar=metavar, help=help, parser=read)
 
 
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Start workers on a Ray cluster: HOST:PORT of its head, auto: this machine's, local: one that is started "
+        "here, for a rehearsal. See docs/ray.md.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
 
@@ -61,6 +70,7 @@ def run(
     only: Annotated[str | None, typer.Option(help="Do just this stage.")] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/NAME.")] = None,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe; stopped at any moment, the same command goes on where it was."""
@@ -69,13 +79,13 @@ def run(
     from ottava.console.terminal import Terminal
     from ottava.errors import OttavaError
     from ottava.recipe import load_recipe
-    from ottava.supervisor.local import LocalLauncher
+    from ottava.supervisor.launch import cluster_for, launcher_for
 
     loaded = load_recipe(recipe, stages.specs(), set_ or (), platforms.names())
-    folder = out or Path("runs") / loaded.name
-    with Terminal(list(loaded.stages)) as terminal:
+    folder, pools = out or Path("runs") / loaded.name, loaded.fleet.pools
+    with cluster_for(ray, pools) as where, Terminal(list(loaded.stages)) as terminal:
         try:
-            runner.run(loaded, folder, LocalLauncher, terminal, only=only, until=until)
+            runner.run(loaded, folder, launcher_for(where.address, pools), terminal, only=only, until=until)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 terminal.console.print("stopped; the same command goes on where it was")
@@ -211,6 +221,7 @@ def drill(
     out: Annotated[
         Path, typer.Option(help="Where to run; a run that broke a guarantee leaves its folder here.")
     ] = Path("runs/drill"),
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Rehearse faults on a recipe before the real run; exit 1 if any guarantee breaks."""
@@ -218,14 +229,17 @@ def drill(
     from ottava.console.terminal import drill_bar, drill_table
     from ottava.recipe import load_recipe
     from ottava.supervisor import campaign
-    from ottava.supervisor.local import LocalLauncher
+    from ottava.supervisor.drill import POOLS
+    from ottava.supervisor.launch import cluster_for, launcher_for
 
     asked, names = campaign.seeds_of(seeds), campaign.names_of(faults)
     loaded = load_recipe(recipe, stages.specs(), (), platforms.names())
     campaign.check(loaded)
-    label = runner.one_stage(loaded, "label", out / "data", LocalLauncher)
-    with drill_bar() as progress:
-        result = campaign.run(loaded, label, steps, asked, names, out, progress)
+    with cluster_for(ray, POOLS) as where:
+        campaign.fits(where, names)
+        label = runner.one_stage(loaded, "label", out / "data", launcher_for(None))
+        with drill_bar() as progress:
+            result = campaign.run(loaded, label, steps, asked, names, out, progress, where.address)
     if as_json:
         _print(result)
     else:
@@ -244,6 +258,7 @@ def supervise(
     ] = None,
     restarts: Annotated[int, typer.Option(min=0, help="Failures that a pool may have.")] = 3,
     hang: Annotated[float, typer.Option(help="Seconds without a step that are a hang at first; inf: never.")] = 600.0,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Run any training command under supervision; it starts again after a fault. See docs/protocol.md."""
@@ -252,15 +267,15 @@ def supervise(
     from ottava.journal import Journal
     from ottava.recipe import Pool, load_fleet
     from ottava.supervisor import command as commands
-    from ottava.supervisor.local import LocalLauncher
+    from ottava.supervisor.launch import cluster_for, launcher_for
 
     if workers & (workers - 1):
         raise RecipeError("workers come in powers of two", where="--workers", fix="take 1, 2, 4, 8, ...")
     pools = (Pool(name="local", workers=workers),) if fleet is None else load_fleet(fleet, platforms.names()).pools
     commands.check(command)
-    out.mkdir(parents=True, exist_ok=True)
     care = commands.Care(restarts=restarts, hang_s=hang)
-    with LocalLauncher() as launcher:
+    with cluster_for(ray, pools) as where, launcher_for(where.address, pools)() as launcher:
+        out.mkdir(parents=True, exist_ok=True)
         run = commands.Run(command, pools, out, Journal(out / "journal.jsonl"), launcher, care)
         _show(commands.supervise(run), as_json)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,8 +52,11 @@ class Launcher(Protocol):
     ) -> Process:
         """Start one process and return at once."""
 
-    def rendezvous(self, pool: Pool | None, workers: int) -> list[dict[str, str]]:
-        """The environment of each rank of a group that is about to be spawned on `pool`, in torchrun's variables."""
+    def rendezvous(self, pool: Pool | None, workers: int, chips: Sequence[int] = ()) -> list[dict[str, str]]:
+        """The environment of each rank of a group that is about to be spawned on `pool`, in torchrun's variables.
+
+        chips: the pool's that are to be used, by number; a number stays on its machine. None: any.
+        """
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,9 @@ class Agent:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def hello(self) -> str:
-        """{code: what `code` says here, interface: the one that has this node's address, or None}."""
+        """{code: what `code` says here, interface: the one that has this node's address, or None}, once workers can be
+        forked: a group that waits for imports would be taken for one that hangs."""
+        self._launcher.warm()
         return json.dumps({"code": code(), "interface": interface_of(self._address)})
 
     def port(self, address: str) -> str:

@@ -82,7 +82,8 @@ def attempt(run: Watched, hub: Hub, stretch: Stretch, now: Record, epoch: int) -
     tokens = hub.admit(epoch)
     processes: list[Process] = []
     try:
-        for rank, place in enumerate(run.launcher.rendezvous(stretch.pool, len(stretch.chips))):
+        places = run.launcher.rendezvous(stretch.pool, len(stretch.chips), stretch.chips)
+        for rank, place in enumerate(places):
             env = _node(stretch, rank) | place | tokens | dict(stretch.env)
             processes.append(
                 run.launcher.spawn(stretch.target, stretch.args, pool=stretch.pool, logs=run.logs, env=env)
@@ -233,7 +234,7 @@ class Attempt:
         names = ("rank", "world", "pid", "numerics_class", "step", "digest")
         self.run.journal.append(
             "train.join", phase=self.run.phase, pool=self.stretch.pool.name, attempt=self.epoch,
-            **{name: message.get(name) for name in names},
+            node=self._machine(message["rank"]), **{name: message.get(name) for name in names},
         )  # fmt: skip
         if len(self.joins) == len(self.processes) and self._stranger() is None:
             self.hub.tell("go")
@@ -319,11 +320,15 @@ class Attempt:
 
     def _nodes(self, ranks: Sequence[int]) -> list[str]:
         """The machines all of whose workers are dead, where there are others."""
-        places = [process.node or _node(self.stretch, rank)[link.NODE] for rank, process in enumerate(self.processes)]
+        places = [self._machine(rank) for rank in range(len(self.processes))]
         if len(set(places)) < 2:
             return []
         dead = [places[rank] for rank in ranks]
         return [name for name in dict.fromkeys(dead) if dead.count(name) == places.count(name) > 1]
+
+    def _machine(self, rank: int) -> str:
+        """The machine of a rank: the launcher's word where it knows several, else the rehearsal's."""
+        return self.processes[rank].node or _node(self.stretch, rank)[link.NODE]
 
     def _failure(self, kind: str, message: str, ranks: Sequence[int]) -> Failure:
         chips = tuple(self.stretch.chips[rank] for rank in ranks)

@@ -10,13 +10,14 @@ from typing import Any
 
 from ottava.artifact import Artifact, write_json
 from ottava.document import suggest
-from ottava.errors import DataError, RecipeError
+from ottava.errors import DataError, PoolMissing, RecipeError
 from ottava.models.chat import write_tiny
 from ottava.recipe import Recipe
 from ottava.supervisor import drill
 from ottava.supervisor.drill import Drill, Outcome
+from ottava.supervisor.launch import Where
 from ottava.supervisor.local import LocalLauncher
-from ottava.supervisor.scenario import CLASSES, TWELVE, scenario
+from ottava.supervisor.scenario import CLASSES, OUTSIDE, TWELVE, scenario
 from ottava.trainer.spec import TrainSpec
 
 Progress = Callable[[int, int, Outcome | None], object]
@@ -31,12 +32,41 @@ def check(recipe: Recipe) -> None:
             raise RecipeError(what, where=recipe.path, fix="name a recipe that trains, such as recipes/tiny.yaml")
 
 
+def fits(where: Where, names: Sequence[str]) -> None:
+    """Raise PoolMissing where a Ray cluster is not laid out as the drill's pools are, RecipeError where faults are
+    to come from outside and its nodes are other machines."""
+    if where.address is None:
+        return
+    for pool in drill.POOLS:
+        each = [pool.workers // pool.nodes] * pool.nodes
+        if sorted(where.chips[pool.name].values()) != each:
+            raise PoolMissing(
+                f"a drill needs pool {pool.name!r} on {pool.nodes} node{'s' * (pool.nodes > 1)} of {each[0]}",
+                where="; ".join(f"{node} has {count}" for node, count in where.chips[pool.name].items()),
+                fix="`--ray local` starts such a cluster; for another one see docs/ray.md",
+            )
+    beyond = [name for name in names if name in OUTSIDE]
+    if where.away and beyond:
+        raise RecipeError(
+            f"faults that come from outside cannot be rehearsed on other machines: {', '.join(beyond)}",
+            where=f"not this machine: {', '.join(where.away)}",
+            fix=f"--faults {','.join(n for n in names if n not in OUTSIDE) or 'kill'}; all of them with --ray local",
+        )
+
+
 def run(
-    recipe: Recipe, label: Artifact, steps: int, seeds: range, names: Sequence[str], folder: Path, progress: Progress
+    recipe: Recipe,
+    label: Artifact,
+    steps: int,
+    seeds: range,
+    names: Sequence[str],
+    folder: Path,
+    progress: Progress,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """All drills of a campaign on a recipe and its label artifact; the summary, which is also kept as drill.json.
 
-    Every seed is one run; it is of the class names[seed % len(names)].
+    Every seed is one run; it is of the class names[seed % len(names)]. ray: the cluster that starts the workers.
     """
     train = recipe.stages["train"]
     assert isinstance(train, TrainSpec)
@@ -46,12 +76,13 @@ def run(
     base = {"seed": recipe.seed, "data": str(label.path), "chat": str(chat)}
     outcomes: list[Outcome] = []
     with LocalLauncher() as launcher:
-        where = Drill(spec, base, folder, launcher)
+        where = Drill(spec, base, folder, launcher, ray)
         progress(0, len(seeds), None)
         for seed in seeds:
             outcomes.append(drill.rehearse(where, scenario(names[seed % len(names)], seed, spec.steps)))
             progress(len(outcomes), len(seeds), outcomes[-1])
-    result = drill.summary(outcomes) | {"rehearsal": True, "cores": len(os.sched_getaffinity(0)), "steps": spec.steps}
+    result = drill.summary(outcomes) | {"rehearsal": True, "launcher": "local" if ray is None else "ray"}
+    result |= {"cores": len(os.sched_getaffinity(0)), "steps": spec.steps}
     write_json(folder / "drill.json", result | {"outcomes": [vars(outcome) for outcome in outcomes]})
     return result
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ottava.errors import PlatformError, PoolMissing
+from ottava.recipe import Pool
 
 CONNECT_S = 30.0  # to reach the cluster
 DOCS = "see docs/ray.md"
@@ -87,6 +88,25 @@ def spread(slots: Sequence[str], busy: Mapping[str, int], workers: int) -> list[
     return [chosen[rank * len(chosen) // workers] for rank in range(workers)]
 
 
+def seat(before: Mapping[int, str], slots: Sequence[str], chips: Sequence[int]) -> dict[int, str]:
+    """The node of every chip that has one: where it was before, else on the first node with a slot that is left.
+
+    before: chip -> node; slots: one node's name per reserved chip; chips: those that want a seat. Chips that a run has
+    left keep theirs, so that no other takes it.
+    """
+    left = Counter(slots)
+    seats = {}
+    for chip, node in before.items():
+        if left[node]:
+            seats[chip] = node
+            left[node] -= 1
+    free = sorted(left.elements())
+    for chip in chips:
+        if chip not in seats and free:
+            seats[chip] = free.pop(0)
+    return seats
+
+
 @dataclass(frozen=True)
 class _Held:
     """A placement group: what it holds, a node's id for each chip."""
@@ -118,14 +138,22 @@ class Places:
             self._ray.util.remove_placement_group(held.group)
         missing = count - len(self._nodes(pool))
         if missing > 0:
-            name = resource(pool)
-            have = Counter[str]()
-            for node in alive:
-                have[node["NodeName"]] += int(node["Resources"].get(name, 0))
+            have = _chips(alive, pool)
             if sum(have.values()) < count:
                 raise self._missing(pool, count, have, avoid)
             self._held.append(self._reserve(pool, missing, have, avoid))
         return self._nodes(pool)
+
+    def survey(self, pools: Sequence[Pool]) -> dict[str, dict[str, int]]:
+        """How many chips of each pool every living node has; raises PoolMissing for a pool of which none has any."""
+        alive = [node for node in self._ray.nodes() if node["Alive"]]
+        found = {}
+        for pool in pools:
+            have = _chips(alive, pool.name)
+            if not any(have.values()):
+                raise self._missing(pool.name, pool.workers, have, {})
+            found[pool.name] = {node: count for node, count in sorted(have.items()) if count}
+        return found
 
     def close(self) -> None:
         """Give all chips back."""
@@ -161,6 +189,14 @@ class Places:
             where=_where(have, avoid),
             fix=f"start a node that has them: ray start {order}; {DOCS}",
         )
+
+
+def _chips(nodes: Sequence[Mapping[str, Any]], pool: str) -> Counter[str]:
+    """How many of a pool's chips each node has, by its name."""
+    have = Counter[str]()
+    for node in nodes:
+        have[node["NodeName"]] += int(node["Resources"].get(resource(pool), 0))
+    return have
 
 
 def _where(have: Mapping[str, int], avoid: Mapping[str, str]) -> str:

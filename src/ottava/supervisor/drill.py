@@ -7,6 +7,7 @@ workers on two machines that are folders here, the second two workers of another
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import random
@@ -22,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from ottava import journal
-from ottava.context import Process
+from ottava.context import Launcher, Process
 from ottava.errors import OttavaError
 from ottava.journal import Journal
 from ottava.recipe import Pool
+from ottava.supervisor.launch import launcher_for
 from ottava.supervisor.local import LocalLauncher
 from ottava.supervisor.loop import Run, replay, supervise
 from ottava.supervisor.record import Segment
@@ -72,12 +74,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Drill:
-    """Where drills run and on what. base: seed, data and chat of every run; launcher: starts the supervisors."""
+    """Where drills run and on what. base: seed, data and chat of every run; launcher: starts the supervisors; ray: the
+    address of the Ray cluster that starts their workers, None: the supervisors' own machine does."""
 
     spec: TrainSpec
     base: Mapping[str, Any]
     folder: Path
     launcher: LocalLauncher
+    ray: str | None = None
     oracles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def args(self, scenario: Scenario, folder: Path) -> dict[str, Any]:
@@ -85,8 +89,8 @@ class Drill:
         spec = self.spec.model_copy(update={"restarts": scenario.restarts}).model_dump(mode="json")
         spec["audit"]["seed"] = scenario.seed  # every run is audited at other steps
         faults = [fault.model_dump(mode="json") for fault in scenario.faults]
-        server = self.launcher.address
-        return {**self.base, "spec": spec, "folder": str(folder), "faults": faults, "server": server}
+        who = {"server": self.launcher.address, "ray": self.ray}
+        return {**self.base, **who, "spec": spec, "folder": str(folder), "faults": faults}
 
 
 def spec_for(spec: TrainSpec, steps: int = STEPS) -> TrainSpec:
@@ -102,7 +106,7 @@ def spec_for(spec: TrainSpec, steps: int = STEPS) -> TrainSpec:
 
 def carry(args: Mapping[str, Any]) -> dict[str, Any]:
     """One supervisor in its own process: to the end, or to a stop that raises."""
-    with LocalLauncher(args["server"]) as launcher:
+    with launcher_for(args["ray"], POOLS, args["server"])() as launcher:
         faults = [Fault.model_validate(fault) for fault in args["faults"]]
         final, segments = supervise(_run(args, launcher, "main"), faults)
     return {"digest": final.digest, "segments": [asdict(segment) for segment in segments]}
@@ -110,12 +114,12 @@ def carry(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def undisturbed(args: Mapping[str, Any]) -> dict[str, Any]:
     """The same schedule of pools without a fault. args: as `carry`, and segments."""
-    with LocalLauncher(args["server"]) as launcher:
+    with launcher_for(args["ray"], POOLS, args["server"])() as launcher:
         final = replay(_run(args, launcher, "oracle"), [Segment(**segment) for segment in args["segments"]])
     return {"digest": final.digest}
 
 
-def _run(args: Mapping[str, Any], launcher: LocalLauncher, phase: str) -> Run:
+def _run(args: Mapping[str, Any], launcher: Launcher, phase: str) -> Run:
     folder = Path(args["folder"])
     base = {name: args[name] for name in ("spec", "seed", "data", "chat")}
     spec = TrainSpec.model_validate(args["spec"])
@@ -209,13 +213,13 @@ class Stage:
     def _node(self, act: Act, events: Sequence[Mapping[str, Any]]) -> None:
         """All workers of a machine die, and what it kept in memory with them."""
         chips, joins = _present(events)
-        node = act.chip // (CHIPS // NODES)
         self._tell(act)
-        for rank, pid in joins.items():
-            if chips[rank] // (CHIPS // NODES) == node:
-                _kill(pid)
-        for path in self.main.glob(f"memory/e*/*-{node}"):
-            shutil.rmtree(path, ignore_errors=True)
+        for node in {join["node"] for rank, join in joins.items() if chips[rank] == act.chip}:
+            for join in joins.values():
+                if join["node"] == node:
+                    _kill(join["pid"])
+            for path in self.main.glob(f"memory/e*/{glob.escape(node)}"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _slow(self, act: Act, events: Sequence[Mapping[str, Any]]) -> None:
         self._tell(act)
@@ -229,9 +233,9 @@ class Stage:
         if not ranks or ranks[0] not in joins or pool != FIRST:
             return
         with suppress(ProcessLookupError):
-            os.kill(joins[ranks[0]], signal.SIGSTOP)
+            os.kill(joins[ranks[0]]["pid"], signal.SIGSTOP)
             time.sleep(0.3)
-            os.kill(joins[ranks[0]], signal.SIGCONT)
+            os.kill(joins[ranks[0]]["pid"], signal.SIGCONT)
             time.sleep(0.015)
 
     def _fill(self, act: Act, events: Sequence[Mapping[str, Any]]) -> None:
@@ -397,12 +401,12 @@ def _latencies(events: Sequence[Mapping[str, Any]]) -> tuple[float | None, float
     return (None if seen is None else round(seen - struck, 3), None if first is None else round(first - struck, 3))
 
 
-def _present(events: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[int, int]]:
-    """The chips of the present start by rank, and its workers' process numbers as far as they joined."""
+def _present(events: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[int, Mapping[str, Any]]]:
+    """The chips of the present start by rank, and what its workers said as far as they joined."""
     start = max((i for i, e in enumerate(events) if e["event"] == "train.start"), default=None)
     if start is None:
         return [], {}
-    return list(events[start]["chips"]), {e["rank"]: e["pid"] for e in events[start:] if e["event"] == "train.join"}
+    return list(events[start]["chips"]), {e["rank"]: e for e in events[start:] if e["event"] == "train.join"}
 
 
 def _kill(pid: int) -> None:

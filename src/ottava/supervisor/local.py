@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -138,6 +138,12 @@ class LocalLauncher:
         if self._folder is not None:
             self._folder.cleanup()
 
+    def warm(self) -> None:
+        """Return when workers can be forked. Raises LauncherGone."""
+        with self._lock:
+            while not self._ready:
+                self._pump(1.0)
+
     def spawn(
         self,
         target: str,
@@ -181,7 +187,7 @@ class LocalLauncher:
         """
         return call_group(self, target, args, pool=pool, workers=workers, logs=logs)
 
-    def rendezvous(self, pool: Pool | None, workers: int) -> list[dict[str, str]]:
+    def rendezvous(self, pool: Pool | None, workers: int, chips: Sequence[int] = ()) -> list[dict[str, str]]:
         """The environment of each rank of a group on this machine."""
         return rendezvous(workers)
 

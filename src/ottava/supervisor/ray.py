@@ -28,7 +28,7 @@ from typing import Any
 from ottava.errors import LauncherGone, PlatformError, PoolMissing
 from ottava.recipe import Pool
 from ottava.supervisor.agent import Agent, code
-from ottava.supervisor.cluster import Places, join, resource, spread
+from ottava.supervisor.cluster import Places, join, resource, seat, spread
 from ottava.supervisor.local import answer, call_group
 from ottava.supervisor.zygote import describe
 
@@ -130,6 +130,7 @@ class RayLauncher:
         self._numbers = itertools.count()
         self._nodes: dict[str, _Node] = {}  # by id; a lost one is replaced
         self._shunned: dict[str, tuple[float, str]] = {}  # by id: until when, and what to say
+        self._seats: dict[str, dict[int, str]] = {}  # by pool: the node's name of each chip
         self._markers: dict[Path, Path] = {}
         self._broken: str | None = None
         self._closing = threading.Event()
@@ -174,12 +175,13 @@ class RayLauncher:
         """
         return call_group(self, target, args, pool=pool, workers=workers, logs=logs)
 
-    def rendezvous(self, pool: Pool | None, workers: int) -> list[dict[str, str]]:
+    def rendezvous(self, pool: Pool | None, workers: int, chips: Sequence[int] = ()) -> list[dict[str, str]]:
         """Place a group: the environment of each rank, in torchrun's variables, and OTTAVA_NODE, the node's name.
 
+        chips: a number stays on its node while that lives, so those of a node that the run has left leave it free.
         Raises PoolMissing where the cluster has no chips for it, or its first node dies meanwhile.
         """
-        nodes = self._place(pool, workers)
+        nodes = self._place(pool, workers, chips)
         alone = len({node.id for node in nodes}) == 1
         master = "127.0.0.1" if alone else nodes[0].address
         port = self.reply(nodes[0], nodes[0].agent.port.remote(master))
@@ -256,7 +258,7 @@ class RayLauncher:
 
     # ------------------------------------------------------------ places and agents
 
-    def _place(self, pool: Pool | None, workers: int) -> list[_Node]:
+    def _place(self, pool: Pool | None, workers: int, chips: Sequence[int] = ()) -> list[_Node]:
         """The node of each rank, each with an agent that has answered."""
         with self._lock:
             if pool is None:
@@ -266,16 +268,37 @@ class RayLauncher:
                 return [here] * workers
             wanted = min(workers, pool.workers)
             while True:
-                ids = self._places.take(pool.name, wanted, self._avoided())
+                ids = self._take(pool.name, wanted, chips)
                 nodes = [self._ready(identity) for identity in dict.fromkeys(ids)]
                 if None not in nodes:
                     break
             named = {node.name: node for node in nodes if node is not None}
+            slots = [self._nodes[identity].name for identity in ids]
+            if chips:
+                before, all_of_them = self._seats.get(pool.name, {}), range(max(chips) + 1)
+                first = not before and len(slots) >= len(all_of_them)
+                seats = self._seats[pool.name] = seat(before, slots, all_of_them if first else chips)
+                if seats.keys() >= set(chips):
+                    return [named[seats[chip]] for chip in chips]
             busy = {
                 name: sum(process.pool == pool.name for process in list(node.processes.values()))
                 for name, node in named.items()
             }
-            return [named[name] for name in spread([self._nodes[identity].name for identity in ids], busy, workers)]
+            return [named[name] for name in spread(slots, busy, workers)]
+
+    def _take(self, pool: str, wanted: int, chips: Sequence[int]) -> list[str]:
+        """A node's id for each chip that is held: those that are wanted, and those on living nodes that were left."""
+        alive = {node.name for node in self._nodes.values() if node.lost is None}
+        seats = self._seats.get(pool, {}) if chips else {}
+        left = sum(node in alive for chip, node in seats.items() if chip not in chips)
+        if chips and not seats:
+            left = max(chips) + 1 - len(chips)
+        try:
+            return self._places.take(pool, wanted + left, self._avoided())
+        except PoolMissing:
+            if not left:
+                raise
+            return self._places.take(pool, wanted, self._avoided())
 
     def _avoided(self) -> dict[str, str]:
         """The nodes that are not to be used now, by id, and what to say of them."""

@@ -202,3 +202,6 @@ CLASSES: dict[str, Maker] = {
 """By name; the last is measured apart: a gradient that is wrong once is found with the audited share's probability."""
 
 TWELVE, ONCE = tuple(CLASSES)[:-1], tuple(CLASSES)[-1]
+
+OUTSIDE = frozenset({"supervisor", "node", "straggler", "disk", "torn", "shard"})
+"""The classes whose faults come from outside: the drill has to be where the processes and the files are."""
