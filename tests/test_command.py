@@ -62,6 +62,24 @@ def test_a_killed_command_goes_on_where_its_own_state_is(tmp_path: Path, launche
     assert (tmp_path / "run" / "state" / "rank0").read_text() == "12"
 
 
+def test_a_worker_may_die_as_often_as_restarts_say(tmp_path: Path, launcher: LocalLauncher) -> None:
+    """The number of workers is the trainer's business: none is left out, however often it died."""
+    code = """
+        import os, pathlib, signal
+        state = pathlib.Path(os.environ["OTTAVA_STATE"]); state.mkdir(parents=True, exist_ok=True)
+        died = sorted(state.glob("died*"))
+        if os.environ["RANK"] == "0" and len(died) < 3:
+            (state / f"died{len(died)}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert os.environ["WORLD_SIZE"] == "2"
+        """
+    found = supervise(run_of(tmp_path, launcher, code=code))
+    assert (found["ended"], found["starts"]) == ("finished", 4)
+    (tmp_path / "again").mkdir()
+    with pytest.raises(TrainingFailed, match="no pool is left"):
+        supervise(run_of(tmp_path / "again", launcher, code=code, care=Care(restarts=2)))
+
+
 def test_a_command_that_hangs_is_started_again(tmp_path: Path, launcher: LocalLauncher) -> None:
     run = run_of(tmp_path, launcher, "12", str(int(signal.SIGSTOP)), care=Care(hang_s=2.0, hang_least_s=2.0))
     found = supervise(run)

@@ -64,6 +64,18 @@ def test_who_hangs(phases: list[str], silent: list[int], blamed: tuple[int, ...]
     assert found.hung(last + 2 * SILENT_S + 0.5) == blamed
 
 
+def test_a_save_or_an_evaluation_may_take_longer_than_a_step() -> None:
+    found, last = watch(2, 20), 2.0
+    found.hear(beat(0, last, "save"))
+    found.hear(beat(1, last + 40.0, "between"))  # waits for it
+    found.hear(beat(0, last + 40.0, "save"))
+    assert found.hung(last + 40.0) is None, "hang_s is 60 seconds"
+    assert found.hung(last + 61.0) is not None
+    found.hear(beat(0, last + 45.0, "between"))
+    assert found.hung(last + 45.5) is None, "the clock starts anew when it is done"
+    assert found.hung(last + 46.5) is not None
+
+
 def test_a_straggler_is_slow_for_long() -> None:
     assert watch(4, SLOW_STEPS, slow={2: 0.6}).stragglers() == (2,)
     assert watch(4, SLOW_STEPS - 1, slow={2: 0.6}).stragglers() == ()

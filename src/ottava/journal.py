@@ -68,6 +68,23 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
             yield event
 
 
+def standing(events: Iterable[Event], kind: str, phase: str) -> list[dict[str, Any]]:
+    """The events of a kind, each with a step, that still count in one phase of a run, in the order of their steps.
+
+    Of a step that was taken again the last counts, and none after the step that a later start went back to. Pure.
+    """
+    found: list[dict[str, Any]] = []
+    for event in events:
+        name = event["event"]
+        if name == "train.begin":
+            found = []
+        elif name in ("train.start", kind) and event.get("phase") == phase:
+            step = int(event["step"])
+            found = [earlier for earlier in found if earlier["step"] < step + (name == "train.start")]
+            found += [dict(event)] if name == kind else []
+    return found
+
+
 @dataclass
 class StageState:
     """One stage as the journal tells it. seconds: wall time of the attempts that were run, added up."""

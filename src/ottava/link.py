@@ -48,6 +48,7 @@ class Link:
         self._lease_s, self._step = lease_s, -1
         self._until = time.monotonic() + lease_s
         self._go, self._stop, self._done = threading.Event(), threading.Event(), False
+        self._cleared, self._word = -1, threading.Condition()
         self._lock = threading.Lock()
         self._socket = socket.create_connection(address, timeout=10)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -76,6 +77,12 @@ class Link:
         """Say that a step is done and its state is kept."""
         self._step = step
         self.say("step", step=step, **facts)
+
+    def clearance(self, step: int) -> bool:
+        """Wait until the supervisor lets the run go on beyond this step, or wants its end: whether it goes on."""
+        with self._word:
+            self._word.wait_for(lambda: self._cleared >= step or self.stopping)
+        return not self.stopping
 
     def alarm(self, kind: str, step: int, message: str, **facts: Any) -> None:
         """Say that something is wrong here: kind as in `supervisor.decide.KINDS`. The worker then ends by itself."""
@@ -120,8 +127,13 @@ class Link:
             self._until = time.monotonic() + self._lease_s
         elif do == "go":
             self._go.set()
-        elif do == "stop":
-            self._stop.set()
+        elif do in ("on", "stop"):
+            with self._word:
+                if do == "stop":
+                    self._stop.set()
+                else:
+                    self._cleared = max(self._cleared, int(message["step"]))
+                self._word.notify_all()
         elif do == "stacks":
             with suppress(OSError), Path(message["path"]).open("w") as file:
                 faulthandler.dump_traceback(file)
@@ -153,6 +165,9 @@ class Alone(Link):
 
     def step(self, step: int, **facts: Any) -> None:
         pass
+
+    def clearance(self, step: int) -> bool:
+        return True
 
     def check(self) -> None:
         pass

@@ -23,7 +23,7 @@ def evidence(content: Content) -> list[dict[str, Any]]:
     check: a command to look again, to run in the run's folder, or None. Some compute the claim anew, others only
     show the record of it.
     """
-    sections = (_moved, _weighed, _answered, _served, _labelled, _qualified, _rehearsed, _priced)
+    sections = (_moved, _compared, _weighed, _answered, _served, _labelled, _qualified, _rehearsed, _priced)
     rows = [row for section in sections for row in section(content)]
     return sorted(rows, key=lambda row: LEVELS.index(row["level"]))
 
@@ -135,6 +135,26 @@ def _move_rows(content: Content, move: Content) -> Iterator[dict[str, Any]]:
         move["one_worker_identical"],
         f"cat {_artifact(content, 'train')}/proof.json",
     )
+
+
+def _compared(content: Content) -> Iterator[dict[str, Any]]:
+    found = content["go_no_go"]
+    if found is None:
+        return
+    looks = found["looks"]
+    examples = looks[-1]["examples"] if found["reused"] else sum(look["examples"] for look in looks)
+    shared = ", the same at every look" if found["reused"] else ""
+    shown = found["proven"] or found["action"] == "stop"
+    margin = f"more than {found['margin']:g} nats a token"
+    yield _row(
+        "measured",
+        f"After step {found['step']} the run is no worse than its baseline by {margin}" if shown
+        else f"After step {found['step']} nothing shows that the run is worse than its baseline by {margin}",
+        f"sequential test, error rate {percent(found['alpha'])} over all looks: {plural(len(looks), 'look')}, "
+        f"{plural(examples, 'held-out example')}{shared}; at the last {found['reason']}",
+        found["action"] != "stop" if shown else None,
+        "grep train.verdict journal.jsonl",
+    )  # fmt: skip
 
 
 def _weighed(content: Content) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,9 @@ PARTS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {  # what an event 
     "stage.start": {"stage": str, "key": str},
     "stage.progress": {"stage": str, "fraction": NUMBER},
     "train.join": {"pool": str},
+    "train.start": {"step": int},
     "train.step": {"pool": str, "step": int},
+    "train.verdict": {"step": int, "action": str, "reason": str},
     "train.fallback": {"source": str, "target": str},
 }
 
@@ -51,12 +53,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class History:
-    """A run as far as it is of the present recipe. injected: the faults that were planned."""
+    """A run as far as it is of the present recipe. injected: the faults that were planned; verdicts: of go or
+    no-go, as far as they still count."""
 
     state: RunState
     curve: Sequence[Point] = ()
     bars: Sequence[Bar] = ()
     injected: Sequence[Event] = ()
+    verdicts: Sequence[Event] = ()
     peak_memory_mb: float | None = None
 
 
@@ -97,7 +101,8 @@ def history(events: Iterable[Event], digest: str, alive: bool) -> History:
         stage.seconds = round(stage.seconds + running.seconds, 3)
     memory = [float(e["peak_memory_mb"]) for e in kept if e.get("peak_memory_mb") is not None]
     injected = [e for e in kept if e["event"] == "train.injected"]
-    return History(state, curve(state.steps), bars(attempts), injected, max(memory, default=None))
+    verdicts = journal.standing(kept, "train.verdict", "main")
+    return History(state, curve(state.steps), bars(attempts), injected, verdicts, max(memory, default=None))
 
 
 def _whole(event: Event) -> bool:

@@ -147,6 +147,7 @@ def _content(source: Source) -> dict[str, Any]:
         "accuracy": _accuracy(source),
         "accuracy_by_pool": _by_pool(source),
         "fallback": _fallback(source),
+        "go_no_go": _go_no_go(source),
         "fp8": _fp8(source),
         "serve": _serve(source),
         "versions": _versions(source),
@@ -301,6 +302,19 @@ def _fallback(source: Source) -> dict[str, Any] | None:
         found = {"from": event["source"], "to": event["target"], "before": event.get("digest")}
         found |= {key: event.get(key) for key in ("at_step", "lost_steps")}
     return None if found is None else {key: found.get(key) for key in keep}
+
+
+def _go_no_go(source: Source) -> dict[str, Any] | None:
+    """How the run compares with its baseline, by its last look; None where there was none. Losses in nats a token."""
+    verdicts = source.history.verdicts
+    if not verdicts:
+        return None
+    keep = (
+        "action", "step", "excess", "low", "high", "proven", "evidence", "reason", "margin", "alpha", "bound", "reused",
+        "on_stop", "baseline",
+    )  # fmt: skip
+    rows = [{key: event.get(key) for key in ("step", "action", "examples", "excess", "proven")} for event in verdicts]
+    return {key: verdicts[-1].get(key) for key in keep} | {"looks": rows}
 
 
 def _fp8(source: Source) -> dict[str, Any] | None:

@@ -19,8 +19,8 @@ def text(content: Content) -> str:
     """A run's report as text for the terminal."""
     head = f"{content['recipe']}: {content['status']}, {seconds(content['seconds'])} of work, seed {content['seed']}"
     blocks = (
-        ("accuracy", _accuracy), ("fallback", _fallback), ("weights", _weights), ("labels", _labels),
-        ("served", _served), ("rehearsal", _rehearsal), ("claims", _claims),
+        ("accuracy", _accuracy), ("fallback", _fallback), ("go/no-go", _go_no_go), ("weights", _weights),
+        ("labels", _labels), ("served", _served), ("rehearsal", _rehearsal), ("claims", _claims),
     )  # fmt: skip
     lines = [head, "", *(line for said in content["verdict"] for line in textwrap.wrap(said, WIDTH)), ""]
     lines += _block("stages", [_stages(content)])
@@ -76,6 +76,18 @@ def _fallback(content: Content) -> Iterator[str]:
             f"drift after {plural(move['window'], 'step')}      {scientific(move['drift'])}, {inside} the envelope "
             f"{scientific(move['envelope'])}"
         )
+
+
+def _go_no_go(content: Content) -> Iterator[str]:
+    found = content["go_no_go"]
+    if found is None:
+        return
+    said = ", ".join(
+        f"{look['action'].upper() if look['action'] != 'go' else 'go'} at {look['step']}" for look in found["looks"]
+    )
+    only_said = ", verdicts are only said" if found["on_stop"] == "warn" else ""
+    yield f"{said}; error rate {percent(found['alpha'])}{only_said}"
+    yield str(found["reason"])
 
 
 def _weights(content: Content) -> Iterator[str]:

@@ -25,7 +25,7 @@ from ottava.supervisor.drift import measure
 from ottava.supervisor.loop import Run, replay, supervise, window
 from ottava.supervisor.record import Segment
 from ottava.supervisor.store import handoff_file, kept_file
-from ottava.trainer import snapshot
+from ottava.trainer import heldout, snapshot
 from ottava.trainer.snapshot import Snapshot
 from ottava.trainer.spec import TrainSpec
 
@@ -41,6 +41,7 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
     label = inputs["label"]
     model = ctx.out / "model"
     write_tiny(model, label.json("vocabulary.json"))
+    heldout.check(spec, label.path, model)
     base = {"spec": spec.model_dump(mode="json"), "seed": ctx.seed, "data": str(label.path), "chat": str(model)}
     base["content"] = label.digest
     if not (ctx.work / "main").exists():

@@ -65,7 +65,8 @@ class Stretch:
     """One start of a pool's workers: on which chips, what they run with which arguments.
 
     situation: where the run stands, if what follows a failure depends on it; env: for the workers; speaks: whether
-    they are known to speak, so that silence from the start is a hang.
+    they are known to speak, so that silence from the start is a hang; on: what is done about words of the first worker
+    that only this run knows.
     """
 
     pool: Pool
@@ -75,6 +76,7 @@ class Stretch:
     situation: Situation | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     speaks: bool = True
+    on: Mapping[str, Callable[[Mapping[str, Any]], None]] = field(default_factory=dict)
 
 
 def attempt(run: Watched, hub: Hub, stretch: Stretch, now: Record, epoch: int) -> Failure | None:
@@ -221,6 +223,8 @@ class Attempt:
                 self._join(message)
             elif kind == "step" and message["rank"] == 0:
                 self._step(message)
+            elif kind in self.stretch.on and message["rank"] == 0:
+                self.stretch.on[kind](message)
             elif kind == "alarm":
                 self.alarms.append(message)
             elif kind in ("injected", "unsaved", "saved", "rejected"):

@@ -27,7 +27,7 @@ KINDS = (
 ALONE = 75
 """The exit status of a worker that lost its supervisor or its lease."""
 
-WAITING = ("reduce", "join")
+WAITING = ("reduce", "join", "verdict")
 """Phases in which a worker waits for its peers."""
 
 LOW_DISK, LOW_MEMORY = 0.01, 0.05  # shares that are as good as nothing

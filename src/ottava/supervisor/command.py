@@ -62,7 +62,7 @@ class Run:
     def record(self) -> Record:
         """What happened so far."""
         shards = max(pool.workers for pool in self.pools)
-        situation = standing(self.pools, self.care.restarts, shards)
+        situation = standing(self.pools, self.care.restarts, shards, elastic=False)
         return record.fold(journal.read(self.journal.path), self.phase, situation)
 
 

@@ -4,7 +4,7 @@ not the pool's fault (disk, a data file)           stop: moving would not help
 the same deterministic failure twice               stop: it is a bug, another pool is not burnt
 wrong gradients                                    go back to the last state that an audit vouches for
 wrong bits, another class, a dead node             leave those chips at once
-killed, hanging, slow, wrong numbers               leave a chip at its second strike
+killed, hanging, slow, wrong numbers               leave a chip at its second strike, if it is not the pool's last
 more failures than the pool may have, or no chip   fall back to the next pool; none left: stop
 """
 
@@ -64,7 +64,8 @@ class Standing:
 @dataclass(frozen=True)
 class Situation:
     """Where a run stands. at: the present pool's index; restarts: failures that a pool may have before the run
-    leaves it; shards: V, the most workers there is work for; audited: the last step whose state an audit vouches for.
+    leaves it; shards: V, the most workers there is work for; audited: the last step whose state an audit vouches for;
+    elastic: whether it may go on with fewer workers, so that chips can be left.
     """
 
     pools: tuple[Standing, ...]
@@ -72,6 +73,7 @@ class Situation:
     shards: int
     at: int = 0
     audited: int = 0
+    elastic: bool = True
     history: tuple[Failure, ...] = ()
 
     @property
@@ -121,9 +123,10 @@ class Stop:
 Action = Exclude | RollBack | Start | FallBack | Stop
 
 
-def standing(pools: Sequence[Pool], restarts: int, shards: int) -> Situation:
+def standing(pools: Sequence[Pool], restarts: int, shards: int, elastic: bool = True) -> Situation:
     """Where a run stands before anything happened."""
-    return Situation(tuple(Standing(pool.name, tuple(range(pool.workers))) for pool in pools), restarts, shards)
+    whole = tuple(Standing(pool.name, tuple(range(pool.workers))) for pool in pools)
+    return Situation(whole, restarts, shards, elastic=elastic)
 
 
 def decide(situation: Situation, failure: Failure) -> tuple[Situation, tuple[Action, ...]]:
@@ -139,7 +142,7 @@ def decide(situation: Situation, failure: Failure) -> tuple[Situation, tuple[Act
     actions: list[Action] = []
     if failure.kind == "gradient":
         actions.append(RollBack(now.audited))
-    standing, out = _strike(now.pool, failure)
+    standing, out = _strike(now.pool, failure, now.elastic)
     if out:
         actions.append(Exclude(standing.name, out))
     now = replace(now, pools=(*now.pools[: now.at], standing, *now.pools[now.at + 1 :]))
@@ -161,11 +164,14 @@ def _same(failure: Failure, earlier: Failure, situation: Situation) -> bool:
     return again and not (failure.chips and failure.chips == earlier.chips and moved)
 
 
-def _strike(pool: Standing, failure: Failure) -> tuple[Standing, tuple[int, ...]]:
-    """The pool with the failure counted, and the chips that leave it."""
+def _strike(pool: Standing, failure: Failure, elastic: bool) -> tuple[Standing, tuple[int, ...]]:
+    """The pool with the failure counted, and the chips that leave it: where a pool would have none left, strikes alone
+    are no reason, as its restarts are counted anyhow."""
     strikes = (*pool.strikes, *failure.chips)
     blamed = [chip for chip in dict.fromkeys(failure.chips) if chip in pool.chips]
-    out = tuple(c for c in blamed if failure.kind in OUT_AT_ONCE or strikes.count(c) >= STRIKES)
+    at_once = failure.kind in OUT_AT_ONCE
+    out = tuple(c for c in blamed if at_once or strikes.count(c) >= STRIKES) if elastic else ()
+    out = out if at_once or len(out) < len(pool.chips) else ()
     trusted = [chip for chip in pool.chips if chip not in out]
     # Whoever is blamed goes to the end, so that its shards come to another chip: what then comes back is no chip's.
     left = tuple(sorted(trusted, key=lambda chip: chip in blamed))

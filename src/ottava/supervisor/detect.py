@@ -16,10 +16,15 @@ SILENT_S = 1.0
 KNOWN = 16
 """Steps after which their times say what a hang is."""
 
+LONG = ("save", "evaluate", "look")
+"""Phases that take their own time, whatever a step takes: `hang_s` counts while a worker is in one."""
+
 SLOW, SLOW_STEPS, SLOW_S = 3.0, 8, 2.0
 """A straggler takes so many times longer than the median of the others, over so many steps, and for so long. Below
 that, leaving it and going on with half as many workers costs more than it gains."""
 
+WAITING = ("reduce", "verdict")
+"""Phases in which a worker waits for others: for its peers, or for the supervisor's word on a look."""
 
 class Care(Protocol):
     """How a run's workers are looked after: as in `trainer.spec.TrainSpec`."""
@@ -51,7 +56,9 @@ class Watch:
         rank, self._speaks = message["rank"], True
         self._beats[rank] = message["t"]
         if message["say"] == "beat":
-            self._phases[rank] = str(message["phase"])
+            before, self._phases[rank] = self._phases[rank], str(message["phase"])
+            if before in LONG and before != self._phases[rank]:  # what it did was no step, and it is done
+                self._progress = message["t"]
         elif message["say"] == "step":
             self._steps[rank] = message["step"]
             self._progress = message["t"]
@@ -71,7 +78,8 @@ class Watch:
             return self._care.hang_s
         ordered = sorted(self._times)
         p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-        return max(self._care.hang_least_s, 3 * p99)
+        least = self._care.hang_s if any(phase in LONG for phase in self._phases.values()) else self._care.hang_least_s
+        return max(least, 3 * p99)
 
     def hung(self, now: float) -> tuple[int, ...] | None:
         """None while there is progress; else whom it speaks against: the silent, or those whom the others wait for."""
@@ -81,7 +89,7 @@ class Watch:
         silent = tuple(rank for rank, beat in busy.items() if now - beat > SILENT_S)
         if silent:
             return silent if len(silent) < self._world or self._world == 1 else ()
-        waiting = {rank for rank, phase in self._phases.items() if phase == "reduce"}
+        waiting = {rank for rank, phase in self._phases.items() if phase in WAITING}
         others = tuple(rank for rank in self._phases if rank not in waiting)
         return others if waiting else ()
 

@@ -99,7 +99,7 @@ def spec_for(spec: TrainSpec, steps: int = STEPS) -> TrainSpec:
         "steps": steps, "fault": None, "virtual_shards": CHIPS, "checkpoint_every": EVERY, "hang_s": 20.0,
         "leave_stragglers": True,
         "hang_least_s": LEAST_HANG_S, "audit": {"share": SHARE}, "spike": {**spec.spike.model_dump(), "window": WINDOW},
-        "drift": {**spec.drift.model_dump(), "window": 2}, "grid_from": 0.75,
+        "drift": {**spec.drift.model_dump(), "window": 2}, "grid_from": 0.75, "go_no_go": None,
     }  # fmt: skip
     return TrainSpec.model_validate({**spec.model_dump(), **changes})
 

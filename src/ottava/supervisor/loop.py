@@ -22,6 +22,7 @@ from ottava.supervisor import record, store
 from ottava.supervisor.attempt import Stretch, act, alone, attempt, say
 from ottava.supervisor.decide import Situation, decide, group, standing
 from ottava.supervisor.hub import Hub
+from ottava.supervisor.looks import Gate
 from ottava.supervisor.record import Record, Segment
 from ottava.supervisor.store import Found
 from ottava.trainer import snapshot
@@ -31,7 +32,7 @@ from ottava.trainer.spec import Fault, TrainSpec
 WORKER = "ottava.trainer.worker:run"
 CARE = {
     "budget_s", "pool", "fault", "audit", "spike", "restarts", "hang_s", "hang_least_s", "leave_stragglers",
-    "checkpoint_every", "min_thinking", "drift",
+    "checkpoint_every", "min_thinking", "drift", "go_no_go",
 }  # fmt: skip
 """What a recipe says of how a run is looked after: it does not change what is computed."""
 
@@ -81,25 +82,30 @@ class Run:
 def supervise(run: Run, faults: Sequence[Fault] = ()) -> tuple[Snapshot, list[Segment]]:
     """Carry a run to its last step through whatever happens; its final state and the pools it went through.
 
-    Raises TrainingFailed where no pool is left or a deterministic error came back, Busy where another supervisor
-    holds the run.
+    Raises TrainingFailed where no pool is left, a deterministic error came back or the run is beyond its baseline's
+    margin, Busy where another supervisor holds the run.
     """
     with alone(run.folder), Hub(run.launcher.host) as hub:
+        gate = Gate(run, run.spec, hub)
         while True:
             now = run.record()
             found = _newest(run, now)
-            if found is not None and found.step >= run.spec.steps and not found.durable:
-                return found.load(), _closed(now, found.step)
+            step = 0 if found is None else found.step
+            gate.settle(step)
+            looks = gate.args(step)
+            if found is not None and step >= run.spec.steps and not found.durable and not looks:
+                return found.load(), _closed(now, step)
             situation = now.fresh if now.stopped else now.situation
             if now.segments and now.segments[-1].pool != situation.pool.name:
                 _move(run, now, found, situation.pool.name)
             pool = run.pool(situation.pool.name)
             chips = group(situation.pool.chips, run.spec.virtual_shards)
-            keep = _keep(run, record.after(now.segments, pool.name, 0 if found is None else found.step, 0))
+            keep = _keep(run, record.after(now.segments, pool.name, step, 0))
             left = {str(n): f.model_dump(mode="json") for n, f in enumerate(faults) if n not in now.injected}
             args = _begin(run, pool, chips, now, found) | {"until": run.spec.steps, "keep": keep, "faults": left}
-            failure = attempt(run, hub, Stretch(pool, chips, WORKER, args, situation), now, now.epoch + 1)
-            if failure is not None:
+            stretch = Stretch(pool, chips, WORKER, args | looks, situation, on={"look": gate.hear})
+            failure = attempt(run, hub, stretch, now, now.epoch + 1)
+            if failure is not None and not gate.refused:
                 act(run, decide(situation, failure)[1], failure)
 
 

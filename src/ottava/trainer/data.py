@@ -119,10 +119,11 @@ def _examples(rows: list[dict[str, str]], chat: Chat, *, thinking: bool) -> dict
     for row, prompt in zip(rows, prompts, strict=True):
         reply = chat.reply(row["answer"], row["trace"] if thinking else None)
         grouped[int(row["steps"])].append((prompt, reply))
-    return {length: _pack(pairs) for length, pairs in sorted(grouped.items())}
+    return {length: pack(pairs) for length, pairs in sorted(grouped.items())}
 
 
-def _pack(pairs: Iterable[tuple[list[int], list[int]]]) -> Examples:
+def pack(pairs: Iterable[tuple[list[int], list[int]]]) -> Examples:
+    """Prompts and replies, as token ids, in arrays as long as the longest."""
     pairs = list(pairs)
     width = max(len(prompt) + len(reply) for prompt, reply in pairs)
     tokens = np.zeros((len(pairs), width), np.int64)

@@ -7,7 +7,8 @@ never accumulate in `.grad`: what a shard contributes is the same bits wherever 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +131,19 @@ class Trainer:
         if perturb is not None:
             perturb(total[: self.forward.numel()])
         return self.update(total, self.clip(total))
+
+    @contextmanager
+    def looking(self) -> Iterator[nn.Module]:
+        """The model as the next step's forward pass will use it, to be run without gradients; no state changes."""
+        self.refresh()
+        loads = [counts.clone() for counts in self._counts]
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                yield self.model.eval()
+        finally:
+            self.model.train()
+            for counts, load in zip(self._counts, loads, strict=True):
+                counts.copy_(load)
 
     def _drawn(self) -> Draws:
         """The present step's draws, made at its first shard."""

@@ -13,7 +13,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Phase = Literal[
-    "join", "load", "forward", "reduce", "update", "snapshot", "kept",
+    "join", "load", "forward", "reduce", "update", "snapshot", "kept", "look",
     "save:payload", "save:fsync:payload", "save:manifest", "save:fsync:manifest", "save:fsync:folder", "save:rename",
     "save:fsync:root",
 ]  # fmt: skip
@@ -153,6 +153,38 @@ class Drift(Frozen):
     replicas: Annotated[int, Field(ge=3)] = 5
 
 
+class GoNoGo(Frozen):
+    """Checkpoints at which the run is held against a baseline by a sequential test (`verify.sequential`).
+
+    The score of an example is the mean cross-entropy of its reply's tokens, in nats, at most `bound`; an example is a
+    test problem with the task's own trace. The run is to be no worse than the baseline by more than `margin`.
+    """
+
+    baseline: Annotated[
+        str, Field(min_length=1, description="a model's folder in any layout, a stage's artifact, or a run's folder")
+    ]
+    every: Annotated[Positive | None, Field(description="look after every so many steps")] = None
+    at: Annotated[tuple[Positive, ...], Field(description="or after these steps")] = ()
+    examples: Annotated[int, Field(ge=1, le=4096, description="held-out examples of a look")] = 100
+    margin: Annotated[float, Field(ge=0, description="nats per token of the reply")] = 0.1
+    alpha: Annotated[
+        float, Field(gt=0, lt=1, description="largest probability of stopping a run that never was beyond the margin")
+    ] = 0.05
+    bound: Annotated[float, Field(gt=0, description="nats per token; a higher loss counts as this")] = 4.0
+    reused: Annotated[bool, Field(description="the looks share their examples instead of having new ones")] = False
+    on_stop: Literal["stop", "warn"] = "stop"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GoNoGo:
+        if (self.every is None) == (not self.at):
+            raise ValueError("say when to look: either `every` so many steps, or `at` which steps")
+        if list(self.at) != sorted(set(self.at)):
+            raise ValueError("`at` names steps in ascending order, each once")
+        if self.margin >= self.bound:
+            raise ValueError(f"the margin ({self.margin:g}) must be below the bound of the loss ({self.bound:g})")
+        return self
+
+
 class TrainSpec(recipe.Spec):
     """Supervised fine-tuning on both modes, under the supervisor, ending on the grid."""
 
@@ -182,6 +214,15 @@ class TrainSpec(recipe.Spec):
     checkpoint_every: Positive = 100
     min_thinking: Annotated[Fraction, Field(description="the verdict is no below this thinking accuracy")] = 0.0
     drift: Drift = Drift()
+    go_no_go: GoNoGo | None = None
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The steps after which the run is held against its baseline, ascending."""
+        if self.go_no_go is None:
+            return ()
+        every = self.go_no_go.every
+        return self.go_no_go.at if every is None else tuple(range(every, self.steps + 1, every))
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSpec:
@@ -189,4 +230,6 @@ class TrainSpec(recipe.Spec):
             raise ValueError("virtual_shards must be a power of two")
         if self.fault is not None and self.fault.at_step + self.drift.window >= self.steps:
             raise ValueError("fault.at_step + drift.window must lie before the last step")
+        if self.go_no_go is not None and (not self.looks or self.looks[-1] > self.steps):
+            raise ValueError(f"go_no_go looks after the last step, which is {self.steps}")
         return self

@@ -24,6 +24,7 @@ from ottava.platforms.base import FaultClass
 from ottava.trainer import audit, data, envelope, guard, reduce, schedule, snapshot
 from ottava.trainer.faults import Injector
 from ottava.trainer.guard import Alarm, Group
+from ottava.trainer.looks import Looker
 from ottava.trainer.loop import Report, Trainer
 from ottava.trainer.saver import STATE, Saver
 from ottava.trainer.spec import Fault, TrainSpec
@@ -61,7 +62,8 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
     args: spec, seed, data, chat; run: its id; start: {"path", "step", "digest"} of a state, or None; until; memory: the
     folder of this start's snapshots; keep: {step: path} of states to save; durable: the folder of generations; vouched:
     the last step that an audit vouches for; recent: [step, loss] of the steps before; chips: the chip of each rank;
-    pool; faults: {number: fault} to commit.
+    pool; faults: {number: fault} to commit; looks, baseline: after which steps the run is still to be held against
+    which model, if at all.
     Returns {step, digest}. Raises TrainingFailed where something is wrong with this worker's chip or its numbers.
     """
     line = link.connect()
@@ -106,9 +108,13 @@ class Worker:
         self.keep = {int(step): Path(path) for step, path in args["keep"].items()}
         self.digest = ""
         self.vouched, self.saving = int(args["vouched"]), -1
+        self.looks, self.looker = frozenset(args.get("looks", ())), None
+
+    looker: Looker | None
 
     def run(self) -> dict[str, Any]:
         self._begin()
+        self._look()
         while self.trainer.state.step < self.args["until"] and not self.line.stopping:
             self._step()
         self.line.phase = "end"
@@ -142,6 +148,9 @@ class Worker:
             self.saver = Saver(durable, run=run, epoch=epoch, at=self._in_save)
             if state.step in self.keep:
                 snapshot.save(self.keep[state.step], state.snapshot())
+            if self.looks:
+                places = (Path(self.args[name]) for name in ("data", "chat", "baseline"))
+                self.looker = Looker(self.trainer, *places)
         self.line.join(
             step=state.step, digest=self.digest, numerics_class=its_class, world=self.group.world, pid=os.getpid()
         )
@@ -176,6 +185,18 @@ class Worker:
         where = {"digest": self.digest[:16], "seconds": round(time.monotonic() - begun, 4)}
         self.line.step(report.step, **_event(report), **where, compute_s=round(computed, 4), audited=audited)
         self._enter("kept")
+        self._look()
+
+    def _look(self) -> None:
+        """At a checkpoint: the first worker compares the kept state with the baseline, all wait for the verdict."""
+        step = self.trainer.state.step
+        if step not in self.looks:
+            return
+        self._enter("look")
+        if self.looker is not None:
+            self.line.say("look", **self.looker.look())
+        self.line.phase = "verdict"
+        self.line.clearance(step)
 
     def _check_losses(self, total: Any, norm: float, sound: bool, mine: tuple[float, float]) -> None:
         """Before the update: are the numbers numbers, is the loss like those before? Others are asked only if not."""
