@@ -26,6 +26,7 @@ that, leaving it and going on with half as many workers costs more than it gains
 WAITING = ("reduce", "verdict")
 """Phases in which a worker waits for others: for its peers, or for the supervisor's word on a look."""
 
+
 class Care(Protocol):
     """How a run's workers are looked after: as in `trainer.spec.TrainSpec`."""
 
