@@ -105,12 +105,12 @@ def test_a_command_without_the_line_is_watched_for_its_end(tmp_path: Path, launc
         mark = pathlib.Path(os.environ["OTTAVA_STATE"]); mark.mkdir(parents=True, exist_ok=True)
         mark = mark / os.environ["RANK"]
         if not mark.exists():
-            mark.touch(); sys.exit("the first time fails")
+            mark.touch(); sys.exit("the first time fails\\n  mend: wait")
         """
     found = supervise(run_of(tmp_path, launcher, code=code, care=Care(hang_s=0.5)))
     assert found["ended"] == "finished"
     assert [fault["kind"] for fault in found["faults"]] == ["error"]
-    assert "the first time fails" in found["faults"][0]["message"]
+    assert found["faults"][0]["message"] == "a worker died with status 1: the first time fails"
 
 
 def test_the_same_error_twice_is_a_bug_and_no_other_pool_is_burnt(tmp_path: Path, launcher: LocalLauncher) -> None:

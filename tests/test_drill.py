@@ -12,8 +12,9 @@ import pytest
 from ottava.errors import DataError, RecipeError
 from ottava.supervisor import campaign, drill
 from ottava.supervisor.decide import KINDS
-from ottava.supervisor.drill import Drill, Outcome
-from ottava.supervisor.scenario import CHIPS, CLASSES, EVERY, TWELVE, WINDOW, scenario
+from ottava.supervisor.drill import Drill
+from ottava.supervisor.outcome import Outcome, goodput, summary
+from ottava.supervisor.scenario import CHIPS, CLASSES, DAMAGES, EVERY, SAVING, TWELVE, WINDOW, scenario
 from ottava.trainer.spec import TrainSpec
 
 
@@ -84,11 +85,30 @@ def test_scenarios_are_sound(name: str) -> None:
         assert len([phase for phase in seen if phase.startswith("save:")]) == 7
 
 
+def test_a_campaign_meets_every_variant() -> None:
+    """Its seeds of one class are 12 apart, so nothing may hang on a seed's remainder."""
+    scenes = [scenario(TWELVE[seed % 12], seed, 24) for seed in range(240)]
+    of = {name: [scene for scene in scenes if scene.name == name] for name in TWELVE}
+    assert {len(scene.faults) for scene in of["kill"]} == {1, 2}
+    assert {(len(scene.acts), len(scene.faults)) for scene in of["supervisor"]} == {(1, 0), (1, 1), (2, 0), (2, 1)}
+    assert {(fault.kind, fault.sticky) for scene in of["corruption"] for fault in scene.faults} == {
+        ("flip", False), ("gradient", True),
+    }  # fmt: skip
+    assert {min(fault.bits, 2) for scene in of["corruption"] for fault in scene.faults} == {1, 2}
+    assert {scene.faults[0].kind for scene in of["system"]} == {"memory", "clock", "sleep"}
+    assert {scene.faults[0].phase for scene in of["torn"]} == set(SAVING)
+    assert {scene.acts[0].damage for scene in of["shard"]} == set(DAMAGES)
+    assert {scene.faults[0].sticky for scene in of["nan"]} == {True, False}
+    assert {len(scene.acts) for scene in of["disk"]} == {1, 2}
+    for name in ("kill", "node", "hang", "nan", "spike", "corruption", "system"):
+        assert {scene.restarts for scene in of[name]} >= {0, 4}, name
+
+
 def test_a_summary_counts() -> None:
     base = Outcome("kill", 0, "finished", ("killed",), True, 0.1, 1.0, 0, 0, 0, True, 5.0, ("a",))
     stopped = Outcome("disk", 1, "stopped", ("disk",), None, 2.0, None, 0, 0, 0, True, 5.0, ("a",))
     broken = Outcome("kill", 2, "finished", ("killed",), False, 0.3, 3.0, 1, 0, 2, True, 5.0, ("a",), wrong=("bad",))
-    found = drill.summary([base, stopped, broken])
+    found = summary([base, stopped, broken])
     whole = {name: found[name] for name in ("runs", "finished", "diagnosed", "bit_identical", "broken")}
     assert whole == {"runs": 3, "finished": 2, "diagnosed": 1, "bit_identical": 1, "broken": 1}
     assert (found["lost_steps_max"], found["corrupt_loads"], found["mttr_p50_s"]) == (1, 2, 2.0)
@@ -101,7 +121,7 @@ def test_wrong_gradients_are_counted_against_chance() -> None:
     found = Outcome("gradient", 0, "finished", ("gradient",), True, 0.1, 1.0, 0, 3, 0, True, 5.0, ("a",), "", 2)
     missed = Outcome("gradient", 1, "finished", (), False, None, None, 0, 0, 0, True, 5.0, ("a",))
     for count, inside in ((3, False), (4, True), (10, True), (17, True), (18, False)):
-        whole = drill.summary([found] * count + [missed] * (40 - count))
+        whole = summary([found] * count + [missed] * (40 - count))
         told = whole["by_fault"]["gradient"]
         assert (told["found"], told["interval"], told["inside"]) == (count, [4, 17], inside)
         assert whole["broken"] == (not inside)
@@ -117,8 +137,8 @@ def test_goodput_is_the_time_of_steps_that_count() -> None:
         {"event": "train.step", "step": 2, "seconds": 2.0, "t": 108.0},
         {"event": "train.step", "step": 3, "seconds": 1.0, "t": 110.0},
     ]
-    assert drill._goodput(events) == 0.4
-    assert drill._goodput(events[:1]) is None
+    assert goodput(events) == 0.4
+    assert goodput(events[:1]) is None
 
 
 @pytest.mark.parametrize("text", ["3", "3:3", "5:1", "a:b", "-1:4", ""])

@@ -14,9 +14,10 @@ from ottava.errors import DataError, PoolMissing, RecipeError
 from ottava.models.chat import write_tiny
 from ottava.recipe import Recipe
 from ottava.supervisor import drill
-from ottava.supervisor.drill import Drill, Outcome
+from ottava.supervisor.drill import Drill
 from ottava.supervisor.launch import Where
 from ottava.supervisor.local import LocalLauncher
+from ottava.supervisor.outcome import Outcome, summary
 from ottava.supervisor.scenario import CLASSES, OUTSIDE, TWELVE, scenario
 from ottava.trainer.spec import TrainSpec
 
@@ -81,7 +82,7 @@ def run(
         for seed in seeds:
             outcomes.append(drill.rehearse(where, scenario(names[seed % len(names)], seed, spec.steps)))
             progress(len(outcomes), len(seeds), outcomes[-1])
-    result = drill.summary(outcomes) | {"rehearsal": True, "launcher": "local" if ray is None else "ray"}
+    result = summary(outcomes) | {"rehearsal": True, "launcher": "local" if ray is None else "ray"}
     result |= {"cores": len(os.sched_getaffinity(0)), "steps": spec.steps}
     write_json(folder / "drill.json", result | {"outcomes": [vars(outcome) for outcome in outcomes]})
     return result

@@ -13,12 +13,11 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,16 @@ from ottava.context import Launcher, Process
 from ottava.errors import OttavaError
 from ottava.journal import Journal
 from ottava.recipe import Pool
+from ottava.supervisor import outcome
 from ottava.supervisor.launch import launcher_for
 from ottava.supervisor.local import LocalLauncher
 from ottava.supervisor.loop import Run, replay, supervise
+from ottava.supervisor.outcome import Outcome
 from ottava.supervisor.record import Segment
-from ottava.supervisor.scenario import CHIPS, EVERY, FIRST, NODES, ONCE, SECOND, WINDOW, Act, Scenario
+from ottava.supervisor.scenario import CHIPS, EVERY, FIRST, NODES, SECOND, SHARE, WINDOW, Act, Scenario
 from ottava.trainer.spec import Fault, TrainSpec
 
 STEPS = 24
-SHARE = 0.25  # of the steps that are audited, in a drill
 LEAST_HANG_S = 1.0
 TIMEOUT_S = 180.0  # for one run; nothing may take so long
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -43,33 +43,6 @@ POOLS = (
     Pool(name=FIRST, workers=CHIPS, nodes=NODES, stands_for="one vendor's chips"),
     Pool(name=SECOND, workers=CHIPS // 2, env=AVX2, stands_for="another vendor's chips"),
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one run. ended: finished | stopped | stuck; detect_s, recover_s: from the fault to its detection
-    and to the next step; lost: steps that were reported and done again; undone: those an audit took back;
-    corrupt_loads: workers that began from bytes that the undisturbed run never had; after: steps from a wrong gradient
-    to the audit that found it, 0 in the same step; goodput: share of the time from the first start to the last step
-    that went into steps that count; wrong: why a guarantee broke."""
-
-    name: str
-    seed: int
-    ended: str
-    seen: tuple[str, ...]
-    identical: bool | None
-    detect_s: float | None
-    recover_s: float | None
-    lost: int
-    undone: int
-    corrupt_loads: int
-    struck: bool
-    seconds: float
-    pools: tuple[str, ...]
-    reason: str = ""
-    after: int | None = None
-    goodput: float | None = None
-    wrong: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -137,10 +110,10 @@ def rehearse(drill: Drill, scenario: Scenario) -> Outcome:
         ended, result, reason = stage.play()
     finally:
         stage.clear()
-    outcome = judge(drill, scenario, folder, ended, result, reason, time.monotonic() - begun)
-    if not outcome.wrong:
+    found = judge(drill, scenario, folder, ended, result, reason, time.monotonic() - begun)
+    if not found.wrong:
         shutil.rmtree(folder)
-    return outcome
+    return found
 
 
 class Stage:
@@ -295,39 +268,17 @@ def judge(
     if result is not None:
         oracle = _oracle(drill, scenario, result["segments"])
         identical = result["digest"] == oracle["digest"]
-    lost, undone = _lost(events)
+    lost, undone = outcome.lost(events)
     known = (oracle or _oracle(drill, scenario, None))["states"]
-    loads = sum(_foreign(e, known, moved=oracle is None) for e in events if e["event"] == "train.join")
+    loads = sum(outcome.foreign(e, known, moved=oracle is None) for e in events if e["event"] == "train.join")
     struck = any(e["event"] == "train.injected" for e in events)
-    detect, recover = _latencies(events)
+    detect, recover = outcome.latencies(events)
     pools = tuple(dict.fromkeys(str(e["pool"]) for e in events if e["event"] == "train.start"))
     found = Outcome(
         scenario.name, scenario.seed, ended, seen, identical, detect, recover, lost, undone, loads, struck, round(s, 2),
-        pools, reason, _after(events), _goodput(events),
+        pools, reason, outcome.after(events), outcome.goodput(events),
     )  # fmt: skip
-    return Outcome(**{**asdict(found), "wrong": tuple(_broken(scenario, found, events))})
-
-
-def _broken(scenario: Scenario, found: Outcome, events: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """The guarantees that a run broke."""
-    unseen = scenario.binomial and not found.seen
-    if found.ended == "stuck":
-        yield f"it did not end: {found.reason}"
-    if found.identical is False and not unseen:
-        yield "it ended in other bytes than the same schedule without a fault"
-    if found.corrupt_loads:
-        yield f"{found.corrupt_loads} workers began from a state that never was"
-    if scenario.lost is not None and found.lost > scenario.lost:
-        yield f"{found.lost} steps were lost, and at most {scenario.lost} may be"
-    strangers = set(found.seen) - scenario.kinds
-    if strangers:
-        yield f"it was called {', '.join(sorted(strangers))}, and is {' or '.join(sorted(scenario.kinds)) or 'nothing'}"
-    if found.ended == "stopped" and not found.seen:
-        yield f"it stopped without a diagnosis: {found.reason}"
-    if not found.struck:
-        yield "the fault never struck"
-    if any(e["event"] == "drill.outlived" for e in events):
-        yield "a worker outlived its supervisor by two seconds"
+    return replace(found, wrong=tuple(outcome.broken(scenario, found, events)))
 
 
 def _oracle(drill: Drill, scenario: Scenario, segments: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
@@ -347,58 +298,6 @@ def _oracle(drill: Drill, scenario: Scenario, segments: Sequence[Mapping[str, An
         drill.oracles[key] = {"digest": result["digest"], "states": states}
         shutil.rmtree(folder)
     return drill.oracles[key]
-
-
-def _foreign(join: Mapping[str, Any], known: Mapping[int, str], moved: bool) -> bool:
-    """Whether a worker began from other bytes than the undisturbed run had there. moved: the oracle knows the first
-    pool alone."""
-    if moved and join["pool"] != FIRST:
-        return False
-    return bool(known.get(int(join["step"])) != join["digest"][:16])
-
-
-def _lost(events: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """The most steps that were lost at once, and the most that were taken back by an audit."""
-    reported = lost = undone = 0
-    back = False
-    for event in events:
-        if event["event"] == "train.step":
-            reported = int(event["step"])
-        elif event["event"] == "train.rollback":
-            back = True
-        elif event["event"] == "train.start" and event["phase"] == "main":
-            gap = max(0, reported - int(event["step"]))
-            lost, undone = (lost, max(undone, gap)) if back else (max(lost, gap), undone)
-            reported, back = int(event["step"]), False
-    return lost, undone
-
-
-def _after(events: Sequence[Mapping[str, Any]]) -> int | None:
-    """Steps that a wrong gradient passed for right before an audit found it."""
-    struck = next((int(e["step"]) for e in events if e["event"] == "train.injected" and e["kind"] == "gradient"), None)
-    seen = next((int(e["step"]) for e in events if e["event"] == "train.fault" and e["kind"] == "gradient"), None)
-    return None if struck is None or seen is None else seen - struck
-
-
-def _goodput(events: Sequence[Mapping[str, Any]]) -> float | None:
-    """The share of a run's time that went into steps that count."""
-    began = next((float(e["t"]) for e in events if e["event"] == "train.start"), None)
-    steps = {int(e["step"]): e for e in events if e["event"] == "train.step"}
-    if began is None or not steps:
-        return None
-    spent = max(float(e["t"]) for e in steps.values()) - began
-    return round(sum(float(e["seconds"]) for e in steps.values()) / spent, 4) if spent > 0 else None
-
-
-def _latencies(events: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
-    """Seconds from the first fault to its detection, and to the next step."""
-    struck = next((float(e["t"]) for e in events if e["event"] == "train.injected"), None)
-    if struck is None:
-        return None, None
-    seen = next((float(e["t"]) for e in events if e["event"] == "train.fault" and e["t"] >= struck), None)
-    starts = [float(e["t"]) for e in events if e["event"] == "train.start" and e["t"] >= struck]
-    first = next((float(e["t"]) for e in events if e["event"] == "train.step" and starts and e["t"] > starts[0]), None)
-    return (None if seen is None else round(seen - struck, 3), None if first is None else round(first - struck, 3))
 
 
 def _present(events: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[int, Mapping[str, Any]]]:
@@ -439,46 +338,3 @@ def _mount(folder: Path) -> bool:
 
 
 SMALL_DISK = 24 << 20
-
-
-def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What a campaign shows: the whole, and by class."""
-    groups = {name: [o for o in outcomes if o.name == name] for name in dict.fromkeys(o.name for o in outcomes)}
-    by_fault = {name: _figures(found) for name, found in groups.items()}
-    whole = _figures(outcomes)
-    if ONCE in groups:
-        by_fault[ONCE] |= _audited(groups[ONCE])
-        whole["broken"] += not by_fault[ONCE]["inside"]
-    return {**whole, "by_fault": by_fault}
-
-
-def _audited(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Gradients that were wrong once: how many an audit found, and where 99% of such counts lie."""
-    from scipy.stats import binom
-
-    found = sum(o.after is not None for o in outcomes)
-    low, high = (int(x) for x in binom.interval(0.99, len(outcomes), SHARE))
-    return {"found": found, "share": SHARE, "interval": [low, high], "inside": low <= found <= high}
-
-
-def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    finished = [o for o in outcomes if o.ended == "finished"]
-    return {
-        "runs": len(outcomes),
-        "finished": len(finished),
-        "diagnosed": sum(o.ended == "stopped" and not o.wrong for o in outcomes),
-        "bit_identical": sum(o.identical is True for o in finished),
-        "lost_steps_max": max((o.lost for o in outcomes), default=0),
-        "undone_steps_max": max((o.undone for o in outcomes), default=0),
-        "found_after_max": max((o.after for o in outcomes if o.after is not None), default=None),
-        "corrupt_loads": sum(o.corrupt_loads for o in outcomes),
-        "detect_p50_s": _median(o.detect_s for o in outcomes),
-        "mttr_p50_s": _median(o.recover_s for o in outcomes),
-        "goodput_p50": _median(o.goodput for o in outcomes),
-        "broken": sum(bool(o.wrong) for o in outcomes),
-    }
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return round(statistics.median(known), 3) if known else None

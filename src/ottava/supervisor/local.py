@@ -76,8 +76,9 @@ def answer(outcome: Mapping[str, Any]) -> dict[str, Any]:
 def _epitaph(status: int | None, log: Path) -> str:
     if status is not None and status < 0:
         return f"a worker was killed by {signal.Signals(-status).name}"
-    tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-    return f"a worker died with status {status}" + (f": {tail[0]}" if tail else "")
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    said = [line for line in lines if line.strip() and not line[0].isspace()]  # an error's own line; more may follow it
+    return f"a worker died with status {status}" + (f": {said[-1].strip()}" if said else "")
 
 
 def _gone() -> LauncherGone:

@@ -77,16 +77,16 @@ def _kill(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenar
     phase = str(draw.choice([*INSIDE, *RECOVERY]))
     at = 0 if phase in RECOVERY else _when(draw, steps)
     faults = [Fault(pool=FIRST, at_step=at, rank=_chip(draw), phase=phase)]  # type: ignore[arg-type]
-    if seed % 3 == 0:  # and again while it recovers, or another one in the same step
+    if draw.random() < 1 / 3:  # and again while it recovers, or another one in the same step
         again = str(draw.choice(RECOVERY)) if draw.random() < 0.7 else phase
         faults.append(Fault(at_step=at, rank=_chip(draw) % 2, phase=again))  # type: ignore[arg-type]
     return Scenario(name, seed, tuple(faults), kinds=frozenset({"killed", "node"}), restarts=_restarts(draw))
 
 
 def _supervisor(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:
-    acts = [Act("supervisor", _when(draw, steps)) for _ in range(1 + seed % 2)]
+    acts = [Act("supervisor", _when(draw, steps)) for _ in range(int(draw.integers(1, 3)))]
     faults = []
-    if seed % 4 == 3:  # a worker dies at the same time
+    if draw.random() < 1 / 3:  # a worker dies at the same time
         faults.append(Fault(pool=FIRST, at_step=acts[0].at_step, rank=_chip(draw), phase="forward"))
     kinds = frozenset({"killed"}) if faults else frozenset[str]()
     return Scenario(name, seed, tuple(faults), tuple(acts), kinds, restarts=4)
@@ -118,7 +118,7 @@ def _spike(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scena
 
 def _corruption(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:
     bits = int(draw.choice([1, 1, 2, 8, 64]))
-    if seed % 3 == 2:  # a chip that computes wrong gradients from some step on
+    if draw.random() < 1 / 3:  # a chip that computes wrong gradients from some step on
         fault = Fault(
             pool=FIRST, at_step=_when(draw, steps // 3), rank=_chip(draw), kind="gradient", bits=bits, sticky=True
         )
@@ -158,19 +158,19 @@ def _disk(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenar
 
 def _torn(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:
     at = EVERY * int(draw.integers(1, steps // EVERY))
-    fault = Fault(pool=FIRST, at_step=at, rank=0, phase=SAVING[seed // 12 % len(SAVING)])  # type: ignore[arg-type]
+    fault = Fault(pool=FIRST, at_step=at, rank=0, phase=str(draw.choice(SAVING)))  # type: ignore[arg-type]
     acts = (Act("wreck", at),) if draw.random() < 0.7 else ()  # and all memory is lost
     lost = EVERY + 2 if acts else 0  # saving goes on beside the steps
     return Scenario(name, seed, (fault,), acts, frozenset({"killed"}), lost, restarts=4)
 
 
 def _shard(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:
-    act = Act("wreck", _when(draw, steps, 2 * EVERY + 2), damage=DAMAGES[seed // 12 % len(DAMAGES)])
+    act = Act("wreck", _when(draw, steps, 2 * EVERY + 2), damage=str(draw.choice(DAMAGES)))
     return Scenario(name, seed, acts=(act,), kinds=frozenset({"killed"}), lost=2 * EVERY + 2, restarts=4)
 
 
 def _system(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:
-    kind = ("memory", "clock", "sleep")[seed // 12 % 3]
+    kind = str(draw.choice(["memory", "clock", "sleep"]))
     jump = float(draw.choice([-86400.0, -3600.0, 3600.0])) if kind == "clock" else 3600.0
     phase = "reduce" if kind == "sleep" else str(draw.choice(["forward", "update"]))
     fault = Fault(
@@ -180,6 +180,7 @@ def _system(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scen
     return Scenario(name, seed, (fault,), kinds=frozenset(kinds), restarts=_restarts(draw))
 
 
+SHARE = 0.25  # of the steps that are audited, in a drill
 WINDOW = 6  # losses that a spike is judged by, in a drill
 
 Maker = Callable[[str, int, np.random.Generator, int], Scenario]
