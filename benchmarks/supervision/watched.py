@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import throughput
 
-BATCH = 128  # examples a virtual shard: a step of more than half a second on one core
+BATCH = 720  # examples a virtual shard: a step of more than half a second on one core
 FIRST = 400
 BLOCK = 3
 
