@@ -56,7 +56,8 @@ def test_join_go_stop_bye(hub: Hub) -> None:
     joins = heard(hub, "join", 2)
     assert {(join["rank"], join["epoch"], join["step"]) for join in joins} == {(0, 4, 3), (1, 4, 3)}
     assert all("token" not in join for join in joins)
-    assert heard(hub, "beat")[0]["phase"] == "join"
+    # one that was under way may still say what was before
+    assert any(heard(hub, "beat")[-1]["phase"] == "join" for _ in range(10))
     assert all(worker.poll() is None for worker in workers)
     hub.tell("go")
     assert [worker.stdout.readline() for worker in workers if worker.stdout] == ["joined\n"] * 2

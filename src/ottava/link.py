@@ -69,8 +69,8 @@ class Link:
 
     def join(self, **facts: Any) -> None:
         """Say that this worker is ready, and wait until all of its group are."""
-        self.say("join", **facts)
         self.phase = "join"
+        self.say("join", **facts)
         self._go.wait(JOIN_S)
 
     def step(self, step: int, **facts: Any) -> None:
