@@ -326,7 +326,7 @@ def test_long_names_are_not_taken_for_random() -> None:
 
 
 def test_the_working_folder_is_no_secret() -> None:
-    assert redact.secrets({"PWD": "/work/run", "OLDPWD": "/work/other", "SSH_AUTH_SOCK": "/tmp/agent"}) == ()
+    assert redact.secrets({"PWD": "/srv/run", "OLDPWD": "/srv/other", "SSH_AUTH_SOCK": "/tmp/agent"}) == ()
 
 
 def test_only_listed_variables_are_shown() -> None:

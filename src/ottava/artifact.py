@@ -8,6 +8,7 @@ tells whether a stage has already been done.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ottava.errors import ArtifactError, from_os_error
+from ottava.errors import ArtifactError, Busy, from_os_error
 
 MANIFEST = "manifest.json"
 
@@ -75,6 +76,21 @@ def write_json(path: Path, data: Any) -> None:
     """Write JSON so that the file is complete or not there at all."""
     with replacing(path) as part:
         part.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def hold(folder: Path, what: str, fix: str) -> int:
+    """Make a folder if need be and lock it; the descriptor that holds the lock until it is closed.
+
+    Raises Busy with these words where another process has the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Busy(what, where=folder, fix=fix) from None
+    return descriptor
 
 
 @contextmanager

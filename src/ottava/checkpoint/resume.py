@@ -9,7 +9,6 @@ byte for byte what an undisturbed conversion makes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,10 +18,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ottava.artifact import canonical, fsync
+from ottava.artifact import canonical, fsync, hold
 from ottava.checkpoint.layouts import COMPANIONS
 from ottava.checkpoint.safetensors import INDEX
-from ottava.errors import Busy, CheckpointError, ResourceError, from_os_error
+from ottava.errors import CheckpointError, ResourceError, from_os_error
 
 LOG = "conversion.log"
 SPARE = 16 << 20
@@ -244,14 +243,8 @@ def _locked(folder: Path, ours: Callable[[Path], bool]) -> int:
         if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and ours(folder))):
             what = "this is where unfinished work is kept, and something else is here"
             raise CheckpointError(what, where=folder, fix="move it away, or name another output")
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            what = "another conversion is writing this folder"
-            raise Busy(what, where=folder, fix="wait until it is done, or name another output") from None
+        fix = "wait until it is done, or name another output"
+        descriptor = hold(folder, "another conversion is writing this folder", fix)
         if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
             return descriptor
         os.close(descriptor)

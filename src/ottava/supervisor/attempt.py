@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +12,9 @@ from signal import Signals
 from typing import Any, Protocol
 
 from ottava import link
+from ottava.artifact import hold
 from ottava.context import Launcher, Process
 from ottava.errors import (
-    Busy,
     CheckpointError,
     DataError,
     OttavaError,
@@ -125,14 +124,7 @@ def act(run: Watched, actions: Sequence[Action], failure: Failure) -> None:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a run's folder against a second supervisor on this machine; epochs fence one elsewhere."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        fix = "wait until it ends, or stop it"
-        raise Busy("another supervisor is carrying this run", where=folder, fix=fix) from None
+    descriptor = hold(folder, "another supervisor is carrying this run", "wait until it ends, or stop it")
     try:
         yield
     finally:
