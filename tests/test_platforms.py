@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from ottava import platforms
 from ottava.errors import FormatError, PlatformError, ResourceError
 from ottava.platforms import FaultClass, Platform, base, probe
 from ottava.recipe import load_fleet
+from ottava.trainer.snapshot import Snapshot
+from ottava.trainer.spec import TrainSpec
+from ottava.trainer.worker import make_trainer
 
 FLEETS = Path(__file__).parents[1] / "fleets"
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool)
@@ -104,6 +108,27 @@ def test_pinned_numerics_repeat_bit_for_bit_and_draw_nothing(platform: Platform)
     assert torch.get_num_threads() == 1
 
 
+def test_training_on_the_device_repeats_and_goes_on_from_a_snapshot(platform: Platform, dataset: Path) -> None:
+    spec = TrainSpec.model_validate({"steps": 12, "batch": 2, "direct": {"begin": 0.3, "batch": 2}})
+    args = {
+        "spec": spec.model_dump(mode="json"), "seed": 3, "data": str(dataset), "chat": str(dataset / "chat"),
+        "platform": platform.name,
+    }  # fmt: skip
+
+    def trained(steps: int, start: Snapshot | None = None) -> Snapshot:
+        trainer = make_trainer(args)
+        assert trainer.state.arena.device == platform.own()
+        if start is not None:
+            trainer.state.restore(start)
+        while trainer.state.step < steps:
+            trainer.step(lambda total: total, range(spec.virtual_shards))
+        kept = trainer.state.snapshot()
+        return replace(kept, payload=bytes(kept.payload))
+
+    half, whole = trained(3), trained(6)
+    assert whole.digest == trained(6).digest == trained(6, half).digest != half.digest
+
+
 def test_products_lie_inside_the_error_bound(platform: Platform) -> None:
     report = probe.matmul_error({"platform": platform.name})
     assert report["ok"], report
@@ -149,6 +174,15 @@ def test_the_interface_holds_without_a_device(any_platform: Platform) -> None:
     assert json.loads(json.dumps(any_platform.describe()))["available"] == here
     env = any_platform.visible_env([1, 3])
     assert env == ({any_platform.visible: "1,3"} if any_platform.visible else {})
+
+
+def test_host_and_device_tensors_both_find_a_backend(any_platform: Platform) -> None:
+    found = any_platform.process_group()
+    assert (
+        found == "gloo"
+        if any_platform.name == "cpu"
+        else found == f"cpu:gloo,{any_platform.name}:{any_platform.backend()}"
+    )
 
 
 def test_a_missing_device_is_a_clear_error(any_platform: Platform) -> None:

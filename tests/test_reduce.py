@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ottava import platforms
 from ottava.supervisor.local import rendezvous
 from ottava.trainer import reduce
 
@@ -163,7 +164,7 @@ def exchanges(args: dict[str, Any]) -> dict[str, Any]:
     """Started by name in every worker: the lengths whose bits are not those of the tree, and a digest of all bits."""
     from ottava.trainer.worker import join
 
-    group = join()
+    group = join(platforms.get("cpu"))
     wrong, digest = [], hashlib.sha256()
     for small, stripe, length in args["cases"]:
         reduce.SMALL, reduce.STRIPE = small, stripe
@@ -194,7 +195,7 @@ def lose_a_peer(args: dict[str, Any]) -> dict[str, Any]:
     """Started by name: exchange until somebody is gone."""
     from ottava.trainer.worker import join
 
-    group = join()
+    group = join(platforms.get("cpu"))
     value = torch.ones(args["length"])
     for number in range(1000):
         if number == 3 and group.rank == args["victim"]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ottava import journal
-from ottava.errors import Busy, CheckpointError, DataError, PlatformError, ResourceError, TrainingFailed
+from ottava.errors import Busy, CheckpointError, DataError, PlatformError, PoolMissing, ResourceError, TrainingFailed
 from ottava.journal import Journal
 from ottava.recipe import Pool
 from ottava.supervisor import observe, store
@@ -558,3 +558,21 @@ def test_two_launchers_share_a_warm_process(launcher: Any, tmp_path: Path) -> No
     assert mine.alive()
     mine.kill()
     assert mine.wait() == -signal.SIGKILL
+
+
+def test_a_pool_that_is_gone_at_the_end_costs_its_own_accuracy_alone(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from ottava.stages.train import _evaluations
+
+    def call(target: str, args: Any, pool: Pool) -> list[dict[str, Any]]:
+        if pool.name == "a":
+            raise PoolMissing("no node of the cluster has it", where="pool a")
+        return [{"thinking": 1.0}]
+
+    ctx: Any = SimpleNamespace(call=call, journal=Journal(tmp_path / "j"))
+    label: Any = SimpleNamespace(path=tmp_path)
+    assert _evaluations(ctx, tmp_path, label, PLAIN, PLAIN[1]) == {"b": {"thinking": 1.0}}
+    assert [e["pool"] for e in journal.read(tmp_path / "j")] == ["a"]
+    with pytest.raises(PoolMissing):
+        _evaluations(ctx, tmp_path, label, PLAIN, PLAIN[0])

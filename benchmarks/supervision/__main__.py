@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from benchmarks.common import run_parts
 
-PARTS = ("trainer", "watched", "trl")  # modules of this package, each with rows(quick)
+PARTS = ("trainer", "watched", "trl", "restart")  # modules of this package, each with rows(quick)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,11 @@ def trees(args: Mapping[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    from ottava import platforms
     from ottava.trainer.reduce import exchange_
     from ottava.trainer.worker import join
 
-    group = join()
+    group = join(platforms.get("cpu"))
     found = []
     for floats, repeats in args["sizes"]:
         value = torch.zeros(floats).fill_(0.0)  # zeros stay zeros, and cost what other numbers cost
@@ -167,13 +168,14 @@ def steps(args: Mapping[str, Any]) -> dict[str, Any]:
     """In a worker: the trainer's step, kept and not, beside the bare loop's."""
     import torch
 
+    from ottava import platforms
     from ottava.trainer import snapshot
     from ottava.trainer.loop import Trainer
     from ottava.trainer.probe import VOCABULARY, _stand_in
     from ottava.trainer.spec import TrainSpec
     from ottava.trainer.worker import join
 
-    join()
+    join(platforms.get("cpu"))
     spec = TrainSpec(virtual_shards=args["shards"])
     trainer, bare = Trainer(spec, 0, _stand_in(), VOCABULARY), Bare(spec, 0, _stand_in(), VOCABULARY)
     writer = snapshot.Writer(Path(args["folder"]) / "b.snap", trainer.state.arena.numel() * 4)

@@ -45,13 +45,14 @@ def steps(args: Mapping[str, Any]) -> dict[str, Any]:
     """In a worker: one row."""
     import torch
 
+    from ottava import platforms
     from ottava.trainer.data import Data, Examples
     from ottava.trainer.loop import Trainer
     from ottava.trainer.probe import VOCABULARY
     from ottava.trainer.spec import Direct, TrainSpec
     from ottava.trainer.worker import join
 
-    join()
+    join(platforms.get("cpu"))
     spec = TrainSpec(virtual_shards=args["shards"], direct=Direct(begin=1.0), grid_from=1.0)
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(6, VOCABULARY, (EXAMPLES, LENGTH + 1), generator=draw)

@@ -49,7 +49,7 @@ def steps(args: Mapping[str, Any]) -> dict[str, Any]:
     """In every worker: the rows, from this rank's clock."""
     import torch.distributed as dist
 
-    from ottava import link
+    from ottava import link, platforms
     from ottava.trainer import reduce
     from ottava.trainer import worker as workers
     from ottava.trainer.faults import Injector
@@ -57,7 +57,7 @@ def steps(args: Mapping[str, Any]) -> dict[str, Any]:
     from ottava.trainer.probe import VOCABULARY, _stand_in
     from ottava.trainer.spec import TrainSpec
 
-    group, line = workers.join(), link.connect()
+    group, line = workers.join(platforms.get("cpu")), link.connect()
     spec = TrainSpec(batch=BATCH, direct={"batch": BATCH // 2}, audit={"share": args["share"]}, spike={"nats": 1e9})
     workers.make_trainer = lambda _: Trainer(spec, 0, _stand_in(), VOCABULARY)  # type: ignore[assignment]
     folder = Path(args["folder"])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ottava import platforms
 from ottava.artifact import digest_of
 from ottava.engine.generate import generate
 from ottava.errors import DataError
@@ -126,10 +127,11 @@ def evaluation(
 def evaluate_folder(args: Mapping[str, Any]) -> dict[str, Any]:
     """`evaluation` of a model folder, for a stage's worker.
 
-    args: model (a Hugging Face folder), data (a folder with test.jsonl and test_one_step.jsonl), task.
+    args: model (a Hugging Face folder), data (a folder with test.jsonl and test_one_step.jsonl), task, platform.
     """
+    device = platforms.get(args.get("platform", "cpu")).open()
     data, folder = Path(args["data"]), Path(args["model"])
     test, one_step = (
         [problem_of(line) for line in read_lines(data / name)] for name in ("test.jsonl", "test_one_step.jsonl")
     )
-    return evaluation(load(folder), Chat.load(folder), test, one_step, get(args["task"]).check_answer)
+    return evaluation(load(folder).to(device), Chat.load(folder), test, one_step, get(args["task"]).check_answer)

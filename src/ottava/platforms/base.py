@@ -63,13 +63,15 @@ class Platform(ABC):
 
     signs: regular expressions, searched in an error's text in this order, before those common to all families.
     visible: the variable that limits which devices a process sees, or None. shared_memory: True where all workers of
-    a machine draw on one memory.
+    a machine draw on one memory. forks: True where a worker may be a fork of a process with its libraries loaded, and
+    nothing slow is left to open; else workers are started fresh, and some are kept waiting with their device open.
     """
 
     name: ClassVar[str]
     visible: ClassVar[str | None] = None
     signs: ClassVar[Signs] = ()
     shared_memory: ClassVar[bool] = False
+    forks: ClassVar[bool] = False
 
     @abstractmethod
     def available(self) -> tuple[bool, str]:
@@ -112,6 +114,29 @@ class Platform(ABC):
         if not 0 <= index < self.count():
             raise PlatformError(f"there is no {self.name} device {index}: this machine has {self.count()}")
         return self._device(index)
+
+    def own(self) -> torch.device:
+        """This worker's device. Raises PlatformError where it is missing."""
+        self.require()
+        return self.device(worker_index() % self.count())
+
+    def open(self) -> torch.device:
+        """This worker's device, with the numerics pinned. Raises PlatformError where it is missing."""
+        self.require()
+        self.pin_numerics()
+        return self.own()
+
+    def warm(self) -> None:
+        """Open this worker's device and load its libraries, so that the first step need not wait for them."""
+        import torch
+
+        square = torch.ones(16, 16, device=self.open(), requires_grad=True)
+        (square @ square).sum().backward()  # type: ignore[no-untyped-call]
+        self.synchronize()
+
+    def process_group(self) -> str:
+        """The backends of a worker's process group: tensors of the host, and those of its device."""
+        return self.backend() if self.shared_memory else f"cpu:gloo,{self.name}:{self.backend()}"
 
     def require(self) -> None:
         """Raises PlatformError, with the reason, where the platform cannot be used on this machine."""

@@ -19,6 +19,7 @@ class Cpu(Platform):
 
     name = "cpu"
     shared_memory = True
+    forks = True
 
     def available(self) -> tuple[bool, str]:
         return True, _model_name()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from ottava import platforms
 from ottava.errors import PlatformError
-from ottava.platforms.base import FaultClass, Platform, worker_index
+from ottava.platforms.base import FaultClass, Platform
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
 MATMUL_SHAPES = ((48, 16, 32), (64, 64, 64), (33, 129, 65), (32, 1024, 48))  # (m, k, n): full tiles, tails, long sums
@@ -244,9 +244,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
 def _open(args: Mapping[str, Any]) -> tuple[Platform, torch.device]:
     """The platform with its numerics pinned, and this worker's device."""
     platform = platforms.get(args.get("platform", "cpu"))
-    platform.require()
-    platform.pin_numerics()
-    return platform, platform.device(worker_index() % platform.count())
+    return platform, platform.open()
 
 
 def _barrier(device: torch.device) -> None:

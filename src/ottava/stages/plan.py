@@ -180,7 +180,7 @@ def _measure_pool(spec: Spec, train: recipe.Spec | None, pool: Pool, ctx: Contex
     gflops, instruction_set = min(r["together_gflops"] for r in loops), str(loops[0]["instruction_set"])
     if train is None:
         return Speed(gflops, instruction_set)
-    model = {"spec": train.model_dump(mode="json")}
+    model = {"platform": pool.platform, "spec": train.model_dump(mode="json")}
     workers = min(pool.workers, getattr(train, "virtual_shards", pool.workers))  # as many as will train
     probes = reach.ask(ctx, pool, "ottava.trainer.probe:throughput", model, workers)
     probe = probes[0]

@@ -60,7 +60,7 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
     }
     ctx.progress(0.97, "evaluation")
     exported = _export(ctx, base, final, model, last)
-    accuracy = {pool.name: _evaluate(ctx, model, label, pool) for pool in pools}
+    accuracy = _evaluations(ctx, model, label, pools, last)
     write_json(ctx.out / "evaluation.json", {**accuracy[last.name], "pool": last.name, "pools": accuracy})
     write_json(ctx.out / "proof.json", proof)
     reason = _reason(spec, proof, accuracy[last.name])
@@ -69,13 +69,6 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
 
 
 def _check(spec: TrainSpec, pools: Sequence[Pool]) -> None:
-    for pool in pools:
-        if pool.platform != "cpu":
-            raise PlatformError(
-                f"the trainer runs on cpu pools so far, not on {pool.platform!r}",
-                where=f"pool {pool.name}",
-                fix="take that pool out of the fleet",
-            )
     names = [pool.name for pool in pools]
     if spec.fault is not None and spec.fault.pool not in (None, *names):
         raise RecipeError(
@@ -166,8 +159,22 @@ def _classes(ctx: Context) -> dict[str, str]:
     return {event["pool"]: event["numerics_class"] for event in joins}
 
 
+def _evaluations(
+    ctx: Context, model: Path, label: Artifact, pools: Sequence[Pool], last: Pool
+) -> dict[str, dict[str, Any]]:
+    """The accuracy on every pool that is still there; on the last one of training there must be one."""
+    found = {last.name: _evaluate(ctx, model, label, last)}
+    for pool in pools:
+        if pool.name not in found:
+            try:
+                found[pool.name] = _evaluate(ctx, model, label, pool)
+            except PlatformError as error:  # a pool that the run could leave may be gone for good
+                ctx.journal.append("train.unevaluated", pool=pool.name, reason=error.what)
+    return {pool.name: found[pool.name] for pool in pools if pool.name in found}
+
+
 def _evaluate(ctx: Context, model: Path, label: Artifact, pool: Pool) -> dict[str, Any]:
-    args = {"model": str(model), "data": str(label.path), "task": "chains"}
+    args = {"model": str(model), "data": str(label.path), "task": "chains", "platform": pool.platform}
     return ctx.call("ottava.engine.evaluate:evaluate_folder", args, pool=pool)[0]
 
 

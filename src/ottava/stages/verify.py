@@ -100,7 +100,7 @@ def _answers(train: Artifact, label: Artifact, master: Path, ctx: Context) -> di
     """Evaluate the master as the trainer evaluated its model; equal means token by token."""
     trained = train.json("evaluation.json")
     pool = ctx.fleet.pool(trained["pool"])
-    args = {"model": str(master), "data": str(label.path), "task": "chains"}
+    args = {"model": str(master), "data": str(label.path), "task": "chains", "platform": pool.platform}
     served = ctx.call("ottava.engine.evaluate:evaluate_folder", args, pool=pool)[0]
     same = ctx.call(
         "ottava.verify.weights:compare_folders", {"a": str(master), "b": str(train.file("model"))}, pool=pool

@@ -27,7 +27,7 @@ def measure(
     common = {**base, "start": str(start), "steps": spec.window, "trace": str(folder)}
 
     def call(function: str, pool: Pool, workers: int = 1, **more: Any) -> list[dict[str, Any]]:
-        args = {**common, "pool": pool.name, **more}
+        args = {**common, "pool": pool.name, "platform": pool.platform, **more}
         return launcher.call(f"{HERE}:{function}", args, pool=pool, workers=workers, logs=folder)
 
     moved = call("follow", new, out=str(folder / "moved"))[0]

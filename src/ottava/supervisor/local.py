@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ottava import errors
+from ottava import errors, platforms
 from ottava.context import Launcher, Process
 from ottava.errors import LauncherGone, OttavaError, PlatformError
 from ottava.recipe import Pool
@@ -154,7 +154,10 @@ class LocalLauncher:
         logs: Path,
         env: Mapping[str, str] = {},
     ) -> LocalProcess:
-        """Fork one process with the pool's environment and run `package.module:function` with `args` in it."""
+        """Start one process with the pool's environment and run `package.module:function` with `args` in it.
+
+        It is a fork of a warm process, or, where the platform cannot be forked, one that waited with its device open.
+        """
         number = next(self._ids)
         name = f"{target.rpartition('.')[2].replace(':', '.')}-{self._tag}{os.getpid()}-{number}"
         logs.mkdir(parents=True, exist_ok=True)
@@ -166,6 +169,7 @@ class LocalLauncher:
             "env": {**dict.fromkeys(THREADS, "1"), **(pool.env if pool else {}), **env},
             "log": str(log),
             "result": str(result),
+            "standby": _standby(pool, env),
         }
         with self._lock:
             self._send(request)
@@ -189,8 +193,9 @@ class LocalLauncher:
         return call_group(self, target, args, pool=pool, workers=workers, logs=logs)
 
     def rendezvous(self, pool: Pool | None, workers: int, chips: Sequence[int] = ()) -> list[dict[str, str]]:
-        """The environment of each rank of a group on this machine."""
-        return rendezvous(workers)
+        """The environment of each rank of a group on this machine, which sees its own chip alone."""
+        seen = list(chips) or range(workers)
+        return [{**env, **visible(pool, chip)} for env, chip in zip(rendezvous(workers), seen, strict=True)]
 
     def status(self, pid: int, wait: float = 0.0) -> int | None:
         """The exit status of a child, or None while it runs; waits up to `wait` seconds for news."""
@@ -255,6 +260,22 @@ def call_group(
             if process.alive():
                 process.kill()
                 process.wait()
+
+
+def visible(pool: Pool | None, chip: int) -> dict[str, str]:
+    """The environment in which a worker sees one chip of its machine, where its platform has such a variable."""
+    return {} if pool is None else platforms.get(pool.platform).visible_env([chip])
+
+
+def _standby(pool: Pool | None, env: Mapping[str, str]) -> dict[str, Any] | None:
+    """What kind of standby a worker must have been, and how many are to wait; None where it is forked instead."""
+    platform = None if pool is None else platforms.get(pool.platform)
+    if pool is None or platform is None or platform.forks:
+        return None
+    fixed = {**dict.fromkeys(THREADS, "1"), **pool.env}  # what decides bits is read when the device is opened
+    seen = {k: v for k, v in env.items() if k == platform.visible}
+    keep = 1 if seen else int(env.get("LOCAL_WORLD_SIZE", "1"))
+    return {"platform": pool.platform, "env": fixed | seen, "keep": keep}
 
 
 def free_port(address: str = "127.0.0.1") -> int:

@@ -140,7 +140,8 @@ def _begin(run: Run, pool: Pool, chips: Sequence[int], now: Record, found: Found
         digest=None if found is None else found.digest, path=None if found is None else str(found.path),
     )  # fmt: skip
     return {
-        **run.base, "pool": pool.name, "chips": chips, "start": None if found is None else found.plain(),
+        **run.base, "pool": pool.name, "platform": pool.platform, "chips": chips,
+        "start": None if found is None else found.plain(),
         "memory": str(store.memory(run.folder, epoch)), "durable": str(store.durable(run.folder)),
         "run": run.id, "vouched": now.situation.audited, "recent": now.losses(step, REMEMBERED),
     }  # fmt: skip

@@ -29,7 +29,7 @@ from ottava.errors import LauncherGone, PlatformError, PoolMissing
 from ottava.recipe import Pool
 from ottava.supervisor.agent import Agent, code
 from ottava.supervisor.cluster import Places, join, resource, seat, spread
-from ottava.supervisor.local import answer, call_group
+from ottava.supervisor.local import answer, call_group, visible
 from ottava.supervisor.zygote import describe
 
 START_S = 60.0  # for an agent to answer for the first time
@@ -131,6 +131,7 @@ class RayLauncher:
         self._nodes: dict[str, _Node] = {}  # by id; a lost one is replaced
         self._shunned: dict[str, tuple[float, str]] = {}  # by id: until when, and what to say
         self._seats: dict[str, dict[int, str]] = {}  # by pool: the node's name of each chip
+        self._devices: dict[tuple[str, str], dict[int, int]] = {}  # by pool and node: the number there of each chip
         self._markers: dict[Path, Path] = {}
         self._broken: str | None = None
         self._closing = threading.Event()
@@ -192,8 +193,10 @@ class RayLauncher:
         environments = []
         for rank, node in enumerate(nodes):
             interface = "lo" if alone else node.interface
+            device = self._device(pool, node, chips[rank]) if pool and chips else passed[node.name]
             environments.append(
                 {
+                    **visible(pool, device),
                     "OTTAVA_NODE": node.name, "MASTER_ADDR": master, "MASTER_PORT": str(port),
                     "WORLD_SIZE": str(workers), "RANK": str(rank),
                     "LOCAL_WORLD_SIZE": str(beside[node.name]), "LOCAL_RANK": str(passed[node.name]),
@@ -255,6 +258,11 @@ class RayLauncher:
             except self._ray.exceptions.RayError as error:
                 self._lose(node, _last_line(error))
                 return None
+
+    def _device(self, pool: Pool, node: _Node, chip: int) -> int:
+        """The number that a pool's chip has on its node. It keeps it, as a device that was left is left for good."""
+        numbers = self._devices.setdefault((pool.name, node.name), {})
+        return numbers.setdefault(chip, len(numbers))
 
     # ------------------------------------------------------------ places and agents
 

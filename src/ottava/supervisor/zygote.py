@@ -1,11 +1,13 @@
-"""A process that has torch and the model classes imported and forks workers on request.
+"""A process that has torch and the model classes imported and starts workers on request.
 
-A fresh interpreter spends seconds on imports before its first step; a fork spends milliseconds.
-Nothing here runs a tensor operation, so a child may still choose its instruction set and thread
-count through its environment (these are read at the first operation), and no OpenMP pool exists
-that a fork could break. The process dies with its owner: the end of the control socket is the
-order to kill every child. Other processes of the owner's may ask for workers of their own over a Unix
-socket; when one of them goes away, its workers are killed.
+A fresh interpreter spends seconds on imports before its first step; a fork spends milliseconds. Nothing here runs a
+tensor operation, so a child may still choose its instruction set and thread count through its environment (these are
+read at the first operation), and no OpenMP pool exists that a fork could break. Workers of an accelerator are no forks
+but standbys, started fresh beforehand: see `standby`. When one is taken others are started, so that a group that fails
+finds as many waiting.
+
+The process dies with its owner: the end of the control socket is the order to kill every child. Other processes of the
+owner's may ask for workers of their own over a Unix socket; when one of them goes away, its workers are killed.
 
 Run as `python -m ottava.supervisor.zygote FD PATH`; messages are JSON lines over the socket FD or one that is opened
 to PATH, which lies in a folder of the owner's alone.
@@ -24,6 +26,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +49,28 @@ def main() -> None:
     server.bind(sys.argv[2])
     server.listen()
     _serve(Client(control), server)
+
+
+@dataclass
+class Standby:
+    """A process that waits for a request."""
+
+    pid: int
+    control: socket.socket
+
+    def send(self, request: dict[str, Any]) -> bool:
+        """Make it a worker; False where it is gone."""
+        try:
+            self.control.sendall(json.dumps(request).encode() + b"\n")
+        except OSError:
+            return False
+        finally:
+            self.control.close()
+        return True
+
+
+_waiting: defaultdict[str, list[Standby]] = defaultdict(list)
+"""Those that wait, by kind: platform and environment."""
 
 
 @dataclass
@@ -112,13 +137,43 @@ def _handle(client: Client, request: dict[str, Any], ours: list[socket.socket]) 
             with suppress(ProcessLookupError):
                 os.kill(pid, int(request["signal"]))
         return
+    pid = _fork(request, ours) if request["standby"] is None else _engage(request)
+    client.children.add(pid)
+    client.send({"id": request["id"], "pid": pid})
+
+
+def _fork(request: dict[str, Any], ours: list[socket.socket]) -> int:
     pid = os.fork()
     if pid == 0:
         for inherited in ours:
             inherited.close()
-        _child(request)
-    client.children.add(pid)
-    client.send({"id": request["id"], "pid": pid})
+        die_with_parent()
+        become(request)
+    return pid
+
+
+def _engage(request: dict[str, Any]) -> int:
+    """Give the request to a standby of its kind, a fresh one where none waits, and start its successors."""
+    standby = request["standby"]
+    kind = _waiting[json.dumps([standby["platform"], standby["env"]], sort_keys=True)]
+    while True:
+        taken = kind.pop(0) if kind else _start(standby)
+        if taken.send(request):
+            break
+    while len(kind) < standby["keep"]:
+        kind.append(_start(standby))
+    return taken.pid
+
+
+def _start(standby: dict[str, Any]) -> Standby:
+    """Not by `subprocess`, which would reap it behind this process's back."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        os.set_inheritable(theirs.fileno(), True)
+        command = [sys.executable, "-m", "ottava.supervisor.standby", str(theirs.fileno()), standby["platform"]]
+        quiet = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+        pid = os.posix_spawn(command[0], command, {**os.environ, **standby["env"]}, file_actions=quiet)
+    return Standby(pid, ours)
 
 
 def _reap(clients: list[Client]) -> None:
@@ -129,19 +184,25 @@ def _reap(clients: list[Client]) -> None:
             return
         if pid == 0:
             return
+        for kind in _waiting.values():
+            kind[:] = [standby for standby in kind if standby.pid != pid]
         for client in clients:
             if pid in client.children:
                 client.children.discard(pid)
                 client.send({"exit": pid, "status": os.waitstatus_to_exitcode(status)})
 
 
-def _child(request: dict[str, Any]) -> None:
-    """In the fork: take the pool's environment, run the target, write its result, never return."""
+def die_with_parent() -> None:
+    """In a child: be killed when the process that started this one ends, and at once if it has."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(70)
+
+
+def become(request: dict[str, Any]) -> None:
+    """Be the worker that is asked for: take the environment, run the target, write its result, never return."""
     status = 70
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
-            os._exit(status)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -35,7 +35,7 @@ def horizon(share: float, missed: float = 0.01) -> int:
 
 def hashed(value: Tensor) -> str:
     """A digest of a tensor's bytes."""
-    return hashlib.sha256(value.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()
 
 
 def check(trainer: Trainer, group: Group, own: str) -> None:

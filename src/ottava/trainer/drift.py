@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ottava import platforms
 from ottava.trainer import reduce, snapshot
 from ottava.trainer.loop import Trainer
-from ottava.trainer.worker import make_trainer
+from ottava.trainer.worker import make_trainer, platform_of
 
 NOISE = 17  # the random stream of the replicas
 CONFIDENCE = 0.99
@@ -36,7 +35,7 @@ MARGIN = 2.0  # the noise is a model: rounding is neither Gaussian nor independe
 def follow(args: Mapping[str, Any]) -> dict[str, Any]:
     """Run `steps` steps from a state in one process; keep the last state and, if asked, every state and gradient.
 
-    args: spec, seed, data, chat; start, steps, out (file); trace (a folder for `state-I` and
+    args: spec, seed, data, chat, platform; start, steps, out (file); trace (a folder for `state-I` and
     `gradient-POOL-I`, or None); pool (its name). Returns {step, digest}.
     """
     trainer = _at(args, args["start"])
@@ -122,13 +121,13 @@ def _noise(trainer: Trainer, trace: Path, pools: Sequence[str], number: int, rep
         for slot, size in zip(slots, sizes, strict=True):
             noise = torch.from_numpy(draw.standard_normal(slot.size, dtype=np.float32)).view(slot.shape)
             part = slot.view(gradient)
-            part.add_(part * noise, alpha=size)
+            part.add_(part * noise.to(part.device), alpha=size)
 
     return perturb
 
 
 def _at(args: Mapping[str, Any], state: str) -> Trainer:
-    platforms.get("cpu").pin_numerics()
+    platform_of(args).open()
     trainer = make_trainer(args)
     trainer.state.restore(snapshot.load(Path(state)))
     return trainer
@@ -139,7 +138,7 @@ def _step(trainer: Trainer, perturb: Callable[[Tensor], None] | None = None) -> 
 
 
 def _keep(trace: Path, pool: str, number: int, gradient: Tensor) -> None:
-    (trace / f"gradient-{pool}-{number}").write_bytes(gradient.numpy().tobytes())
+    (trace / f"gradient-{pool}-{number}").write_bytes(gradient.cpu().numpy().tobytes())
 
 
 def _read(trace: Path, pool: str, number: int) -> Tensor:

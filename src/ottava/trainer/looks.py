@@ -53,7 +53,7 @@ class Looker:
         pairs = self._pairs(ids)
         with trainer.looking() as model:
             run = losses(model, pairs)
-            self._model = self._model or load(self._baseline)
+            self._model = self._model or load(self._baseline).to(trainer.device)
             baseline = losses(self._model, pairs)
         if not all(map(math.isfinite, run)):
             raise Alarm("nan", f"a held-out loss after step {step} is not finite")
@@ -85,8 +85,9 @@ def losses(model: nn.Module, pairs: Sequence[Pair]) -> list[float]:
 
 @torch.no_grad()
 def _losses(model: nn.Module, pairs: Sequence[Pair]) -> list[float]:
-    examples = pack(pairs)
-    logits = model(input_ids=examples.tokens[:, :-1], use_cache=False).logits.float()
-    each = F.cross_entropy(logits.transpose(1, 2), examples.targets, ignore_index=IGNORE, reduction="none")
-    found: list[float] = (each.double().sum(1) / (examples.targets != IGNORE).sum(1)).tolist()
+    examples, device = pack(pairs), next(model.parameters()).device
+    targets = examples.targets.to(device)
+    logits = model(input_ids=examples.tokens[:, :-1].to(device), use_cache=False).logits.float()
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    found: list[float] = (each.view_as(targets).double().sum(1) / (targets != IGNORE).sum(1)).tolist()
     return found

@@ -41,25 +41,28 @@ class Report:
 class Trainer:
     """A model whose parameters are views of one flat array, and the state that they come from.
 
-    forward [P]: what the passes run through: the latent weights, or their projection on the grid.
+    forward [P]: what the passes run through: the latent weights, or their projection on the grid. All of it lies on
+    `device`; draws and initial weights are made on the host, so that they are the same for every device.
     """
 
-    def __init__(self, spec: TrainSpec, seed: int, data: Data, vocabulary: int):
+    def __init__(self, spec: TrainSpec, seed: int, data: Data, vocabulary: int, device: torch.device | str = "cpu"):
         self.spec, self.seed, self.data = spec, seed, data
+        self.device = torch.device(device)
         self.model: nn.Module = from_config(spec.shape.config(vocabulary)).train()
         initialise(self.model, seed)
-        self.state: State = state.create(self.model)
-        self.forward = state.aligned(self.state.weights.numel())
+        self.model.to(self.device)
+        self.state: State = state.create(self.model, self.device)
+        self.forward = state.aligned(self.state.weights.numel(), self.device)
         parameters = dict(self.model.named_parameters())
         for slot in self.state.slots:
             parameters[slot.name].data = slot.view(self.forward)
         self._parameters = [parameters[slot.name] for slot in self.state.slots]
         ends = [slot.start for slot in self.state.slots[1:]] + [self.state.weights.numel()]
         gaps = [end - slot.start - slot.size for slot, end in zip(self.state.slots, ends, strict=True)]
-        self._gaps = [torch.zeros(gap) for gap in gaps]
+        self._gaps = [torch.zeros(gap, device=self.device) for gap in gaps]
         self._draws: Draws | None = None
         self._biases = self._alias_biases()
-        self._counts = [torch.zeros(spec.shape.experts) for _ in self._biases]
+        self._counts = [torch.zeros(spec.shape.experts, device=self.device) for _ in self._biases]
         self._watch_routers()
         self._projections = [(slot, *matrices(slot.name, slot.view(self.forward))) for slot in self.state.slots]
 
@@ -94,7 +97,7 @@ class Trainer:
             loss = thinking + self.spec.direct.weight * direct
         gradients = torch.autograd.grad(loss, self._parameters)
         parts = [part for g, gap in zip(gradients, self._gaps, strict=True) for part in (g.reshape(-1), gap)]
-        losses = torch.stack([thinking.detach(), torch.zeros(()) if direct is None else direct.detach()])
+        losses = torch.stack([thinking.detach(), thinking.new_zeros(()) if direct is None else direct.detach()])
         return torch.cat([*parts, *self._counts, losses])
 
     def contribution(self, shards: range) -> Tensor:
@@ -154,10 +157,9 @@ class Trainer:
     def _loss(self, examples: Examples) -> Tensor:
         """Sum of cross-entropies over the reply's tokens."""
         width = examples.targets.shape[1]
-        logits = self.model(input_ids=examples.tokens[:, :width], use_cache=False).logits
-        return F.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), examples.targets.reshape(-1), ignore_index=IGNORE, reduction="sum"
-        )
+        tokens, targets = examples.tokens[:, :width].to(self.device), examples.targets.reshape(-1).to(self.device)
+        logits = self.model(input_ids=tokens, use_cache=False).logits
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, ignore_index=IGNORE, reduction="sum")
 
     def _alias_biases(self) -> list[Tensor]:
         views, start = [], 0

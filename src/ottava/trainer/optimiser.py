@@ -31,8 +31,8 @@ def clip_(gradient: Tensor, limit: float) -> float:
 
     The norm is summed in float64 over fixed chunks, so it is the same for every number of workers.
     """
-    squares = [float(part.double().square_().sum()) for part in torch.split(gradient, CHUNK)]
-    norm = math.sqrt(sum(squares))
+    squares = torch.stack([part.double().square_().sum() for part in torch.split(gradient, CHUNK)])
+    norm = math.sqrt(sum(squares.tolist()))
     if norm > limit:
         gradient.mul_(limit / norm)
     return norm

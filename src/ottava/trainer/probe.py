@@ -11,22 +11,23 @@ import torch
 
 from ottava.trainer.guard import Group
 from ottava.trainer.loop import Trainer
-from ottava.trainer.worker import join
+from ottava.trainer.worker import join, platform_of
 
 
 def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
     """Time steps from all over the run, on stand-in tokens of the data's shapes.
 
-    args: {spec: the train section, seed, repeats}. Runs in the pool's group: call it with the pool's
+    args: {spec: the train section, seed, repeats, platform}. Runs in the pool's group: call it with the pool's
     workers. Returns tokens_per_s (all workers), step_seconds (mean), parameters (total, active) and
     flops_per_token (forward and backward, 6 N_active).
     """
     from ottava.trainer import reduce
     from ottava.trainer.spec import TrainSpec
 
-    group: Group = join()
+    platform = platform_of(args)
+    group: Group = join(platform)
     spec = TrainSpec.model_validate(args["spec"])
-    trainer = Trainer(spec, int(args.get("seed", 0)), _stand_in(), VOCABULARY)
+    trainer = Trainer(spec, int(args.get("seed", 0)), _stand_in(), VOCABULARY, platform.own())
     shards = reduce.owned(spec.virtual_shards, group.rank, group.world)
     repeats = int(args.get("repeats", 24))
     seconds, tokens = [], []
@@ -34,6 +35,7 @@ def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
         trainer.state.step = number * spec.steps // repeats
         begun = time.perf_counter()
         trainer.step(lambda value: reduce.exchange_(value, group.rank, group.world), shards)
+        platform.synchronize()
         seconds.append(time.perf_counter() - begun)
         tokens.append(_tokens(trainer))
     seconds, tokens = seconds[repeats:], tokens[repeats:]

@@ -1,7 +1,7 @@
 """The whole state of a run in one flat float32 array, so that saving, hashing and moving it is one copy.
 
-Weights, optimiser moments and the router's bias are views into the array. The step number is the
-only other state there is: data order and randomness are functions of it.
+Weights, optimiser moments and the router's bias are views into the array, which lies on the worker's device. The step
+number is the only other state there is: data order and randomness are functions of it.
 """
 
 from __future__ import annotations
@@ -63,14 +63,18 @@ class State:
     step: int = 0
     layout: bytes = field(init=False)
     padding: Tensor = field(init=False)
+    host: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.layout = _layout(self.slots)
-        self.padding = _padding(self.places, self.arena.numel())
+        self.padding = _padding(self.places, self.arena.numel()).to(self.arena.device)
+        self.host = self.arena if self.arena.device.type == "cpu" else torch.empty(self.arena.shape)
 
     def snapshot(self) -> Snapshot:
-        """This state as bytes: a view, valid until the next step."""
-        return Snapshot(self.step, self.layout, memoryview(self.arena.numpy().data).cast("B"))
+        """This state as bytes of the host's memory: a view, valid until the next step or snapshot."""
+        if self.host is not self.arena:
+            self.host.copy_(self.arena)
+        return Snapshot(self.step, self.layout, memoryview(self.host.numpy().data).cast("B"))
 
     def digest(self) -> str:
         """BLAKE3 over the layout, the step and every byte of the arena."""
@@ -170,8 +174,8 @@ def kind_of(name: str, dims: int) -> str:
     return "muon" if dims >= 2 and "lm_head" not in name and not name.endswith("mlp.gate.weight") else "adam"
 
 
-def create(model: nn.Module) -> State:
-    """A state with the model's present weights and zero moments."""
+def create(model: nn.Module, device: torch.device | str = "cpu") -> State:
+    """A state on `device` with the model's present weights and zero moments."""
     order = {"muon": 0, "adam": 1, "embedding": 2}
     named = sorted(
         ((name, p, kind_of(name, p.dim())) for name, p in model.named_parameters()), key=lambda item: order[item[2]]
@@ -188,7 +192,7 @@ def create(model: nn.Module) -> State:
     biases = named_router_biases(model)
     bias = sum(-(-b.numel() // ALIGN) * ALIGN for b in biases.values())
     sizes = [position, muon, position - muon, position - muon, bias]
-    arena = aligned(sum(sizes))
+    arena = aligned(sum(sizes), device)
     weights, momentum, first, second, bias_view = torch.split(arena, sizes)
     places = _places(tuple(slots), biases, sizes)
     state = State(tuple(slots), arena, weights, momentum, first, second, bias_view, bounds, places)
@@ -199,9 +203,9 @@ def create(model: nn.Module) -> State:
     return state
 
 
-def aligned(size: int) -> Tensor:
+def aligned(size: int, device: torch.device | str = "cpu") -> Tensor:
     """A zero float32 array of `size` whose first element lies on a 64-byte boundary."""
-    raw = torch.zeros(size + ALIGN)
+    raw = torch.zeros(size + ALIGN, device=device)
     offset = (-raw.data_ptr() % (4 * ALIGN)) // 4
     return raw[offset : offset + size]
 

@@ -5,7 +5,6 @@ Functions here take and return plain data, because they are started by name in a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from ottava import link, platforms
 from ottava.errors import CheckpointError, OttavaError, TrainingFailed
 from ottava.models.chat import Chat
-from ottava.platforms.base import FaultClass
+from ottava.platforms.base import FaultClass, Platform
 from ottava.trainer import audit, data, envelope, guard, reduce, schedule, snapshot
 from ottava.trainer.faults import Injector
 from ottava.trainer.guard import Alarm, Group
@@ -30,21 +29,27 @@ from ottava.trainer.saver import STATE, Saver
 from ottava.trainer.spec import Fault, TrainSpec
 
 
-def join() -> Group:
-    """Pin the numerics and join the process group that the environment names."""
-    platforms.get("cpu").pin_numerics()
+def platform_of(args: Mapping[str, Any]) -> Platform:
+    """The platform that a worker was started for."""
+    return platforms.get(args.get("platform", "cpu"))
+
+
+def join(platform: Platform) -> Group:
+    """Open this worker's device and join the process group that the environment names."""
+    platform.open()
     group = Group(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if group.world > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group(platform.process_group())
     return group
 
 
 def make_trainer(args: Mapping[str, Any]) -> Trainer:
-    """A trainer from plain data: spec, seed, data and chat folders."""
+    """A trainer on this worker's device from plain data: spec, seed, data and chat folders, platform."""
     spec = TrainSpec.model_validate(args["spec"])
     chat = Chat.load(Path(args["chat"]))
     vocabulary = chat.tokenizer.get_vocab_size()
-    return Trainer(spec, int(args["seed"]), data.load(Path(args["data"]), chat), vocabulary)
+    read = data.load(Path(args["data"]), chat)
+    return Trainer(spec, int(args["seed"]), read, vocabulary, platform_of(args).own())
 
 
 def numerics_class(trainer: Trainer) -> str:
@@ -53,23 +58,23 @@ def numerics_class(trainer: Trainer) -> str:
     Shard 0 of the present step on the initial weights: call before a state is loaded.
     """
     trainer.refresh()
-    return hashlib.sha256(trainer.shard(0).numpy().tobytes()).hexdigest()
+    return audit.hashed(trainer.shard(0))
 
 
 def run(args: Mapping[str, Any]) -> dict[str, Any]:
     """Train from a state to step `until`, keeping every step. The supervisor's worker.
 
-    args: spec, seed, data, chat; run: its id; start: {"path", "step", "digest"} of a state, or None; until; memory: the
-    folder of this start's snapshots; keep: {step: path} of states to save; durable: the folder of generations; vouched:
-    the last step that an audit vouches for; recent: [step, loss] of the steps before; chips: the chip of each rank;
-    pool; faults: {number: fault} to commit; looks, baseline: after which steps the run is still to be held against
-    which model, if at all.
+    args: spec, seed, data, chat, platform; run: its id; start: {"path", "step", "digest"} of a state, or None; until;
+    memory: the folder of this start's snapshots; keep: {step: path} of states to save; durable: the folder of
+    generations; vouched: the last step that an audit vouches for; recent: [step, loss] of the steps before; chips: the
+    chip of each rank; pool; faults: {number: fault} to commit; looks, baseline: after which steps the run is still to
+    be held against which model, if at all.
     Returns {step, digest}. Raises TrainingFailed where something is wrong with this worker's chip or its numbers.
     """
     line = link.connect()
     worker = None
     try:
-        group = join()
+        group = join(platform_of(args))
         chip = int(args["chips"][group.rank])
         faults = {int(number): Fault.model_validate(fault) for number, fault in args["faults"].items()}
         worker = Worker(args, group, line, Injector(faults, chip, args["pool"], line.say))
@@ -84,7 +89,7 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         raise
     except Exception as error:
         step = -1 if worker is None else worker.trainer.state.step
-        kind = _KIND_OF.get(platforms.get("cpu").classify_error(error), "error")
+        kind = _KIND_OF.get(platform_of(args).classify_error(error), "error")
         line.alarm(kind, step, f"{type(error).__name__}: {error}", ranks=[int(os.environ.get("RANK", "0"))])
         raise
 
@@ -133,7 +138,7 @@ class Worker:
         state, start = self.trainer.state, self.args["start"]
         self._enter("join")
         its_class = numerics_class(self.trainer)
-        facts = json.dumps(platforms.get("cpu").describe(), sort_keys=True)
+        facts = json.dumps(platform_of(self.args).describe(), sort_keys=True)
         guard.check_class(self.group.gather([its_class, numerics_class(self.trainer), facts]))
         self._enter("load")
         if start is not None:
@@ -218,14 +223,15 @@ class Worker:
     def _keep(self, report: Report, audited: bool) -> None:
         """Compare the new state with the other workers' and keep it. What differs is not kept."""
         self.faults.state(self.trainer.state, report.step - 1, "snapshot")
-        self.digest = self.trainer.state.digest()
+        kept = self.trainer.state.snapshot()
+        self.digest = kept.digest
         found = self.group.digests(self.digest)
         if len(set(found)) > 1:
             odd = guard.minority(found) or self._redo(report.step)
             raise Alarm("corrupt", f"after step {report.step} the workers hold different bits", odd)
         self._enter_snapshot(report.step - 1)
         self.line.check()
-        self.writer.write(self.trainer.state.snapshot(), self.digest)
+        self.writer.write(kept, self.digest)
         if self.group.rank == 0:
             self._save(report.step, audited)
 
@@ -297,7 +303,7 @@ def export(args: Mapping[str, Any]) -> dict[str, Any]:
     from ottava.checkpoint.safetensors import write
     from ottava.models.published import published, stored
 
-    join()
+    platform_of(args).open()
     trainer = make_trainer(args)
     trainer.state.restore(snapshot.load(Path(args["state"])))
     trainer.refresh()
