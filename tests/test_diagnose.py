@@ -27,7 +27,8 @@ from ottava.journal import Journal
 from ottava.supervisor import causes as rules
 from ottava.supervisor import diagnose as writer
 from ottava.supervisor import observe, redact, stacks
-from ottava.supervisor.causes import KINDS, LIKELIHOODS, RULES, TODO, Facts, RankFacts, Seen, causes, signal_of
+from ottava.supervisor.causes import LIKELIHOODS, RULES, TODO, Facts, RankFacts, Seen, causes, signal_of
+from ottava.supervisor.decide import KINDS
 from ottava.supervisor.diagnose import Diagnosis, diagnose, within
 
 GB = 10**9
@@ -100,6 +101,9 @@ CASES: list[tuple[str, Facts, Seen, list[str]]] = [
     ("class", facts("class", *well(), message="the workers are of 2 numerics classes", blamed=(1,)), Seen(),
      ["another numerics class"]),
     # signals
+    ("sigsegv, again", facts("crash", rank(0), rank(1, -11), message="a worker was killed by SIGSEGV"), Seen(repeats=2),
+     ["a bug", "a crash in native code"]),
+    ("no chips", facts("pool", message="no node of the cluster has it"), Seen(), ["unknown"]),
     ("sigkill", facts("killed", *KILLED), Seen(), ["killed from outside, or by the kernel", "a lost peer"]),
     ("sigkill, in a shell's words", facts("killed", rank(0, 137)), Seen(), ["killed from outside, or by the kernel"]),
     ("gone", facts("hang", rank(0), rank(1)), Seen(states={0: "S", 1: ""}),

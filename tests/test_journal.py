@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +30,19 @@ def test_torn_line_is_skipped_and_does_not_spoil_the_next(tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes() + b'{"t":1,"eve')
     Journal(path).append("b")
     assert [e["event"] for e in read(path)] == ["a", "b"]
+
+
+def test_a_full_disk_tears_one_line_and_names_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "j", os.write
+    journal = Journal(path)
+    journal.append("a")
+    with monkeypatch.context() as full:
+        full.setattr("ottava.journal.os.write", lambda fd, data: real(fd, data[:9]))
+        with pytest.raises(OSError, match="No space left") as error:
+            journal.append("b")
+    assert error.value.filename == str(path)
+    journal.append("c")
+    assert [e["event"] for e in read(path)] == ["a", "c"]
 
 
 def _write(path: str, who: int) -> None:

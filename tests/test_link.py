@@ -108,10 +108,46 @@ def test_a_rank_cannot_speak_for_another(hub: Hub) -> None:
     host, port = hub.address.split(":")
     with socket.create_connection((host, int(port)), timeout=30) as line:
         for said, rank in (("hello", 0), ("step", 1), ("step", 0)):
-            message = {"say": said, "rank": rank, "epoch": 1, "token": environment[link.TOKEN]}
+            message = {"say": said, "rank": rank, "epoch": 1, "token": environment[link.TOKEN], "step": 1}
             line.sendall(json.dumps(message).encode() + b"\n")
         (step,) = heard(hub, "step")
     assert step["rank"] == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [
+        ({"say": "step", "step": "seven"}, "step is 'seven' and must be a whole number"),
+        ({"say": "step"}, "'step' without 'step'"),
+        ({"say": "step", "step": True}, "step is True and must be a whole number"),
+        ({"say": "step", "step": 1, "loss": "n/a"}, "loss is 'n/a' and must be a number"),
+        ({"say": "step", "step": 1, "seconds": "x"}, "seconds is 'x' and must be a number"),
+        ({"say": "beat", "step": 1}, "'beat' without 'phase'"),
+        ({"say": "alarm", "step": 1, "message": "m"}, "'alarm' without 'kind'"),
+        ({"say": "alarm", "kind": "nan", "step": 1, "message": "m", "ranks": [7]}, "7 is no rank of this group"),
+        ({"say": "look", "step": 1, "ids": "x", "run": [], "baseline": []}, "ids is 'x' and must be a list"),
+    ],
+)
+def test_a_line_that_is_no_message_is_an_error_of_its_rank(hub: Hub, said: dict[str, object], wrong: str) -> None:
+    environment = hub.admit(1, 2)
+    host, port = hub.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as line:
+        for message in ({"say": "hello", "token": environment[link.TOKEN]}, said):
+            line.sendall(json.dumps({"rank": 1, "epoch": 1, **message}).encode() + b"\n")
+        (alarm,) = heard(hub, "alarm")
+        while line.recv(1 << 16):  # then the line is cut
+            pass
+    assert (alarm["kind"], alarm["rank"]) == ("error", 1)
+    assert str(alarm["message"]).endswith(wrong)
+
+
+def test_a_rank_beyond_the_group_is_not_admitted(hub: Hub) -> None:
+    environment = hub.admit(1, 2)
+    host, port = hub.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as line:
+        message = {"say": "hello", "rank": 2, "epoch": 1, "token": environment[link.TOKEN]}
+        line.sendall(json.dumps(message).encode() + b"\n")
+        assert json.loads(line.recv(1 << 16)) == {"do": "leave"}
 
 
 def test_a_stopped_worker_has_lost_its_lease_when_it_wakes(tmp_path: Path) -> None:

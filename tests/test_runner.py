@@ -65,6 +65,9 @@ class Silent:
     def failed(self, *args: Any) -> None:
         self.lines.append(("failed", *args))
 
+    def note(self, *args: Any) -> None:
+        self.lines.append(("note", *args))
+
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeStage]:
@@ -131,6 +134,37 @@ def test_stopped_and_gone_on(tmp_path: Path, fakes: dict[str, FakeStage]) -> Non
     assert fakes["label"].runs == 1
 
 
+def test_work_goes_on_under_other_care_and_is_put_aside_for_another_task(
+    tmp_path: Path, fakes: dict[str, FakeStage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, aside = fakes["train"], tmp_path / "run" / "work"
+    monkeypatch.setattr(train, "CARE", frozenset({"fail"}), raising=False)
+    for fail in ("interrupt", "error", "interrupt"):
+        with pytest.raises((KeyboardInterrupt, DataError)):
+            go(tmp_path, recipe(tmp_path, f"train.fail={fail}"))
+    assert train.notes == [None, "1", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, recipe(tmp_path, "train.fail=interrupt", "train.value=2"))
+    assert train.notes == [None, "1", "2", None]
+    assert (aside / "train-aside-1" / "work" / "note").read_text() == "3"
+    (aside / "train" / "key").write_text("")  # as an older version might have left it
+    _, lines = go(tmp_path, recipe(tmp_path, "train.value=2"))
+    assert (aside / "train-aside-2" / "work" / "note").read_text() == "4"
+    assert [line[0] for line in lines if "train" in line[1:2]] == ["note", "start", "progress", "done"]
+    assert str(aside / "train-aside-2") in next(line[2] for line in lines if line[0] == "note")
+
+
+def test_a_pool_may_join_while_a_stage_is_at_work(
+    tmp_path: Path, fakes: dict[str, FakeStage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fakes["train"], "CARE", frozenset(), raising=False)
+    for fleet in (FLEET, FLEET + "  - name: c\n"):
+        monkeypatch.setattr("tests.test_runner.FLEET", fleet)
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path, recipe(tmp_path, "train.fail=interrupt"))
+    assert fakes["train"].notes == [None, "1"]
+
+
 def test_failures(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
     with pytest.raises(DataError):
         go(tmp_path, recipe(tmp_path, "train.fail=error"))
@@ -184,7 +218,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path, fakes: dict[str, Fake
     with pytest.raises(ResourceError) as error:
         go(tmp_path, recipe(tmp_path))
     assert error.value.render() == (
-        f"error: a file is where the run's folder would be\n  where: {tmp_path}/run\n  mend:  choose another --out"
+        f"error: a file is where the folder would be\n  where: {tmp_path}/run\n  mend:  choose another --out"
     )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ottava import journal
-from ottava.errors import Busy, CheckpointError, DataError, PlatformError, PoolMissing, ResourceError, TrainingFailed
+from ottava.errors import (
+    Busy,
+    CheckpointError,
+    DataError,
+    PlatformError,
+    PoolMissing,
+    RecipeError,
+    ResourceError,
+    TrainingFailed,
+)
 from ottava.journal import Journal
 from ottava.recipe import Pool
 from ottava.supervisor import observe, store
@@ -452,6 +465,7 @@ LOST_PEER = PlatformError("a worker died with status 70: connection closed by pe
         ([Ended(70, LOST_PEER), Ended(-9)], "killed", "a worker was killed by SIGKILL"),
         ([Ended(-9), Ended(70, LOST_PEER)], "killed", "a worker was killed by SIGKILL"),
         ([Ended(None), Ended(-15)], "killed", "a worker was killed by SIGTERM"),
+        ([Ended(None), Ended(-11)], "crash", "a worker was killed by SIGSEGV"),
         ([Ended(70, LOST_PEER), Ended(1, TrainingFailed("not finite"))], "error", "not finite"),
         ([Ended(70, LOST_PEER), Ended(None)], "error", LOST_PEER.what),
     ],
@@ -470,6 +484,74 @@ def test_a_full_disk_is_no_pool_s_fault(dataset: Path, tmp_path: Path) -> None:
     group: list[Any] = [Ended(70, LOST_PEER), Ended(2, ResourceError("disk full"))]
     with pytest.raises(ResourceError, match="disk full"):
         attempt_of(run, group)._dead()
+
+
+def test_what_a_worker_found_comes_before_how_it_ended(dataset: Path, tmp_path: Path) -> None:
+    """A state that changed in memory is a chip's fault, though the worker ends with what is otherwise the user's."""
+    run = make(dataset, tmp_path, None, PLAIN)
+    found = attempt_of(run, [Ended(None), Ended(2, CheckpointError("written to between two tensors"))])
+    found.alarms = [{"rank": 1, "kind": "corrupt", "message": "between two tensors", "ranks": [1]}]
+    assert (found._dead().kind, found._dead().chips) == ("corrupt", (1,))
+
+
+def test_a_state_of_another_run_is_passed_over(dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str) -> None:
+    other = make(dataset, tmp_path / "other", launcher, PLAIN, steps=16)
+    supervise(other)
+    run = make(dataset, tmp_path / "run", launcher, PLAIN)
+    shutil.copytree(other.folder / "memory", run.folder / "memory")
+    final, _ = supervise(run)
+    assert final.digest == undisturbed
+    rejected = [e["message"] for e in journal.read(run.journal.path) if e["event"] == "train.rejected"]
+    assert rejected
+    assert set(rejected) == {"the state is of another run"}
+
+
+def test_a_run_whose_pool_was_taken_away_is_not_gone_on_with(dataset: Path, launcher: Any, tmp_path: Path) -> None:
+    run = make(dataset, tmp_path, launcher, PLAIN, steps=16)
+    supervise(run, [Fault(pool="a", at_step=6, rank=1, kind="sigkill")])
+    with pytest.raises(RecipeError, match="on the pool 'a'"):
+        supervise(replace(run, pools=PLAIN[1:]))
+
+
+def test_the_number_of_a_dead_process_may_come_again() -> None:
+    ours, theirs = socket.socketpair()
+    launcher = LocalLauncher()
+    launcher._control, launcher._ready = ours, True
+    for message in ({"id": 0, "pid": 5}, {"exit": 5, "status": 70}, {"id": 1, "pid": 5}):
+        theirs.sendall(json.dumps(message).encode() + b"\n")
+        launcher._pump(1.0)
+    assert launcher.status(5) is None
+    theirs.sendall(b'{"exit":5,"status":0}\n')
+    assert launcher.status(5, wait=1.0) == 0
+
+
+def leave_others(args: Any) -> dict[str, Any]:
+    """Start a process in this worker's session and one in its own, write down their numbers, and stay."""
+    import subprocess
+
+    found = [subprocess.Popen(["sleep", "600"], start_new_session=new).pid for new in (False, True)]
+    Path(args["pids"]).write_text(" ".join(map(str, found)))
+    if args["stay"]:
+        time.sleep(600)
+    return {}
+
+
+@pytest.mark.parametrize("stay", [True, False])
+def test_nothing_that_a_worker_started_outlives_it(tmp_path: Path, stay: bool) -> None:
+    with LocalLauncher() as launcher:
+        args = {"pids": str(tmp_path / "pids"), "stay": stay}
+        worker = launcher.spawn("tests.test_supervisor:leave_others", args, pool=None, logs=tmp_path)
+        deadline = time.monotonic() + 60
+        while len((tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        if stay:
+            worker.kill()
+        worker.wait()
+        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+        while any(map(_running, pids)):
+            assert time.monotonic() < deadline, "what a worker started outlived it"
+            time.sleep(0.01)
 
 
 def test_a_worker_that_the_system_killed_for_memory(
@@ -530,8 +612,8 @@ def test_a_disk_that_becomes_read_only(dataset: Path, launcher: Any, tmp_path: P
     try:
 
         def make_read_only(step: int) -> None:
-            if step == 8:
-                subprocess.run(["mount", "-o", "remount,ro", str(durable)], check=True)
+            if step >= 8:  # it is refused while a file is being written: then at a later step
+                subprocess.run(["mount", "-o", "remount,ro", str(durable)], capture_output=True)
 
         with pytest.raises(TrainingFailed, match="no state can be made durable"):
             supervise(replace(run, progress=make_read_only))
@@ -541,6 +623,35 @@ def test_a_disk_that_becomes_read_only(dataset: Path, launcher: Any, tmp_path: P
         assert final.step == 40
     finally:
         subprocess.run(["umount", str(durable)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_burns_no_pool(dataset: Path, launcher: Any, tmp_path: Path) -> None:
+    """The whole folder is full, journal and logs too: one message with a place, and no failure of the pool's."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this process may not mount a disk")
+    try:
+        run = make(dataset, disk, launcher, PLAIN, checkpoint_every=2)
+        undisturbed = supervise(make(dataset, tmp_path / "u", launcher, PLAIN, checkpoint_every=2))[0].digest
+
+        def fill(step: int) -> None:
+            if step >= 8:
+                with suppress(OSError), (disk / "filler").open("ab") as file:
+                    for size in (1 << 20, 1 << 12, 1):
+                        with suppress(OSError):
+                            while True:
+                                file.write(b"x" * size)
+                                file.flush()
+
+        with pytest.raises((OSError, ResourceError), match=r"No space left|disk"):
+            supervise(replace(run, progress=fill))
+        (disk / "filler").unlink()
+        final, segments = supervise(run)
+        assert [(segment.pool, segment.failures) for segment in segments] == [("a", 0)]
+        assert final.digest == undisturbed
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_two_launchers_share_a_warm_process(launcher: Any, tmp_path: Path) -> None:

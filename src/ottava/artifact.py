@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ottava.errors import ArtifactError, Busy, from_os_error
+from ottava.errors import ArtifactError, Busy, ResourceError, from_os_error
 
 MANIFEST = "manifest.json"
 
@@ -78,6 +78,17 @@ def write_json(path: Path, data: Any) -> None:
         part.write_text(json.dumps(data, indent=1) + "\n")
 
 
+def make_folder(folder: Path) -> Path:
+    """A folder that a command was told to work in, made if need be. Raises ResourceError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ResourceError("a file is where the folder would be", where=folder, fix="choose another --out") from None
+    except OSError as error:
+        raise from_os_error(error, "making the folder", folder) from error
+    return folder
+
+
 def hold(folder: Path, what: str, fix: str) -> int:
     """Make a folder if need be and lock it; the descriptor that holds the lock until it is closed.
 
@@ -128,7 +139,7 @@ def commit(scratch: Path, destination: Path, **meta: Any) -> Artifact:
         os.rename(scratch, destination)
         fsync(destination.parent)
     except OSError as error:
-        raise from_os_error(error, f"publishing {destination.name}") from error
+        raise from_os_error(error, f"publishing {destination.name}", destination) from error
     return Artifact(destination, manifest)
 
 

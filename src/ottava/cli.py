@@ -86,9 +86,7 @@ def run(
     with cluster_for(ray, pools) as where, Terminal(list(loaded.stages)) as terminal:
         try:
             runner.run(loaded, folder, launcher_for(where.address, pools), terminal, only=only, until=until)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                terminal.console.print("stopped; the same command goes on where it was")
+        except BaseException:
             with suppress(OttavaError):  # the first error is the one to tell
                 report.write(folder)
             raise
@@ -252,30 +250,41 @@ def drill(
 def supervise(
     command: Annotated[list[str], typer.Argument(help="What to run, after --: python train.py.")],
     out: Annotated[Path, typer.Option(help="Where its states, logs, journal and diagnoses go.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes to start, with torchrun's variables.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start, with torchrun's variables; 1 by default.")
+    ] = None,
     fleet: Annotated[
         Path | None, typer.Option(help="A fleet, whose pools are tried in turn; instead of --workers.")
     ] = None,
     restarts: Annotated[int, typer.Option(min=0, help="Failures that a pool may have.")] = 3,
     hang: Annotated[float, typer.Option(help="Seconds without a step that are a hang at first; inf: never.")] = 600.0,
+    hang_least: Annotated[
+        float, typer.Option(min=0, help="Later 3 times the slowest steps' time, but no less than this.")
+    ] = 60.0,
     ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Run any training command under supervision; it starts again after a fault. See docs/protocol.md."""
     from ottava import platforms
+    from ottava.artifact import make_folder
     from ottava.errors import RecipeError
     from ottava.journal import Journal
     from ottava.recipe import Pool, load_fleet
     from ottava.supervisor import command as commands
     from ottava.supervisor.launch import cluster_for, launcher_for
 
-    if workers & (workers - 1):
+    count = workers or 1
+    if count & (count - 1):
         raise RecipeError("workers come in powers of two", where="--workers", fix="take 1, 2, 4, 8, ...")
-    pools = (Pool(name="local", workers=workers),) if fleet is None else load_fleet(fleet, platforms.names()).pools
+    if workers is not None and fleet is not None:
+        raise RecipeError("a fleet says how many workers each pool has", where="--workers", fix="leave out one of both")
+    if not hang > 0:
+        raise RecipeError(f"{hang} is no time", where="--hang", fix="give seconds above 0, or inf for never")
+    pools = (Pool(name="local", workers=count),) if fleet is None else load_fleet(fleet, platforms.names()).pools
     commands.check(command)
-    care = commands.Care(restarts=restarts, hang_s=hang)
+    care = commands.Care(restarts=restarts, hang_s=hang, hang_least_s=min(hang, hang_least))
     with cluster_for(ray, pools) as where, launcher_for(where.address, pools)() as launcher:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         run = commands.Run(command, pools, out, Journal(out / "journal.jsonl"), launcher, care)
         _show(commands.supervise(run), as_json)
 
@@ -368,6 +377,10 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
         typer.echo(listed(result))
 
 
+STOPPED = 130
+GO_ON = "stopped; the same command goes on where there is work to go on with"
+
+
 def main() -> NoReturn:
     """Entry point."""
     _leave(outcome())
@@ -379,10 +392,12 @@ def outcome() -> int:
 
     try:
         code = app(standalone_mode=False) or 0  # click hands back the code of an Exit
+        if code == STOPPED:  # typer's own word for Ctrl-C
+            _say(GO_ON, STOPPED)
     except OttavaError as error:
         code = _say(error.render(), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        code = _say("stopped: the same command goes on where there is work to go on with", 130)
+        code = _say(GO_ON, STOPPED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

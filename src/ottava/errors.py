@@ -112,9 +112,12 @@ class TrainingFailed(Verdict):
     """The run cannot go on: no pool is left, or the same deterministic fault came back."""
 
 
-def from_os_error(error: OSError, doing: str) -> OttavaError:
-    """Turn the operating system's refusal into an error that says how to mend it."""
-    where = error.filename if isinstance(error.filename, str) else None
+def from_os_error(error: OSError, doing: str, place: str | Path | None = None) -> OttavaError:
+    """Turn the operating system's refusal into an error that says how to mend it.
+
+    place: where it was, for calls that the system does not know the file of.
+    """
+    where: str | Path | None = error.filename if isinstance(error.filename, str) else place
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(
             f"disk full while {doing}",

@@ -29,14 +29,18 @@ class Journal:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        if _torn(self.path):
-            os.write(self._fd, b"\n")
+        self._torn = _torn(self.path)
 
     def append(self, event: str, **fields: Any) -> None:
         """Append one event with the time in seconds since the epoch. OSError where it was not written whole."""
         line = json.dumps({"t": round(time.time(), 4), "event": event, **fields}, separators=(",", ":"))
-        data = line.encode() + b"\n"
-        if os.write(self._fd, data) < len(data):
+        data = b"\n" * self._torn + line.encode() + b"\n"
+        try:
+            written = os.write(self._fd, data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self._torn = written < len(data)
+        if self._torn:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def sync(self) -> None:

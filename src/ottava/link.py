@@ -71,7 +71,8 @@ class Link:
         """Say that this worker is ready, and wait until all of its group are."""
         self.phase = "join"
         self.say("join", **facts)
-        self._go.wait(JOIN_S)
+        if not self._go.wait(JOIN_S):
+            self._leave("no word to go")
 
     def step(self, step: int, **facts: Any) -> None:
         """Say that a step is done and its state is kept."""

@@ -40,6 +40,10 @@ class Spec(Frozen):
     budget_s: Annotated[float, Field(gt=0, description="wall seconds planned for this stage")] = 60.0
     pool: Annotated[str | None, Field(description="overrides where the plan puts the stage")] = None
 
+    def misfit(self, fleet: Fleet) -> tuple[tuple[str, ...], str, str] | None:
+        """What this section asks of a fleet that it has not: (the field, what is wrong, how to mend it); or None."""
+        return None
+
 
 class Sourced(Frozen):
     """A figure with where it is from and when it was read."""
@@ -103,7 +107,7 @@ class Fleet(Frozen):
 class _Head(Frozen):
     name: Name
     description: str = ""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     fleet: str
     stages: dict[str, Any] = {}
 
@@ -166,6 +170,10 @@ def load_recipe(
                 where=document.where(("stages", name, "pool")),
                 fix=suggest(spec.pool, [p.name for p in fleet.pools]),
             )
+        misfit = spec.misfit(fleet)
+        if misfit is not None:
+            place, what, fix = misfit
+            raise RecipeError(what, where=document.where(("stages", name, *place)), fix=fix)
     content = {
         "head": head_model.model_dump(exclude={"stages"}),
         "stages": {name: spec.model_dump(mode="json") for name, spec in stages.items()},

@@ -7,7 +7,7 @@ work folder. Nothing else remembers anything.
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from ottava import artifact, stages
 from ottava.artifact import Artifact, digest_of, write_json
 from ottava.context import Context, Launcher
-from ottava.errors import ArtifactError, Busy, OttavaError, RecipeError, ResourceError, Verdict, from_os_error
+from ottava.errors import ArtifactError, OttavaError, RecipeError, Verdict, from_os_error
 from ottava.journal import Journal
 from ottava.recipe import Pool, Recipe, Spec
 from ottava.supervisor.memory import Watch
@@ -36,6 +36,7 @@ class Reporter(Protocol):
     def progress(self, stage: str, fraction: float, message: str) -> None: ...
     def done(self, stage: str, seconds: float, cached: bool, summary: Mapping[str, Any]) -> None: ...
     def failed(self, stage: str, message: str) -> None: ...
+    def note(self, stage: str, message: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,7 @@ def run(
     """
     names = _selected(recipe, only, until)
     _complete(recipe)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ResourceError(
-            "a file is where the run's folder would be", where=folder, fix="choose another --out"
-        ) from None
-    except OSError as error:
-        raise from_os_error(error, "making the run's folder") from error
+    artifact.make_folder(folder)
     with locked(folder), launcher() as processes, Watch() as memory:
         journal = Journal(folder / "journal.jsonl")
         _remember(recipe, folder)
@@ -103,6 +97,9 @@ class Quiet:
         pass
 
     def failed(self, stage: str, message: str) -> None:
+        pass
+
+    def note(self, stage: str, message: str) -> None:
         pass
 
 
@@ -151,7 +148,7 @@ class Walk:
     def _do(self, name: str, place: Placement, key: str, destination: Path) -> Artifact:
         module, spec = stages.load(name), self.recipe.stages[name]
         work = self.folder / "work" / name
-        self._prepare(work, key)
+        self._prepare(name, work, self._begun(name, key))
         self.journal.append("stage.start", stage=name, pool=place.pool.name, key=key)
         self.reporter.start(name, place.pool.name, spec.budget_s)
         begun = time.monotonic()
@@ -173,7 +170,7 @@ class Walk:
             self._ended(name, work, before, begun, "interrupted", "stopped by the user")
             raise
         except OSError as error:
-            mended = from_os_error(error, f"running the stage {name!r}")
+            mended = from_os_error(error, f"running the stage {name!r}", self.folder)
             self._ended(name, work, before, begun, "failed", mended.what)
             raise mended from error
         except BaseException as error:
@@ -193,32 +190,53 @@ class Walk:
         if how == "failed":
             self.reporter.failed(name, message)
 
-    def _prepare(self, work: Path, key: str) -> None:
-        """A stage's work folder is kept only while the stage's key is the same; its scratch never is."""
+    def _begun(self, name: str, key: str) -> str:
+        """The key that work must have been begun for, to be gone on with.
+
+        A stage whose `CARE` names fields of its section goes on whatever these say, and on other pools.
+        """
+        care = stages.care(name)
+        return key if care is None else self._key(name, None, NOT_KEYED | care)
+
+    def _prepare(self, name: str, work: Path, key: str) -> None:
+        """Work that was begun for another key is put aside where it may be worth something; scratch is never kept."""
         mark = work / "key"
         if work.exists() and (not mark.exists() or mark.read_text() != key):
-            shutil.rmtree(work)
+            if stages.care(name) is not None and any((work / "work").glob("*")):
+                aside = next(p for n in itertools.count(1) if not (p := work.with_name(f"{name}-aside-{n}")).exists())
+                work.rename(aside)
+                self.journal.append("stage.aside", stage=name, folder=str(aside))
+                self.reporter.note(name, f"asked for something else, it begins anew; the states so far are in {aside}")
+            else:
+                shutil.rmtree(work)
         shutil.rmtree(work / "out", ignore_errors=True)
         (work / "out").mkdir(parents=True)
         (work / "work").mkdir(exist_ok=True)
-        mark.write_text(key)
+        if not mark.exists():
+            with artifact.replacing(mark) as part:
+                part.write_text(key)
 
     def _existing(self, destination: Path) -> Artifact | None:
         return artifact.load(destination) if destination.exists() else None
 
     def _address(self, name: str, place: Placement) -> tuple[str, Path]:
-        """The key of a stage: what it is asked, of what, by which version, on which pools."""
+        """The key of a stage, and its artifact's folder."""
+        key = self._key(name, place, NOT_KEYED)
+        return key, self.folder / "artifacts" / f"{name}-{key[:12]}"
+
+    def _key(self, name: str, place: Placement | None, left_out: set[str]) -> str:
+        """A digest of what a stage is asked, of what, by which version and, with a place, on which pools."""
         spec: Spec = self.recipe.stages[name]
-        pools = [pool.model_dump(mode="json") for pool in (place.pool, *place.fallback)]
         content: dict[str, Any] = {
-            "stage": name, "version": stages.load(name).VERSION, "seed": self.recipe.seed, "pools": pools,
-            "spec": spec.model_dump(mode="json", exclude=NOT_KEYED),
+            "stage": name, "version": stages.load(name).VERSION, "seed": self.recipe.seed,
+            "spec": spec.model_dump(mode="json", exclude=left_out),
             "inputs": {n: a.digest for n, a in self._inputs(name).items()},
         }  # fmt: skip
+        if place is not None:
+            content["pools"] = [pool.model_dump(mode="json") for pool in (place.pool, *place.fallback)]
         if name in ("plan", "qualify"):  # they look at the whole recipe
             content["recipe"] = self.recipe.digest
-        key = digest_of(content)
-        return key, self.folder / "artifacts" / f"{name}-{key[:12]}"
+        return digest_of(content)
 
     def _inputs(self, name: str) -> dict[str, Artifact]:
         inputs = {}
@@ -313,14 +331,9 @@ def _write_spent(work: Path, seconds: float) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this process. Raises Busy where another has it."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise Busy(
-            "another process is at work in this run's folder", where=folder, fix="wait for it or choose another --out"
-        ) from None
+    descriptor = artifact.hold(
+        folder, "another process is at work in this run's folder", "wait for it or choose another --out"
+    )
     try:
         yield
     finally:

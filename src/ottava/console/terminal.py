@@ -150,6 +150,9 @@ class Terminal:
         self._clear()
         self.console.print(f"{self._number(stage)} [bold]{stage:<8}[/] [red]failed[/]")
 
+    def note(self, stage: str, message: str) -> None:
+        self.console.print(f"{self._number(stage)} {stage:<8} {message}", markup=False)
+
     def _number(self, stage: str) -> str:
         return f"{self._stages.index(stage) + 1}/{len(self._stages)}"
 

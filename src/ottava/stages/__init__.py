@@ -18,7 +18,10 @@ ORDER = ("plan", "qualify", "label", "train", "convert", "verify", "serve")
 
 
 class Stage(Protocol):
-    """What a stage's module offers. INPUTS: stages whose artifacts it needs; `?name` only if in the recipe."""
+    """What a stage's module offers. INPUTS: stages whose artifacts it needs; `?name` only if in the recipe.
+
+    A stage that takes long may have CARE, too: see `care`.
+    """
 
     VERSION: str
     INPUTS: tuple[str, ...]
@@ -30,6 +33,12 @@ class Stage(Protocol):
 def load(name: str) -> Stage:
     """The module of a stage in ORDER."""
     return cast(Stage, importlib.import_module(f"ottava.stages.{name}"))
+
+
+def care(name: str) -> frozenset[str] | None:
+    """The fields of a stage's section that may change while its work goes on, as may its pools; None: none may."""
+    found: frozenset[str] | None = getattr(load(name), "CARE", None)
+    return found
 
 
 def specs() -> dict[str, type[Spec]]:

@@ -16,11 +16,11 @@ from typing import Any
 from ottava import journal
 from ottava.artifact import Artifact, write_json
 from ottava.context import Context
-from ottava.document import suggest
-from ottava.errors import PlatformError, RecipeError
+from ottava.errors import PlatformError
 from ottava.journal import RunState
 from ottava.models.chat import write_tiny
 from ottava.recipe import Pool
+from ottava.supervisor import loop
 from ottava.supervisor.drift import measure
 from ottava.supervisor.loop import Run, replay, supervise, window
 from ottava.supervisor.record import Segment
@@ -31,13 +31,13 @@ from ottava.trainer.spec import TrainSpec
 
 VERSION = "1"
 INPUTS = ("label",)
+CARE = frozenset(loop.CARE - {"drift"})  # the states that the drift is measured from are kept as the run goes by
 Spec = TrainSpec
 
 
 def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Train, prove, evaluate, export."""
     pools = (ctx.pool, *ctx.fallback)
-    _check(spec, pools)
     label = inputs["label"]
     model = ctx.out / "model"
     write_tiny(model, label.json("vocabulary.json"))
@@ -66,16 +66,6 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
     reason = _reason(spec, proof, accuracy[last.name])
     summary = _summary(spec, proof, accuracy[last.name], last, exported)
     return ctx.commit({**summary, **({"reason": reason} if reason else {})}, verdict=reason is None)
-
-
-def _check(spec: TrainSpec, pools: Sequence[Pool]) -> None:
-    names = [pool.name for pool in pools]
-    if spec.fault is not None and spec.fault.pool not in (None, *names):
-        raise RecipeError(
-            f"the fault is planned on the pool {spec.fault.pool!r}, which this stage may not use",
-            where="train.fault.pool",
-            fix=suggest(spec.fault.pool or "", names),
-        )
 
 
 def _export(ctx: Context, base: Mapping[str, Any], final: Snapshot, model: Path, pool: Pool) -> dict[str, Any]:

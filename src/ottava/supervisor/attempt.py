@@ -37,6 +37,9 @@ NOT_THE_POOLS = (ResourceError, DataError, CheckpointError)
 UNSAVED = 3  # durable states in a row that may fail before the run stops
 SILENCE = 8.0  # seconds to wait for a cause where only a lost peer is known: a node's death takes longest to be known
 LOOK_S = 2.0  # between looks at memory and disk
+FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT")
+"""Signals that somebody sends; the others come from what the process itself did."""
+
 SETTLE = 0.2  # seconds for the deaths and last words of one failure to become known
 
 
@@ -80,7 +83,7 @@ class Stretch:
 
 def attempt(run: Watched, hub: Hub, stretch: Stretch, now: Record, epoch: int) -> Failure | None:
     """Start workers and watch them to the end of the stretch or to a failure; none is left alive."""
-    tokens = hub.admit(epoch)
+    tokens = hub.admit(epoch, len(stretch.chips))
     processes: list[Process] = []
     try:
         places = run.launcher.rendezvous(stretch.pool, len(stretch.chips), stretch.chips)
@@ -285,20 +288,21 @@ class Attempt:
         self._hear(0.02)
         bad = {rank: status for rank, p in enumerate(self.processes) if (status := p.wait(0.0))}
         errors = {rank: _error(self.processes[rank]) for rank, status in bad.items() if status > 0}
-        for error in errors.values():
-            if isinstance(error, NOT_THE_POOLS):
-                raise error
         alarm = first_cause(self.alarms)
         killed = [rank for rank, status in bad.items() if status < 0]
         if alarm is not None:
             return self._failure(alarm["kind"], alarm["message"], alarm.get("ranks", ()))
+        for error in errors.values():
+            if isinstance(error, NOT_THE_POOLS):
+                raise error
         if killed:  # what the others say then is that they lost their peer
             name, kills = Signals(-bad[killed[0]]).name, oom_kills()
             if name == "SIGKILL" and kills is not None and self.oom_kills is not None and kills > self.oom_kills:
                 return self._failure("memory", "the system had no memory left and killed a worker", killed)
             if self._nodes(killed):
                 return self._failure("node", f"the machine {', '.join(self._nodes(killed))} is gone", killed)
-            return self._failure("killed", f"a worker was killed by {name}", killed)
+            kind = "killed" if name in FROM_OUTSIDE else "crash"
+            return self._failure(kind, f"a worker was killed by {name}", killed)
         words = sorted(
             errors.values(), key=lambda error: isinstance(error, PlatformError)
         )  # own words before an epitaph

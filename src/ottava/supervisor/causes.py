@@ -15,14 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ottava.supervisor.decide import KINDS
+
 Likelihood = Literal["certain", "likely", "possible", "consequence"]
 LIKELIHOODS: tuple[Likelihood, ...] = ("certain", "likely", "possible", "consequence")
-
-KINDS = (
-    "killed", "node", "hang", "collective", "error", "nan", "spike", "corrupt", "gradient", "class", "straggler",
-    "memory", "disk",
-)  # fmt: skip
-"""The kinds of failure that the rules know; another kind is diagnosed by its other evidence."""
 
 ALONE = 75
 """The exit status of a worker that lost its supervisor or its lease."""
@@ -60,8 +56,9 @@ class RankFacts:
 class Facts:
     """A failure, as the supervisor knows it.
 
-    kind: one of KINDS; message: in a detector's or a worker's words; blamed: the ranks that these speak against; step:
-    the last that was kept. oom_kills: the counter of `observe.oom_kills` when the workers were started, if known.
+    kind: one of `decide.KINDS`; message: in a detector's or a worker's words; blamed: the ranks that these speak
+    against; step: the last that was kept. oom_kills: the counter of `observe.oom_kills` when the workers were started,
+    if known.
     """
 
     pool: str
@@ -286,7 +283,7 @@ def _disk_likely(facts: Facts, seen: Seen) -> list[str]:
 
 
 def _again(facts: Facts, seen: Seen) -> list[str]:
-    if facts.kind not in ("error", "memory") or seen.repeats < 2:
+    if facts.kind not in ("error", "memory", "crash") or seen.repeats < 2:
         return []
     return [f"{seen.repeats} times at step {facts.step}, in the same words: {facts.message}", *_errors(facts, seen)]
 

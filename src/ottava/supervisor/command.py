@@ -22,7 +22,7 @@ from ottava.journal import Journal
 from ottava.recipe import Pool
 from ottava.supervisor import record
 from ottava.supervisor.attempt import Stretch, act, alone, attempt, say
-from ottava.supervisor.decide import decide, group, standing
+from ottava.supervisor.decide import group, standing
 from ottava.supervisor.hub import Hub
 from ottava.supervisor.record import Record
 
@@ -90,7 +90,7 @@ def supervise(run: Run) -> dict[str, Any]:
             if failure is None:
                 say(run, "train.end")
                 return summary(run)
-            act(run, decide(situation, failure)[1], failure)
+            act(run, run.record().actions, failure)
 
 
 def check(command: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from ottava.recipe import Pool
 KINDS = {
     "killed": "a worker's process ended by a signal",
     "node": "a whole machine is gone",
+    "crash": "a worker's process ended by a signal of its own doing, such as a segmentation fault",
     "hang": "no progress",
     "error": "a worker raised an error",
     "nan": "a loss or gradient that is not finite",
@@ -33,7 +34,7 @@ KINDS = {
 }
 """The kinds of failure, by what is seen."""
 
-DETERMINISTIC = ("error", "nan", "spike", "memory")
+DETERMINISTIC = ("error", "crash", "nan", "spike", "memory")
 """Seen twice with the same words at the same step, these are bugs of the recipe or the code."""
 
 OUT_AT_ONCE = ("corrupt", "gradient", "class", "node", "straggler", "pool")

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any
 
 from ottava import link
@@ -38,10 +39,40 @@ class _Line:
 
 @dataclass
 class _Members:
-    """Who may speak now."""
+    """Who may speak now. world: ranks are below it; None: any."""
 
     epoch: int = 0
+    world: int | None = None
     lines: dict[int, _Line] = field(default_factory=dict)
+
+
+_NEEDED = {
+    "beat": ("step", "phase"), "step": ("step",), "alarm": ("kind", "step", "message"), "bye": ("step",),
+    "look": ("step", "ids", "run", "baseline"), "injected": ("number", "kind", "step"), "saved": ("step",),
+    "unsaved": ("step",), "rejected": ("step",),
+}  # fmt: skip
+_KINDS: tuple[tuple[type | UnionType, str, tuple[str, ...]], ...] = (
+    (str, "text", ("say", "kind", "message", "phase", "path", "digest", "numerics_class", "node", "at")),
+    (int, "a whole number", ("step", "number", "chip", "world", "pid")),
+    (int | float, "a number", ("seconds", "compute_s", "loss", "direct_loss", "norm")),
+    (list, "a list", ("ids", "run", "baseline", "ranks")),
+)
+
+
+def mistake(message: Mapping[str, Any], world: int | None = None) -> str | None:
+    """What is wrong with a worker's line, as `link` sends them; None where nothing is."""
+    for name in _NEEDED.get(str(message.get("say")), ()):
+        if message.get(name) is None:
+            return f"{message['say']!r} without {name!r}"
+    for kind, called, names in _KINDS:
+        for name in names:
+            value = message.get(name)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                return f"{name} is {value!r} and must be {called}"
+    for rank in message.get("ranks") or ():
+        if type(rank) is not int or rank < 0 or (world is not None and rank >= world):
+            return f"{rank!r} is no rank of this group"
+    return None
 
 
 class Hub:
@@ -72,12 +103,15 @@ class Hub:
             key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
 
-    def admit(self, epoch: int) -> dict[str, str]:
-        """From now on only workers of `epoch` are heard; the others are told to leave. Returns their environment."""
+    def admit(self, epoch: int, world: int | None = None) -> dict[str, str]:
+        """From now on only workers of `epoch` are heard, `world` of them; the others are told to leave.
+
+        Returns their environment.
+        """
         with self._lock:
             for line in self._members.lines.values():
                 _tell(line, {"do": "leave"})
-            self._members = _Members(epoch)
+            self._members = _Members(epoch, world)
         return {
             link.ADDRESS: self.address,
             link.TOKEN: self._token,
@@ -140,16 +174,24 @@ class Hub:
         with self._lock:
             if message["say"] == "hello":
                 known = hmac.compare_digest(str(message["token"]).encode(), self._token.encode())
-                if known and message["epoch"] == self._members.epoch:
-                    line.rank = int(message["rank"])
+                rank, world = int(message["rank"]), self._members.world
+                if known and message["epoch"] == self._members.epoch and rank >= 0 and (world is None or rank < world):
+                    line.rank = rank
                     self._members.lines[line.rank] = line
                     _tell(line, {"do": "lease"})
                 else:
                     _tell(line, {"do": "leave"})
-            if line.rank is None or message["rank"] != line.rank:
+            if line.rank is None or (message["rank"], message["epoch"]) != (line.rank, self._members.epoch):
                 return
             heard = {key: value for key, value in message.items() if key != "token"}
+            wrong = mistake(heard, self._members.world)
+            if wrong is not None:
+                said = f"rank {line.rank} sent a line that is no message: {wrong}"
+                heard = {"say": "alarm", "kind": "error", "step": -1, "message": said, "rank": line.rank,
+                         "epoch": self._members.epoch}  # fmt: skip
         self._messages.put({**heard, "t": time.monotonic()})
+        if wrong is not None:
+            raise ValueError(wrong)
 
 
 def _tell(line: _Line, message: Mapping[str, Any]) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 
 from ottava import errors, platforms
 from ottava.context import Launcher, Process
-from ottava.errors import LauncherGone, OttavaError, PlatformError
+from ottava.errors import LauncherGone, OttavaError, PlatformError, ResourceError
 from ottava.recipe import Pool
+from ottava.supervisor.zygote import UNWRITTEN
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -57,6 +58,11 @@ class LocalProcess:
         try:
             outcome: dict[str, Any] = json.loads(self._result.read_text())
         except FileNotFoundError:
+            if status == UNWRITTEN:
+                fix = "free some space or choose another place for the output, then run again"
+                raise ResourceError(
+                    "a worker could not write its result: is the disk full?", where=self._result.parent, fix=fix
+                ) from None
             raise PlatformError(_epitaph(status, self.log), where=self.log) from None
         finally:
             self._result.unlink(missing_ok=True)
@@ -236,6 +242,7 @@ class LocalLauncher:
                 self._statuses[message["exit"]] = message["status"]
             else:
                 self._pids[message["id"]] = message["pid"]
+                self._statuses.pop(message["pid"], None)  # of a process that had this number before
 
 
 def call_group(

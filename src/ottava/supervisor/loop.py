@@ -15,12 +15,12 @@ from typing import Any
 from ottava import journal
 from ottava.artifact import digest_of
 from ottava.context import Launcher
-from ottava.errors import TrainingFailed
+from ottava.errors import RecipeError, TrainingFailed
 from ottava.journal import Journal
 from ottava.recipe import Pool
 from ottava.supervisor import record, store
 from ottava.supervisor.attempt import Stretch, act, alone, attempt, say
-from ottava.supervisor.decide import Situation, decide, group, standing
+from ottava.supervisor.decide import Situation, group, standing
 from ottava.supervisor.hub import Hub
 from ottava.supervisor.looks import Gate
 from ottava.supervisor.record import Record, Segment
@@ -89,6 +89,7 @@ def supervise(run: Run, faults: Sequence[Fault] = ()) -> tuple[Snapshot, list[Se
         gate = Gate(run, run.spec, hub)
         while True:
             now = run.record()
+            _known(run, now)
             found = _newest(run, now)
             step = 0 if found is None else found.step
             gate.settle(step)
@@ -96,7 +97,8 @@ def supervise(run: Run, faults: Sequence[Fault] = ()) -> tuple[Snapshot, list[Se
             if found is not None and step >= run.spec.steps and not found.durable and not looks:
                 return found.load(), _closed(now, step)
             situation = now.fresh if now.stopped else now.situation
-            if now.segments and now.segments[-1].pool != situation.pool.name:
+            leaving = bool(now.segments) and now.segments[-1].pool != situation.pool.name
+            if leaving and now.moved != (situation.pool.name, step):
                 _move(run, now, found, situation.pool.name)
             pool = run.pool(situation.pool.name)
             chips = group(situation.pool.chips, run.spec.virtual_shards)
@@ -106,7 +108,7 @@ def supervise(run: Run, faults: Sequence[Fault] = ()) -> tuple[Snapshot, list[Se
             stretch = Stretch(pool, chips, WORKER, args | looks, situation, on={"look": gate.hear})
             failure = attempt(run, hub, stretch, now, now.epoch + 1)
             if failure is not None and not gate.refused:
-                act(run, decide(situation, failure)[1], failure)
+                act(run, run.record().actions, failure)
 
 
 def replay(run: Run, segments: Sequence[Segment]) -> Snapshot:
@@ -131,6 +133,16 @@ def replay(run: Run, segments: Sequence[Segment]) -> Snapshot:
                     raise TrainingFailed(f"the replay failed: {failure.message}", where=f"pool {pool.name}")
 
 
+def _known(run: Run, now: Record) -> None:
+    """Refuse a run that went through a pool that is no longer among its pools: nobody could repeat it."""
+    names = [pool.name for pool in run.pools]
+    for segment in now.segments:
+        if segment.pool not in names:
+            what = f"the run was on the pool {segment.pool!r}, which is none of those that it may use now"
+            fix = "put the pool back, or begin anew in another folder"
+            raise RecipeError(what, where=", ".join(names), fix=fix)
+
+
 def _begin(run: Run, pool: Pool, chips: Sequence[int], now: Record, found: Found | None) -> dict[str, Any]:
     """Journal a start of a pool's workers from the state that was found; what they are given."""
     epoch, step = now.epoch + 1, 0 if found is None else found.step
@@ -143,7 +155,7 @@ def _begin(run: Run, pool: Pool, chips: Sequence[int], now: Record, found: Found
         **run.base, "pool": pool.name, "platform": pool.platform, "chips": chips,
         "start": None if found is None else found.plain(),
         "memory": str(store.memory(run.folder, epoch)), "durable": str(store.durable(run.folder)),
-        "run": run.id, "vouched": now.situation.audited, "recent": now.losses(step, REMEMBERED),
+        "run": run.id, "vouched": min(now.situation.audited, step), "recent": now.losses(step, REMEMBERED),
     }  # fmt: skip
 
 

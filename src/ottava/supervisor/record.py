@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ottava.supervisor.decide import Failure, RollBack, Situation, Stop, decide
+from ottava.supervisor.decide import Action, Failure, RollBack, Situation, Stop, decide
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Record:
 
     epoch: the last one; seals: (epoch, step): of that epoch and earlier ones only states up to that step count;
     reported: the last step that was reported; injected: numbers of the faults that struck; recent: losses by step;
-    times: when a step was reported, by the wall clock; classes: the numerics class of each pool; stopped: the last
+    times: when a step was reported, by the wall clock; classes: the numerics class of each pool; actions: what was
+    decided on the last failure; moved: the pool and step of a move that was told and has not begun; stopped: the last
     decision was to stop.
     """
 
@@ -49,6 +50,8 @@ class Record:
     recent: dict[int, float] = field(default_factory=dict)
     times: dict[int, float] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    actions: tuple[Action, ...] = ()
+    moved: tuple[str, int] | None = None
     stopped: bool = False
 
     def take(self, event: Mapping[str, Any]) -> None:
@@ -69,9 +72,11 @@ class Record:
         self.epoch, step = int(event["epoch"]), int(event["step"])
         self.seals.append((self.epoch - 1, step))
         self.segments = after(self.segments, str(event["pool"]), step, self.reported)
-        self.reported = step
+        self.reported, self.moved = step, None
         if self.stopped:
-            self.situation, self.stopped = self.fresh, False
+            self.situation, self.stopped = replace(self.fresh, audited=self.situation.audited), False
+        # what an audit vouched for beyond this state is gone: states of those steps are made anew
+        self.situation = replace(self.situation, audited=min(self.situation.audited, step))
 
     def _join(self, event: Mapping[str, Any]) -> None:
         if event.get("numerics_class") is not None:
@@ -85,16 +90,19 @@ class Record:
         if event.get("audited"):
             self.situation = replace(self.situation, audited=int(event["step"]))
 
+    def _fallback(self, event: Mapping[str, Any]) -> None:
+        self.moved = event["target"], int(event["at_step"])
+
     def _injected(self, event: Mapping[str, Any]) -> None:
         self.injected.add(int(event["number"]))
 
     def _fault(self, event: Mapping[str, Any]) -> None:
         failure = Failure(event["pool"], event["kind"], event["step"], event["message"], tuple(event["chips"]))
-        self.situation, actions = decide(self.situation, failure)
-        for action in actions:
+        self.situation, self.actions = decide(self.situation, failure)
+        for action in self.actions:
             if isinstance(action, RollBack):
                 self.seals.append((self.epoch, action.step))
-        if isinstance(actions[-1], Stop):
+        if isinstance(self.actions[-1], Stop):
             self.stopped = True
         if self.segments and self.situation.pool.name == self.segments[-1].pool:
             self.segments[-1] = replace(self.segments[-1], failures=self.segments[-1].failures + 1)

@@ -17,14 +17,14 @@ import sys
 from contextlib import suppress
 
 from ottava import platforms
-from ottava.supervisor.zygote import WARM, become, die_with_parent
+from ottava.supervisor.zygote import WARM, become, lead
 
 WORKER = "ottava.trainer.worker"
 
 
 def main() -> None:
     """Open the device, wait for a request, and be that worker."""
-    die_with_parent()
+    lead()
     control = socket.socket(fileno=int(sys.argv[1]))
     with suppress(Exception):  # what is wrong here will be wrong for the worker too, whose log somebody reads
         for module in (*WARM, WORKER):

@@ -32,6 +32,7 @@ class Found:
     epoch: int
     step: int
     digest: str
+    run: str
 
     @property
     def durable(self) -> bool:
@@ -40,7 +41,7 @@ class Found:
 
     def load(self) -> Snapshot:
         """The bytes of one that is kept in memory."""
-        return snapshot.load(self.path, self.step)
+        return snapshot.load(self.path, self.step, self.run)
 
     def plain(self) -> dict[str, str | int]:
         """As a worker is told of it."""
@@ -81,7 +82,7 @@ def newest(folder: Path, run: str, usable: Usable) -> tuple[Found | None, list[t
     listed = [(step, epoch, path) for path, epoch, step in _listed(folder) if usable(epoch, step)]
     for step, epoch, path in sorted(listed, key=lambda item: (-item[0], -item[1], item[2].is_dir(), str(item[2]))):
         try:
-            return Found(path, epoch, step, _digest(path, step, run)), rejected
+            return Found(path, epoch, step, _digest(path, step, run), run), rejected
         except (CheckpointError, OSError) as error:
             rejected.append((path, str(getattr(error, "what", error))))
     return None, rejected
@@ -89,7 +90,7 @@ def newest(folder: Path, run: str, usable: Usable) -> tuple[Found | None, list[t
 
 def _digest(path: Path, step: int, run: str) -> str:
     if not path.is_dir():
-        return snapshot.load(path, step).digest
+        return snapshot.load(path, step, run).digest
     state = envelope.verify(path, run).state
     if state is None:
         raise CheckpointError("the generation does not say what state it holds", where=path)

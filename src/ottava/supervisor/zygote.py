@@ -7,7 +7,8 @@ but standbys, started fresh beforehand: see `standby`. When one is taken others 
 finds as many waiting.
 
 The process dies with its owner: the end of the control socket is the order to kill every child. Other processes of the
-owner's may ask for workers of their own over a Unix socket; when one of them goes away, its workers are killed.
+owner's may ask for workers of their own over a Unix socket; when one of them goes away, its workers are killed. Each
+worker leads a session, which ends with it; what left even that is adopted here, and ends when no worker is left.
 
 Run as `python -m ottava.supervisor.zygote FD PATH`; messages are JSON lines over the socket FD or one that is opened
 to PATH, which lies in a folder of the owner's alone.
@@ -25,6 +26,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections import defaultdict
 from contextlib import suppress
@@ -32,13 +34,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+SWEEP_S = 5.0  # for what workers left behind to be gone
+UNWRITTEN = 74
+"""The exit status of a worker whose result could not be written (EX_IOERR of sysexits.h)."""
+
 WARM = ("torch", "torch.distributed", "transformers.models.deepseek_v3", "transformers.models.llama")
 
 
 def main() -> None:
     """Serve fork requests until the owner goes away."""
     control = socket.socket(fileno=int(sys.argv[1]))
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for module in WARM:
         with suppress(ImportError):
@@ -87,8 +94,7 @@ class Client:
 
     def close(self) -> None:
         for pid in self.children:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            _signal(pid, signal.SIGKILL)
         self.control.close()
 
 
@@ -110,6 +116,7 @@ def _serve(owner: Client, server: socket.socket) -> None:
         _reap(clients)
     for client in clients:
         client.close()
+    _sweep()
 
 
 def _listen(client: Client, server: socket.socket, clients: list[Client]) -> bool:
@@ -134,8 +141,7 @@ def _handle(client: Client, request: dict[str, Any], ours: list[socket.socket]) 
     if "kill" in request:
         pid = int(request["kill"])
         if pid in client.children:  # reaped here alone, so the number cannot belong to a stranger
-            with suppress(ProcessLookupError):
-                os.kill(pid, int(request["signal"]))
+            _signal(pid, int(request["signal"]))
         return
     pid = _fork(request, ours) if request["standby"] is None else _engage(request)
     client.children.add(pid)
@@ -147,9 +153,18 @@ def _fork(request: dict[str, Any], ours: list[socket.socket]) -> int:
     if pid == 0:
         for inherited in ours:
             inherited.close()
-        die_with_parent()
+        lead()
         become(request)
     return pid
+
+
+def _signal(pid: int, number: int) -> None:
+    """To a worker and all that it started in its session."""
+    with suppress(ProcessLookupError):
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:  # it leads none yet
+            os.kill(pid, number)
 
 
 def _engage(request: dict[str, Any]) -> int:
@@ -179,24 +194,52 @@ def _start(standby: dict[str, Any]) -> Standby:
 def _reap(clients: list[Client]) -> None:
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
-        if pid == 0:
+        if ended is None:
             return
+        pid = ended.si_pid
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # before its number may be somebody else's
+        _, status = os.waitpid(pid, 0)
         for kind in _waiting.values():
             kind[:] = [standby for standby in kind if standby.pid != pid]
         for client in clients:
             if pid in client.children:
                 client.children.discard(pid)
+                if not any(other.children for other in clients):
+                    _sweep()
                 client.send({"exit": pid, "status": os.waitstatus_to_exitcode(status)})
 
 
-def die_with_parent() -> None:
-    """In a child: be killed when the process that started this one ends, and at once if it has."""
+def _sweep() -> None:
+    """End what workers left behind in sessions of their own: nobody's any more, it has come to this process."""
+    until = time.monotonic() + SWEEP_S
+    while time.monotonic() < until:
+        ours = {standby.pid for kind in _waiting.values() for standby in kind}
+        left = [pid for pid in _children() if pid not in ours]
+        if not left:
+            return
+        for pid in left:
+            _signal(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def _children() -> list[int]:
+    me = os.getpid()
+    with suppress(OSError):
+        return list(map(int, Path(f"/proc/{me}/task/{me}/children").read_text().split()))
+    return []
+
+
+def lead() -> None:
+    """In a child: lead a session, and be killed when the process that started this one ends, at once if it has."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1:
         os._exit(70)
+    os.setsid()
 
 
 def become(request: dict[str, Any]) -> None:
@@ -214,7 +257,7 @@ def become(request: dict[str, Any]) -> None:
         os.environ.update(request["env"])
         status = _run(request)
     except BaseException:
-        traceback.print_exc()
+        _print_trace()
     finally:
         with suppress(Exception):
             sys.stdout.flush()
@@ -231,16 +274,24 @@ def _run(request: dict[str, Any]) -> int:
         result = {"result": getattr(importlib.import_module(module), name)(request["args"])}
         code = 0
     except OttavaError as error:
-        traceback.print_exc()
+        _print_trace()
         result = {"error": describe(error)}
         code = error.exit_code
     except OSError as error:
-        traceback.print_exc()
+        _print_trace()
         result = {"error": describe(from_os_error(error, "running " + request["target"]))}
         code = 2
-    with replacing(Path(request["result"])) as part:
-        part.write_text(json.dumps(result))
+    try:
+        with replacing(Path(request["result"])) as part:
+            part.write_text(json.dumps(result))
+    except OSError:
+        return UNWRITTEN
     return code
+
+
+def _print_trace() -> None:
+    with suppress(OSError):  # a full disk takes no log either
+        traceback.print_exc()
 
 
 def describe(error: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ compute the contribution once more: wrong is who contradicts itself, else who st
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -26,11 +25,6 @@ AUDIT = 31  # the random stream that chooses the steps
 def due(share: float, seed: int, step: int, draw: int = 0) -> bool:
     """Whether the step after `step` kept ones is audited. draw: another one chooses other steps."""
     return share > 0 and float(schedule.rng(seed, AUDIT, step, draw).random()) < share
-
-
-def horizon(share: float, missed: float = 0.01) -> int:
-    """Steps within which a fault that stays is found but for a share `missed` of the cases."""
-    return 1 if share >= 1 else math.ceil(math.log(missed) / math.log(1 - share))
 
 
 def hashed(value: Tensor) -> str:

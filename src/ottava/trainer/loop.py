@@ -6,7 +6,6 @@ never accumulate in `.grad`: what a shard contributes is the same bits wherever 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,9 +181,3 @@ def _count_into(counts: Tensor) -> Callable[..., None]:
         counts.add_(torch.bincount(output[2].flatten(), minlength=len(counts)).float())
 
     return hook
-
-
-def finite(report: Report) -> bool:
-    """False where a loss or the gradient's norm is not a number."""
-    values = [report.thinking, report.norm, *([] if report.direct is None else [report.direct])]
-    return all(math.isfinite(value) for value in values)

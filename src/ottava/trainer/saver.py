@@ -113,11 +113,6 @@ class Saver:
         for name, tensor in tensors.items():
             self._spare[name].copy_(tensor)
 
-    def busy_s(self) -> float:
-        """Seconds since the request that is being written, or 0: a disk that hangs is seen here, and only here."""
-        job = self._job
-        return 0.0 if job is None else time.monotonic() - job.begun
-
     def poll(self) -> list[Outcome]:
         """What has ended since the last call, in order. Never waits."""
         found = []

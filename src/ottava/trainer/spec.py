@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ottava import recipe
+from ottava.document import suggest
 from ottava.recipe import Frozen
 
 Positive = Annotated[int, Field(ge=1)]
@@ -215,6 +216,19 @@ class TrainSpec(recipe.Spec):
     min_thinking: Annotated[Fraction, Field(description="the verdict is no below this thinking accuracy")] = 0.0
     drift: Drift = Drift()
     go_no_go: GoNoGo | None = None
+
+    def misfit(self, fleet: recipe.Fleet) -> tuple[tuple[str, ...], str, str] | None:
+        if self.fault is None:
+            return None
+        names = [pool.name for pool in fleet.pools]
+        if self.fault.pool not in (None, *names):
+            what = f"the fault is planned on the pool {self.fault.pool!r}, which the fleet has not"
+            return ("fault", "pool"), what, suggest(self.fault.pool or "", names)
+        most = max(pool.workers for pool in fleet.pools if self.fault.pool in (None, pool.name))
+        if self.fault.rank >= most:
+            what = f"the fault is planned on rank {self.fault.rank}, and no such worker will be there"
+            return ("fault", "rank"), what, f"ranks are 0 to {min(most, self.virtual_shards) - 1}"
+        return None
 
     @property
     def looks(self) -> tuple[int, ...]:

@@ -84,8 +84,12 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         line.alarm(alarm.kind, step, alarm.message, ranks=list(alarm.ranks))
         raise TrainingFailed(f"{alarm.kind}: {alarm.message}", where=f"pool {args['pool']}") from alarm
     except OttavaError as error:
+        step = -1 if worker is None else worker.trainer.state.step
+        rank = int(os.environ.get("RANK", "0"))
         if getattr(error, "cause", None) == "padding not zero":
-            line.alarm("corrupt", -1, error.what, ranks=[int(os.environ.get("RANK", "0"))])
+            line.alarm("corrupt", step, error.what, ranks=[rank])
+        elif isinstance(error, CheckpointError):  # whole a moment ago: the next start looks at it again, or before it
+            line.alarm("error", step, f"rank {rank} could not load its state: {error.what}")
         raise
     except Exception as error:
         step = -1 if worker is None else worker.trainer.state.step
@@ -146,7 +150,7 @@ class Worker:
         self.digest = state.digest()
         path = Path(self.args["memory"]) / os.environ.get(link.NODE, "node0") / f"rank{self.group.rank}.snap"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.writer = snapshot.Writer(path, state.arena.numel() * 4)
+        self.writer = snapshot.Writer(path, state.arena.numel() * 4, self.args["run"])
         self.writer.write(state.snapshot(), self.digest)  # so that the step before any other is always at hand
         if self.group.rank == 0:
             durable, run, epoch = Path(self.args["durable"]), self.args["run"], self.line.epoch
@@ -241,7 +245,7 @@ class Worker:
 
     def _redo(self, step: int) -> tuple[int, ...]:
         """The step once more from the state that was kept before: wrong is who now finds something else."""
-        before = [s for s in snapshot.states(self.writer.path) if s.step == step - 1]
+        before = [s for s in snapshot.states(self.writer.path, self.args["run"]) if s.step == step - 1]
         if not all(self.group.gather(bool(before))):
             return ()
         first = self.digest
@@ -290,7 +294,7 @@ def _restore(trainer: Trainer, start: Mapping[str, Any], run: str) -> None:
         generation = envelope.verify(path, run)
         trainer.state.take(envelope.load(generation, STATE))
     else:
-        trainer.state.restore(snapshot.load(path, start["step"]))
+        trainer.state.restore(snapshot.load(path, start["step"], run))
     if trainer.state.digest() != start["digest"]:
         raise CheckpointError("the state that was loaded is not the one that was chosen", where=path)
 
