@@ -229,19 +229,21 @@ def drill(
     from ottava.supervisor import campaign
     from ottava.supervisor.drill import POOLS
     from ottava.supervisor.launch import cluster_for, launcher_for
+    from ottava.supervisor.outcome import remarks
 
     asked, names = campaign.seeds_of(seeds), campaign.names_of(faults)
     loaded = load_recipe(recipe, stages.specs(), (), platforms.names())
     campaign.check(loaded)
     with cluster_for(ray, POOLS) as where:
         campaign.fits(where, names)
-        label = runner.one_stage(loaded, "label", out / "data", launcher_for(None))
-        with drill_bar() as progress:
-            result = campaign.run(loaded, label, steps, asked, names, out, progress, where.address)
+        with campaign.alone(out):
+            label = runner.one_stage(loaded, "label", out / "data", launcher_for(None))
+            with drill_bar() as progress:
+                result = campaign.run(loaded, label, steps, asked, names, out, progress, where.address)
     if as_json:
         _print(result)
     else:
-        typer.echo(drill_table(result))
+        typer.echo("\n".join([drill_table(result), *remarks(result)]))
     if result["broken"]:
         raise typer.Exit(1)
 

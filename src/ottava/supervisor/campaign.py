@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ottava.artifact import Artifact, write_json
+from ottava.artifact import Artifact, hold, make_folder, write_json
 from ottava.document import suggest
 from ottava.errors import DataError, PoolMissing, RecipeError
 from ottava.models.chat import write_tiny
@@ -55,6 +56,18 @@ def fits(where: Where, names: Sequence[str]) -> None:
         )
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a campaign's folder, made if need be, against a second one. Raises Busy."""
+    descriptor = hold(
+        make_folder(folder), "another drill is at work in this folder", "wait for it or choose another --out"
+    )
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def run(
     recipe: Recipe,
     label: Artifact,
@@ -89,9 +102,11 @@ def run(
 
 
 def seeds_of(text: str) -> range:
-    """FIRST:END as a range. Raises DataError."""
-    if not re.fullmatch(r"\d+:\d+", text) or len(found := range(*map(int, text.split(":")))) == 0:
-        raise DataError(f"{text!r} is no range of seeds", where="--seeds", fix="e.g. --seeds 0:24")
+    """FIRST:END as a range, not empty, of numbers of nine digits at most. Raises DataError."""
+    if not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", text) or not (found := range(*map(int, text.split(":")))):
+        what = f"{text if len(text) < 80 else text[:77] + '...'!r} is no range of seeds"
+        fix = "FIRST:END, where END is greater and has nine digits at most, e.g. --seeds 0:24"
+        raise DataError(what, where="--seeds", fix=fix)
     return found
 
 

@@ -38,6 +38,8 @@ from ottava.trainer.spec import Fault, TrainSpec
 STEPS = 24
 LEAST_HANG_S = 1.0
 TIMEOUT_S = 180.0  # for one run; nothing may take so long
+SMALL_DISK = 24 << 20  # bytes
+DURABLE = Path("main", "durable")  # in a run's folder
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 POOLS = (
     Pool(name=FIRST, workers=CHIPS, nodes=NODES, stands_for="one vendor's chips"),
@@ -57,13 +59,13 @@ class Drill:
     ray: str | None = None
     oracles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def args(self, scenario: Scenario, folder: Path) -> dict[str, Any]:
+    def args(self, scenario: Scenario, folder: Path, faults: Sequence[Fault] = ()) -> dict[str, Any]:
         """What `carry` is given."""
         spec = self.spec.model_copy(update={"restarts": scenario.restarts}).model_dump(mode="json")
         spec["audit"]["seed"] = scenario.seed  # every run is audited at other steps
-        faults = [fault.model_dump(mode="json") for fault in scenario.faults]
+        plain = [fault.model_dump(mode="json") for fault in faults]
         who = {"server": self.launcher.address, "ray": self.ray}
-        return {**self.base, **who, "spec": spec, "folder": str(folder), "faults": faults}
+        return {**self.base, **who, "spec": spec, "folder": str(folder), "faults": plain}
 
 
 def spec_for(spec: TrainSpec, steps: int = STEPS) -> TrainSpec:
@@ -102,6 +104,7 @@ def _run(args: Mapping[str, Any], launcher: Launcher, phase: str) -> Run:
 def rehearse(drill: Drill, scenario: Scenario) -> Outcome:
     """Run one scenario and judge it. Its folder is removed if nothing is wrong."""
     folder = drill.folder / f"{scenario.name}-{scenario.seed}"
+    _unmount(folder / DURABLE)  # what a killed drill left
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     stage = Stage(drill, scenario, folder)
@@ -110,29 +113,35 @@ def rehearse(drill: Drill, scenario: Scenario) -> Outcome:
         ended, result, reason = stage.play()
     finally:
         stage.clear()
-    found = judge(drill, scenario, folder, ended, result, reason, time.monotonic() - begun)
+    found = judge(stage, ended, result, reason, time.monotonic() - begun)
     if not found.wrong:
         shutil.rmtree(folder)
     return found
 
 
 class Stage:
-    """One run and what is done to it from outside."""
+    """One run and what is done to it from outside. faults: those that workers commit, as they are handed out;
+    disk: mounted or injected, where the scenario wants a small disk."""
 
     def __init__(self, drill: Drill, scenario: Scenario, folder: Path):
         self.drill, self.scenario, self.folder = drill, scenario, folder
-        self.main, self.journal = folder / "main", folder / "journal.jsonl"
-        self.todo = list(scenario.acts)
+        self.durable, self.journal = folder / DURABLE, folder / "journal.jsonl"
+        self.main = self.durable.parent
+        self.todo, self.faults = list(scenario.acts), list(scenario.faults)
         self.slow: int | None = None
-        self.mounted = scenario.small_disk and _mount(self.main / "durable")
         self.process: Process | None = None
+        self.disk: str | None = None
+        if scenario.instead:
+            self.disk = "mounted" if _mount(self.durable) else "injected"
+        if self.disk == "injected":  # a disk that others use is never filled
+            self.todo, self.faults = [], list(scenario.instead)
 
     def play(self) -> tuple[str, dict[str, Any] | None, str]:
         """(how it ended, the result, why it stopped)."""
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
             if self.process is None:
-                args = self.drill.args(self.scenario, self.folder)
+                args = self.drill.args(self.scenario, self.folder, self.faults)
                 target = "ottava.supervisor.drill:carry"
                 self.process = self.drill.launcher.spawn(target, args, pool=None, logs=self.folder / "logs")
             status = self.process.wait(0.005)
@@ -149,8 +158,7 @@ class Stage:
         if self.process is not None and self.process.alive():
             self.process.kill()
             self.process.wait()
-        if self.mounted:
-            subprocess.run(["umount", str(self.main / "durable")], check=False, capture_output=True)
+        _unmount(self.durable)
 
     def _ended(self, process: Process) -> tuple[str, dict[str, Any] | None, str]:
         try:
@@ -165,7 +173,7 @@ class Stage:
         done = max((int(e["step"]) for e in events if e["event"] == "train.step"), default=0)
         if self.slow is not None:
             self._crawl(events)
-        struck = not self.scenario.faults or any(e["event"] == "train.injected" for e in events)
+        struck = not self.faults or any(e["event"] == "train.injected" for e in events)
         while self.todo and done >= self.todo[0].at_step and (struck or self.todo[0].kind != "wreck"):
             getattr(self, "_" + self.todo[0].kind)(self.todo.pop(0), events)
 
@@ -179,8 +187,7 @@ class Stage:
         self.process.kill()
         self.process.wait()
         pids = [int(e["pid"]) for e in events if e["event"] == "train.join"]
-        gone = _gone_within(pids, 2.0)
-        if not gone:
+        if not _gone_within(pids, 2.0):
             Journal(self.journal).append("drill.outlived", phase="drill", pids=pids)
 
     def _node(self, act: Act, events: Sequence[Mapping[str, Any]]) -> None:
@@ -213,29 +220,29 @@ class Stage:
 
     def _fill(self, act: Act, events: Sequence[Mapping[str, Any]]) -> None:
         self._tell(act)
-        with suppress(OSError), (self.main / "durable" / "filler").open("wb", buffering=0) as file:
-            while file.write(bytes(1 << 16)):
-                pass
+        block = bytes(1 << 16)
+        with suppress(OSError), (self.durable / "filler").open("wb", buffering=0) as file:
+            for _ in range(SMALL_DISK // len(block)):  # never more, whatever disk this is
+                file.write(block)
 
     def _free(self, act: Act, events: Sequence[Mapping[str, Any]]) -> None:
-        (self.main / "durable" / "filler").unlink(missing_ok=True)
+        (self.durable / "filler").unlink(missing_ok=True)
 
     def _wreck(self, act: Act, events: Sequence[Mapping[str, Any]]) -> None:
         """Everything dies and all memory is lost, as when the power goes; durable states may be damaged besides."""
-        assert self.process is not None
-        self._tell(act)
-        self.process.kill()
-        self.process.wait()
-        _gone_within([int(e["pid"]) for e in events if e["event"] == "train.join"], 2.0)
+        self._supervisor(act, events)
         shutil.rmtree(self.main / "memory", ignore_errors=True)
         if act.damage:
-            damage(self.main / "durable", act.damage, self.scenario.seed)
+            damage(self.durable, act.damage, self.scenario.seed, act.lost)
+        self.faults += self.scenario.later
 
 
-def damage(folder: Path, how: str, seed: int) -> None:
-    """Damage the newest durable state: flip bits of a payload, cut it short, swap it with that of the state before,
-    edit the manifest, or remove a file."""
+def damage(folder: Path, how: str, seed: int, lost: int = 0) -> None:
+    """Remove the `lost` newest durable states and damage the next one: flip bits of a payload, cut it short, swap it
+    with that of the state before, edit the manifest, or remove a file."""
     states = sorted(path for path in folder.iterdir() if path.name.startswith("g-"))
+    for _ in range(min(lost, len(states))):
+        shutil.rmtree(states.pop())
     if not states:
         return
     draw = random.Random(seed)
@@ -258,11 +265,10 @@ def damage(folder: Path, how: str, seed: int) -> None:
         victim.unlink()
 
 
-def judge(
-    drill: Drill, scenario: Scenario, folder: Path, ended: str, result: Mapping[str, Any] | None, reason: str, s: float
-) -> Outcome:
+def judge(stage: Stage, ended: str, result: Mapping[str, Any] | None, reason: str, s: float) -> Outcome:
     """What the journal says of a run, beside what it should say."""
-    events = [e for e in journal.read(folder / "journal.jsonl") if e["event"].startswith(("train.", "drill."))]
+    drill, scenario = stage.drill, stage.scenario
+    events = [e for e in journal.read(stage.journal) if e["event"].startswith(("train.", "drill."))]
     seen = tuple(str(e["kind"]) for e in events if e["event"] == "train.fault")
     oracle, identical = None, None
     if result is not None:
@@ -271,12 +277,13 @@ def judge(
     lost, undone = outcome.lost(events)
     known = (oracle or _oracle(drill, scenario, None))["states"]
     loads = sum(outcome.foreign(e, known, moved=oracle is None) for e in events if e["event"] == "train.join")
-    struck = any(e["event"] == "train.injected" for e in events)
+    told = {str(e["kind"]) for e in events if e["event"] == "train.injected"}
+    struck = bool(told) and told >= {fault.kind for fault in scenario.later}
     detect, recover = outcome.latencies(events)
     pools = tuple(dict.fromkeys(str(e["pool"]) for e in events if e["event"] == "train.start"))
     found = Outcome(
         scenario.name, scenario.seed, ended, seen, identical, detect, recover, lost, undone, loads, struck, round(s, 2),
-        pools, reason, outcome.after(events), outcome.goodput(events),
+        pools, reason, outcome.after(events), outcome.goodput(events), stage.disk,
     )  # fmt: skip
     return replace(found, wrong=tuple(outcome.broken(scenario, found, events)))
 
@@ -332,9 +339,17 @@ def _running(pid: int) -> bool:
 def _mount(folder: Path) -> bool:
     """A small disk of its own at `folder`, where this process may make one."""
     folder.mkdir(parents=True)
-    size = f"size={SMALL_DISK}"
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], check=False, capture_output=True)
-    return done.returncode == 0
+    return _done("mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", str(folder))
 
 
-SMALL_DISK = 24 << 20
+def _unmount(folder: Path) -> None:
+    if os.path.ismount(folder):
+        _done("umount", "--lazy", str(folder))  # a worker that is dying may still have files open in it
+
+
+def _done(*command: str) -> bool:
+    """Whether a command is there and succeeds."""
+    try:
+        return subprocess.run(command, check=False, capture_output=True).returncode == 0
+    except OSError:
+        return False

@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ottava.supervisor.scenario import FIRST, ONCE, SHARE, Scenario
+from ottava.supervisor.scenario import FIRST, ONCE, SHARE, TWELVE, Scenario
 
 Events = Sequence[Mapping[str, Any]]
+FINISH = 0.8
+"""The least share of a campaign of all twelve classes that finishes; the others stop with the right diagnosis."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Outcome:
     and to the next step; lost: steps that were reported and done again; undone: those an audit took back;
     corrupt_loads: workers that began from bytes that the undisturbed run never had; after: steps from a wrong gradient
     to the audit that found it, 0 in the same step; goodput: share of the time from the first start to the last step
-    that went into steps that count; wrong: why a guarantee broke."""
+    that went into steps that count; disk: mounted | injected, where it was to be full; wrong: why a guarantee broke."""
 
     name: str
     seed: int
@@ -36,12 +39,17 @@ class Outcome:
     reason: str = ""
     after: int | None = None
     goodput: float | None = None
+    disk: str | None = None
     wrong: tuple[str, ...] = field(default=())
 
 
 def broken(scenario: Scenario, found: Outcome, events: Events) -> Iterable[str]:
     """The guarantees that a run broke."""
-    unseen = scenario.binomial and not found.seen
+    overlooked = blind(scenario, events)
+    gradient = any(e["event"] == "train.injected" and e["kind"] == "gradient" for e in events)
+    unseen = gradient and not overlooked and "gradient" not in found.seen  # no audit fell on it: that is chance
+    if overlooked:
+        yield "an audit passed over a wrong gradient"
     if found.ended == "stuck":
         yield f"it did not end: {found.reason}"
     if found.identical is False and not unseen:
@@ -53,12 +61,31 @@ def broken(scenario: Scenario, found: Outcome, events: Events) -> Iterable[str]:
     strangers = set(found.seen) - scenario.kinds
     if strangers:
         yield f"it was called {', '.join(sorted(strangers))}, and is {' or '.join(sorted(scenario.kinds)) or 'nothing'}"
-    if found.ended == "stopped" and not found.seen:
+    if found.ended == "stopped" and not (found.seen and bundled(events)):
         yield f"it stopped without a diagnosis: {found.reason}"
     if not found.struck:
         yield "the fault never struck"
     if any(e["event"] == "drill.outlived" for e in events):
         yield "a worker outlived its supervisor by two seconds"
+
+
+def blind(scenario: Scenario, events: Events) -> bool:
+    """Whether a step was audited and kept although a gradient was wrong in it. An audit that falls on one sees it."""
+    lasting = any(fault.sticky for fault in (*scenario.faults, *scenario.later) if fault.kind == "gradient")
+    audited = [e for e in events if e["event"] == "train.step" and e["audited"]]
+    for struck in (e for e in events if e["event"] == "train.injected" and e["kind"] == "gradient"):
+        steps = [e["step"] - struck["step"] for e in audited if e["attempt"] == struck["epoch"]]
+        if 1 in steps or (lasting and max(steps, default=0) > 0):
+            return True
+    return False
+
+
+def bundled(events: Events) -> bool:
+    """Whether the last failure stopped the run, and its diagnosis is on disk."""
+    failed = max((i for i, e in enumerate(events) if e["event"] == "train.fault"), default=0)
+    folders = [e["folder"] for e in events[failed:] if e["event"] == "train.diagnosis"]
+    stopped = any(e["event"] == "train.stop" for e in events[failed:])
+    return stopped and any(folder is not None and Path(folder, "diagnosis.json").is_file() for folder in folders)
 
 
 def foreign(join: Mapping[str, Any], known: Mapping[int, str], moved: bool) -> bool:
@@ -103,14 +130,16 @@ def goodput(events: Events) -> float | None:
 
 
 def latencies(events: Events) -> tuple[float | None, float | None]:
-    """Seconds from the first fault to its detection, and to the next step."""
-    struck = next((float(e["t"]) for e in events if e["event"] == "train.injected"), None)
-    if struck is None:
+    """Seconds to the first detection, from the last fault before it, and from the first fault to the next step."""
+    strikes = [float(e["t"]) for e in events if e["event"] == "train.injected"]
+    if not strikes:
         return None, None
+    struck = strikes[0]
     seen = next((float(e["t"]) for e in events if e["event"] == "train.fault" and e["t"] >= struck), None)
+    detect = None if seen is None else round(seen - max(t for t in strikes if t <= seen), 3)
     starts = [float(e["t"]) for e in events if e["event"] == "train.start" and e["t"] >= struck]
     first = next((float(e["t"]) for e in events if e["event"] == "train.step" and starts and e["t"] > starts[0]), None)
-    return (None if seen is None else round(seen - struck, 3), None if first is None else round(first - struck, 3))
+    return detect, None if first is None else round(first - struck, 3)
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -121,7 +150,23 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     if ONCE in groups:
         by_fault[ONCE] |= _audited(groups[ONCE])
         whole["broken"] += not by_fault[ONCE]["inside"]
-    return {**whole, "by_fault": by_fault}
+    due = FINISH if groups.keys() >= set(TWELVE) else None
+    share = whole["finished"] / whole["runs"] if outcomes else None
+    whole["broken"] += due is not None and share is not None and share < due
+    share = share and round(share, 4)
+    disk = " and ".join(sorted({o.disk for o in outcomes if o.disk is not None})) or None
+    return {**whole, "finished_share": share, "finished_due": due, "disk": disk, "by_fault": by_fault}
+
+
+def remarks(result: Mapping[str, Any]) -> Iterable[str]:
+    """What a summary says besides its figures: how many runs finished, and how a disk came to be full."""
+    share, due = result["finished_share"], result["finished_due"]
+    if share is not None:
+        least = "" if due is None else f", and at least {due:.0%} must"
+        yield f"{result['finished']} of {result['runs']} runs finished: {share:.1%}{least}"
+    if result["disk"] is not None:
+        how = "saves failed with an injected ENOSPC, as no small disk could be mounted"
+        yield f"disk: {result['disk']}" + (f" ({how})" if "injected" in result["disk"] else "")
 
 
 def _audited(outcomes: Sequence[Outcome]) -> dict[str, Any]:

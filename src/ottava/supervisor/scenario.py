@@ -7,7 +7,7 @@ supervisor, a lost machine, a slow chip, a full disk, damaged files) the drill d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -31,18 +31,21 @@ Kind = Literal["supervisor", "node", "slow", "fill", "free", "wreck"]
 
 @dataclass(frozen=True)
 class Act:
-    """What is done from outside once step `at_step` was reported. damage: what happens to durable states in a wreck."""
+    """What is done from outside once step `at_step` was reported. In a wreck, lost: how many of the newest durable
+    states are gone; damage: what happens to the newest one that is left."""
 
     kind: Kind
     at_step: int
     chip: int = 0
     damage: str = ""
+    lost: int = 0
 
 
 @dataclass(frozen=True)
 class Scenario:
     """One drill. kinds: the right names of what it will see; lost: the most steps it may lose, None: not bounded;
-    restarts: failures that a pool may have; binomial: whether it may go unseen, with the share that is audited."""
+    restarts: failures that a pool may have; later: faults that begin once a wreck is past; instead: the faults that
+    stand for its acts where no small disk can be mounted for them."""
 
     name: str
     seed: int
@@ -51,8 +54,8 @@ class Scenario:
     kinds: frozenset[str] = frozenset()
     lost: int | None = 0
     restarts: int = 0
-    small_disk: bool = False
-    binomial: bool = False
+    later: tuple[Fault, ...] = ()
+    instead: tuple[Fault, ...] = ()
 
 
 def scenario(name: str, seed: int, steps: int) -> Scenario:
@@ -140,7 +143,7 @@ def _once(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenar
         pool=FIRST, at_step=_when(draw, steps), rank=_chip(draw), kind="gradient", bits=int(draw.choice([1, 2, 64]))
     )
     kinds = frozenset({"gradient"})
-    return Scenario(name, seed, (fault,), kinds=kinds, lost=None, restarts=4, binomial=True)
+    return Scenario(name, seed, (fault,), kinds=kinds, lost=None, restarts=4)
 
 
 def _straggler(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:
@@ -150,10 +153,14 @@ def _straggler(name: str, seed: int, draw: np.random.Generator, steps: int) -> S
 
 def _disk(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:
     full = _when(draw, steps // 2)
-    acts = [Act("fill", full)]
-    if draw.random() < 0.5:
+    acts, passes = [Act("fill", full)], draw.random() < 0.5
+    if passes:
         acts.append(Act("free", min(full + EVERY + 2, steps - 2)))
-    return Scenario(name, seed, acts=tuple(acts), kinds=frozenset({"disk"}), restarts=2, small_disk=True)
+    phase, fails = str(draw.choice(SAVING)), int(draw.integers(1, 3)) if passes else 1
+    fault = Fault(at_step=full, kind="full", phase=phase, sticky=not passes)  # type: ignore[arg-type]
+    return Scenario(
+        name, seed, acts=tuple(acts), kinds=frozenset({"disk"}), restarts=2, instead=(fault,) * fails
+    )  # fmt: skip
 
 
 def _torn(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:
@@ -166,7 +173,17 @@ def _torn(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenar
 
 def _shard(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:
     act = Act("wreck", _when(draw, steps, 2 * EVERY + 2), damage=str(draw.choice(DAMAGES)))
-    return Scenario(name, seed, acts=(act,), kinds=frozenset({"killed"}), lost=2 * EVERY + 2, restarts=4)
+    kinds, lost, later = {"killed"}, 2 * EVERY + 2, []
+    if draw.random() < 1 / 3:  # and a chip computes wrong gradients from then on, on steps that were audited before
+        act = replace(act, lost=int(draw.integers(0, 2)))
+        kinds, lost = kinds | {"gradient"}, lost + act.lost * EVERY
+        later.append(
+            Fault(
+                pool=FIRST, at_step=act.at_step - int(draw.integers(EVERY, 2 * EVERY + 3)), rank=_chip(draw),
+                kind="gradient", bits=int(draw.choice([1, 2, 64])), sticky=True,
+            )
+        )  # fmt: skip
+    return Scenario(name, seed, acts=(act,), kinds=frozenset(kinds), lost=lost, restarts=4, later=tuple(later))
 
 
 def _system(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:

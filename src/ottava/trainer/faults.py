@@ -6,6 +6,7 @@ it strikes, which is how it comes once: the supervisor does not hand it out agai
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -31,7 +32,9 @@ class Injector:
 
     def at(self, phase: str, step: int) -> None:
         """Die, hang or fail here, if a fault says so. step: how many are kept."""
-        for number, fault in self._due(("sigkill", "sigstop", "sleep", "error", "memory", "clock"), step, phase):
+        for number, fault in self._due(
+            ("sigkill", "sigstop", "sleep", "error", "memory", "clock", "full"), step, phase
+        ):
             self._tell(number, fault, step)
             if fault.kind == "sigkill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -43,6 +46,8 @@ class Injector:
                 raise RuntimeError(f"an injected error in step {step + 1}")
             elif fault.kind == "memory":
                 torch.empty(1 << 60, dtype=torch.uint8)  # the allocator refuses, in its own words
+            elif fault.kind == "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             else:
                 _jump(fault.seconds)
 
@@ -67,8 +72,8 @@ class Injector:
     def _due(self, kinds: tuple[str, ...], step: int, phase: str | None = None) -> list[tuple[int, Fault]]:
         found = []
         for number, fault in self._faults.items():
-            early = phase in ("join", "load") or fault.sticky
-            now = step >= fault.at_step if early else step == fault.at_step
+            lasting = fault.sticky or phase in ("join", "load") or fault.kind == "full"  # which steps are saved varies
+            now = step >= fault.at_step if lasting else step == fault.at_step
             if (
                 fault.kind in kinds
                 and now

@@ -20,7 +20,9 @@ Phase = Literal[
 ]  # fmt: skip
 """What a worker does, in order: it tells its supervisor, and a fault may strike there. save: of a durable state."""
 
-FaultKind = Literal["sigkill", "sigstop", "sleep", "error", "nan", "spike", "flip", "gradient", "memory", "clock"]
+FaultKind = Literal[
+    "sigkill", "sigstop", "sleep", "error", "nan", "spike", "flip", "gradient", "memory", "clock", "full"
+]
 """Faults that a worker commits against itself; `supervisor.drill` has others that come from outside."""
 
 
@@ -114,9 +116,9 @@ class Fault(Frozen):
     """A fault to inject: the run must survive it, or stop with the right words. It comes once, unless it is sticky.
 
     at_step: strikes in the step that follows this many kept ones, or right after the last of them (phase kept); a fault
-    in join or load strikes at the first start from there on. rank: the chip, by its number in the pool. pool: None
-    means whichever runs then. bits: how many are flipped. seconds: how long it sleeps, or how far its clock jumps.
-    sticky: it stays with the chip, step after step.
+    in join or load strikes at the first start from there on, a full disk at the first save. rank: the chip, by its
+    number in the pool. pool: None means whichever runs then. bits: how many are flipped. seconds: how long it sleeps,
+    or how far its clock jumps. sticky: it stays with the chip, step after step.
     """
 
     pool: str | None = None

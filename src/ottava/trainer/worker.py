@@ -85,11 +85,8 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         raise TrainingFailed(f"{alarm.kind}: {alarm.message}", where=f"pool {args['pool']}") from alarm
     except OttavaError as error:
         step = -1 if worker is None else worker.trainer.state.step
-        rank = int(os.environ.get("RANK", "0"))
         if getattr(error, "cause", None) == "padding not zero":
-            line.alarm("corrupt", step, error.what, ranks=[rank])
-        elif isinstance(error, CheckpointError):  # whole a moment ago: the next start looks at it again, or before it
-            line.alarm("error", step, f"rank {rank} could not load its state: {error.what}")
+            line.alarm("corrupt", step, error.what, ranks=[int(os.environ.get("RANK", "0"))])
         raise
     except Exception as error:
         step = -1 if worker is None else worker.trainer.state.step
@@ -146,7 +143,10 @@ class Worker:
         guard.check_class(self.group.gather([its_class, numerics_class(self.trainer), facts]))
         self._enter("load")
         if start is not None:
-            _restore(self.trainer, start, self.args["run"])
+            try:
+                _restore(self.trainer, start, self.args["run"])
+            except CheckpointError as error:  # whole a moment ago: the next start looks at it again, and before it
+                raise Alarm("error", f"the state could not be loaded: {error.what}") from error
         self.digest = state.digest()
         path = Path(self.args["memory"]) / os.environ.get(link.NODE, "node0") / f"rank{self.group.rank}.snap"
         path.parent.mkdir(parents=True, exist_ok=True)
