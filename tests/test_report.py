@@ -73,8 +73,9 @@ class Made:
         with (self.folder / "journal.jsonl").open("a") as file:
             file.write(json.dumps({"t": round(self.clock, 4), "event": name, **fields}) + "\n")
 
-    def begin(self, stage: str, key: str = "a" * 64) -> None:
-        self.event("stage.start", stage=stage, pool="ascend" if stage in ("train", "serve") else "nvidia", key=key)
+    def begin(self, stage: str, key: str = "a" * 64, **more: str) -> None:
+        pool = "ascend" if stage in ("train", "serve") else "nvidia"
+        self.event("stage.start", stage=stage, pool=pool, key=key, **more)
 
     def done(self, stage: str, seconds: float | None = None, key: str = "a" * 64) -> None:
         taken = SECONDS[stage] if seconds is None else seconds
@@ -452,6 +453,23 @@ def test_seconds_of_every_attempt_count_even_of_killed_ones(tmp_path: Path) -> N
     made.commit("plan", SUMMARIES["plan"])
     made.done("plan", 3.0)
     assert by_name(report.build(made.folder))["plan"]["seconds"] == 8.0
+
+
+def test_a_run_that_went_on_under_other_care_is_told_whole(tmp_path: Path) -> None:
+    """Two attempts at one piece of work, under two keys; work of a key that was done before is another piece."""
+    made = Made(tmp_path / "run", ("train",))
+    for key, first, last in (("c" * 64, 1, 30), ("b" * 64, 1, 20), ("a" * 64, 21, 40)):
+        made.begin("train", key=key, work="w")
+        if first == 1:
+            made.event("train.begin")
+        for step in range(first, last + 1):
+            made.clock += 1
+            made.event("train.step", phase="main", pool="ascend", step=step, loss=1.0)
+        if key[0] == "c":
+            made.done("train", 30.0, key=key)
+    found = report.build(made.folder)
+    assert found["training"]["steps"] == 40
+    assert by_name(found)["train"]["seconds"] == 40.0, "both attempts, and not the one that was done"
 
 
 def test_events_of_another_recipe_in_the_same_folder_do_not_count(tmp_path: Path) -> None:

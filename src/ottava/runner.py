@@ -148,8 +148,9 @@ class Walk:
     def _do(self, name: str, place: Placement, key: str, destination: Path) -> Artifact:
         module, spec = stages.load(name), self.recipe.stages[name]
         work = self.folder / "work" / name
-        self._prepare(name, work, self._begun(name, key))
-        self.journal.append("stage.start", stage=name, pool=place.pool.name, key=key)
+        begun_for = self._begun(name, key)
+        self._prepare(name, work, begun_for)
+        self.journal.append("stage.start", stage=name, pool=place.pool.name, key=key, work=begun_for)
         self.reporter.start(name, place.pool.name, spec.budget_s)
         begun = time.monotonic()
         before = _spent(work)

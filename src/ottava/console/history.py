@@ -2,7 +2,7 @@
 
 A run's folder may hold several attempts at a stage, killed ones among them, and events of recipes
 that were tried in it before. A report must not mix them: events count only where they belong to the
-key of the stage as the present recipe has it.
+key of the stage as the present recipe has it, or to work that this key went on with.
 """
 
 from __future__ import annotations
@@ -68,11 +68,16 @@ class History:
 class _Attempt:
     stage: str
     key: str
+    work: str = ""
     events: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def closed(self) -> bool:
         return self.events[-1]["event"] in ("stage.done", "stage.failed", "stage.interrupted")
+
+    @property
+    def done(self) -> bool:
+        return bool(self.events[-1]["event"] == "stage.done")
 
     @property
     def seconds(self) -> float:
@@ -89,10 +94,11 @@ def history(events: Iterable[Event], digest: str, alive: bool) -> History:
     running = newest if alive and newest is not None and not newest.closed else None
     kept: list[dict[str, Any]] = []
     attempts: list[_Attempt] = []
+    carried = _carried(items, keys)
     for item in items:
         if not isinstance(item, _Attempt):
             kept += [item] if _belongs(item, digest, keys) else []
-        elif keys.get(item.stage) == item.key:
+        elif id(item) in carried:
             attempts.append(item)
             kept += item.events if item.closed or item is running else [*item.events, _interrupted(item)]
     state = journal.fold(kept)
@@ -128,6 +134,20 @@ def _present_keys(events: Sequence[Event], digest: str) -> dict[str, str]:
     return keys
 
 
+def _carried(items: Sequence[_Attempt | dict[str, Any]], keys: Mapping[str, str]) -> set[int]:
+    """The attempts (by `id`) that led to the present keys: their own, and those whose work they went on with."""
+    works = {item.work for item in items if isinstance(item, _Attempt) and keys.get(item.stage) == item.key}
+    found: dict[str, list[_Attempt]] = {}
+    for item in items:
+        if isinstance(item, _Attempt):
+            its = found.setdefault(item.stage, [])
+            if keys.get(item.stage) == item.key:
+                its.append(item)
+            elif item.work in works - {""} and not (its and its[-1].done):
+                found[item.stage] = [a for a in its if a.key == keys[item.stage]] if item.done else [*its, item]
+    return {id(item) for its in found.values() for item in its}
+
+
 def _key_of(event: Event) -> str:
     return str(event.get("artifact", "")).rpartition("-")[2]
 
@@ -145,7 +165,7 @@ def _grouped(events: Sequence[dict[str, Any]]) -> list[_Attempt | dict[str, Any]
     for event in events:
         kind = event["event"]
         if kind == "stage.start":
-            attempt = _Attempt(event["stage"], str(event["key"])[:KEY], [event])
+            attempt = _Attempt(event["stage"], str(event["key"])[:KEY], str(event.get("work", "")), [event])
             items.append(attempt)
         elif attempt is None or kind in ("run.start", "run.end", "stage.cached"):
             attempt = None
