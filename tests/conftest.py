@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,20 @@ settings.register_profile(
 settings.load_profile("ottava")
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+@pytest.fixture(autouse=True)
+def _unpinned_afterwards() -> Iterator[None]:
+    """Pinning the numerics is for whole processes; the other tests of this one must not inherit it."""
+    torch = sys.modules.get("torch")
+    state = None if torch is None else (torch.get_num_threads(), torch.get_float32_matmul_precision())
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+        if state is not None:
+            torch.set_num_threads(state[0])
+            torch.set_float32_matmul_precision(state[1])
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -29,16 +28,6 @@ from ottava.trainer.worker import make_trainer
 
 FLEETS = Path(__file__).parents[1] / "fleets"
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool)
-
-
-@pytest.fixture(autouse=True)
-def _unpinned_afterwards() -> Iterator[None]:
-    """Pinning is for whole processes; the other tests of this one must not inherit it."""
-    state = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), torch.get_float32_matmul_precision()
-    yield
-    torch.use_deterministic_algorithms(state[0])
-    torch.set_num_threads(state[1])
-    torch.set_float32_matmul_precision(state[2])
 
 
 @pytest.fixture(params=platforms.names())
