@@ -105,6 +105,16 @@ def hold(folder: Path, what: str, fix: str) -> int:
 
 
 @contextmanager
+def held(folder: Path, what: str, fix: str) -> Iterator[None]:
+    """`hold` a folder while the block runs."""
+    descriptor = hold(folder, what, fix)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside `path`; it is flushed and takes its place when the block ends, or is removed."""
     part = path.with_name(path.name + ".part")

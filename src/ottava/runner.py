@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -332,10 +331,7 @@ def _write_spent(work: Path, seconds: float) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this process. Raises Busy where another has it."""
-    descriptor = artifact.hold(
+    with artifact.held(
         folder, "another process is at work in this run's folder", "wait for it or choose another --out"
-    )
-    try:
+    ):
         yield
-    finally:
-        os.close(descriptor)

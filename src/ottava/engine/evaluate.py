@@ -129,7 +129,7 @@ def evaluate_folder(args: Mapping[str, Any]) -> dict[str, Any]:
 
     args: model (a Hugging Face folder), data (a folder with test.jsonl and test_one_step.jsonl), task, platform.
     """
-    device = platforms.get(args.get("platform", "cpu")).open()
+    device = platforms.asked(args).open()
     data, folder = Path(args["data"]), Path(args["model"])
     test, one_step = (
         [problem_of(line) for line in read_lines(data / name)] for name in ("test.jsonl", "test_one_step.jsonl")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from typing import Any
 
 from ottava.document import suggest
 from ottava.errors import PlatformError
 from ottava.platforms.base import FaultClass, Platform
 
-__all__ = ["FaultClass", "Platform", "get", "names"]
+__all__ = ["FaultClass", "Platform", "asked", "get", "names"]
 
 _TOOLS = {"base", "doctor", "probe"}
 
@@ -30,3 +32,8 @@ def get(name: str) -> Platform:
     platform = importlib.import_module(f"ottava.platforms.{name}").PLATFORM
     assert isinstance(platform, Platform)
     return platform
+
+
+def asked(args: Mapping[str, Any]) -> Platform:
+    """The platform that a worker was started for: args["platform"], by default cpu."""
+    return get(args.get("platform", "cpu"))

@@ -243,7 +243,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
 
 def _open(args: Mapping[str, Any]) -> tuple[Platform, torch.device]:
     """The platform with its numerics pinned, and this worker's device."""
-    platform = platforms.get(args.get("platform", "cpu"))
+    platform = platforms.asked(args)
     return platform, platform.open()
 
 

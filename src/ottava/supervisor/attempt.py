@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from signal import Signals
 from typing import Any, Protocol
 
 from ottava import link
-from ottava.artifact import hold
+from ottava.artifact import held
 from ottava.context import Launcher, Process
 from ottava.errors import (
     CheckpointError,
@@ -127,11 +126,8 @@ def act(run: Watched, actions: Sequence[Action], failure: Failure) -> None:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a run's folder against a second supervisor on this machine; epochs fence one elsewhere."""
-    descriptor = hold(folder, "another supervisor is carrying this run", "wait until it ends, or stop it")
-    try:
+    with held(folder, "another supervisor is carrying this run", "wait until it ends, or stop it"):
         yield
-    finally:
-        os.close(descriptor)
 
 
 class Attempt:

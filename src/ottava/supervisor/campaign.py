@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ottava.artifact import Artifact, hold, make_folder, write_json
+from ottava.artifact import Artifact, held, make_folder, write_json
 from ottava.document import suggest
 from ottava.errors import DataError, PoolMissing, RecipeError
 from ottava.models.chat import write_tiny
@@ -59,13 +59,8 @@ def fits(where: Where, names: Sequence[str]) -> None:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a campaign's folder, made if need be, against a second one. Raises Busy."""
-    descriptor = hold(
-        make_folder(folder), "another drill is at work in this folder", "wait for it or choose another --out"
-    )
-    try:
+    with held(make_folder(folder), "another drill is at work in this folder", "wait for it or choose another --out"):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def run(

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ottava import platforms
 from ottava.trainer import reduce, snapshot
 from ottava.trainer.loop import Trainer
-from ottava.trainer.worker import make_trainer, platform_of
+from ottava.trainer.worker import make_trainer
 
 NOISE = 17  # the random stream of the replicas
 CONFIDENCE = 0.99
@@ -127,7 +128,7 @@ def _noise(trainer: Trainer, trace: Path, pools: Sequence[str], number: int, rep
 
 
 def _at(args: Mapping[str, Any], state: str) -> Trainer:
-    platform_of(args).open()
+    platforms.asked(args).open()
     trainer = make_trainer(args)
     trainer.state.restore(snapshot.load(Path(state)))
     return trainer

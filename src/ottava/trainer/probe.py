@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ottava import platforms
 from ottava.trainer.guard import Group
 from ottava.trainer.loop import Trainer
-from ottava.trainer.worker import join, platform_of
+from ottava.trainer.worker import join
 
 
 def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
     from ottava.trainer import reduce
     from ottava.trainer.spec import TrainSpec
 
-    platform = platform_of(args)
+    platform = platforms.asked(args)
     group: Group = join(platform)
     spec = TrainSpec.model_validate(args["spec"])
     trainer = Trainer(spec, int(args.get("seed", 0)), _stand_in(), VOCABULARY, platform.own())

@@ -29,11 +29,6 @@ from ottava.trainer.saver import STATE, Saver
 from ottava.trainer.spec import Fault, TrainSpec
 
 
-def platform_of(args: Mapping[str, Any]) -> Platform:
-    """The platform that a worker was started for."""
-    return platforms.get(args.get("platform", "cpu"))
-
-
 def join(platform: Platform) -> Group:
     """Open this worker's device and join the process group that the environment names."""
     platform.open()
@@ -49,7 +44,7 @@ def make_trainer(args: Mapping[str, Any]) -> Trainer:
     chat = Chat.load(Path(args["chat"]))
     vocabulary = chat.tokenizer.get_vocab_size()
     read = data.load(Path(args["data"]), chat)
-    return Trainer(spec, int(args["seed"]), read, vocabulary, platform_of(args).own())
+    return Trainer(spec, int(args["seed"]), read, vocabulary, platforms.asked(args).own())
 
 
 def numerics_class(trainer: Trainer) -> str:
@@ -74,7 +69,7 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
     line = link.connect()
     worker = None
     try:
-        group = join(platform_of(args))
+        group = join(platforms.asked(args))
         chip = int(args["chips"][group.rank])
         faults = {int(number): Fault.model_validate(fault) for number, fault in args["faults"].items()}
         worker = Worker(args, group, line, Injector(faults, chip, args["pool"], line.say))
@@ -90,7 +85,7 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         raise
     except Exception as error:
         step = -1 if worker is None else worker.trainer.state.step
-        kind = _KIND_OF.get(platform_of(args).classify_error(error), "error")
+        kind = _KIND_OF.get(platforms.asked(args).classify_error(error), "error")
         line.alarm(kind, step, f"{type(error).__name__}: {error}", ranks=[int(os.environ.get("RANK", "0"))])
         raise
 
@@ -139,7 +134,7 @@ class Worker:
         state, start = self.trainer.state, self.args["start"]
         self._enter("join")
         its_class = numerics_class(self.trainer)
-        facts = json.dumps(platform_of(self.args).describe(), sort_keys=True)
+        facts = json.dumps(platforms.asked(self.args).describe(), sort_keys=True)
         guard.check_class(self.group.gather([its_class, numerics_class(self.trainer), facts]))
         self._enter("load")
         if start is not None:
@@ -307,7 +302,7 @@ def export(args: Mapping[str, Any]) -> dict[str, Any]:
     from ottava.checkpoint.safetensors import write
     from ottava.models.published import published, stored
 
-    platform_of(args).open()
+    platforms.asked(args).open()
     trainer = make_trainer(args)
     trainer.state.restore(snapshot.load(Path(args["state"])))
     trainer.refresh()
