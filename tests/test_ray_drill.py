@@ -17,6 +17,7 @@ from .test_ray import started_with, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
+# A batch of 8: a worker at a twentieth of its speed would not be worth leaving with steps of a few milliseconds.
 RECIPE = """
 name: small
 seed: 7
@@ -24,7 +25,7 @@ fleet: laptop
 stages:
   label: {budget_s: 3, task: chains, cold_start: 100, answers: 400, test_per_length: 20, test_one_step: 20, audit: 50,
           max_error: 0.3}
-  train: {budget_s: 90, steps: 900, batch: 2, virtual_shards: 2, direct: {begin: 0.3, weight: 0.5, batch: 2}}
+  train: {budget_s: 90, steps: 900, batch: 8, virtual_shards: 2, direct: {begin: 0.3, weight: 0.5, batch: 2}}
 """
 QUIET = {"supervisor", "torn", "shard", "disk"}
 """Classes whose faults may go by without a failure of the pool."""
