@@ -4,8 +4,8 @@
 
 For every seed: labels made anew, the demo's model trained whole on each pool of fleets/laptop.yaml, evaluated
 there on the held-out problems; and from the state at the demo's fault, the drift against staying beside its
-envelope. Training runs as one worker a run, two runs at a time: the number of workers changes no bit.
-Ours is thinking, baseline is direct answers.
+envelope. Training is a plain loop in one process, two of them at a time: neither the number of workers nor a
+supervisor changes a bit. Ours is thinking, baseline is direct answers.
 """
 
 from __future__ import annotations
@@ -14,41 +14,42 @@ import contextlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import options, show
-from ottava import runner, stages
+from ottava import platforms, runner, stages
 from ottava.models.chat import write_tiny
 from ottava.recipe import Pool, Recipe, load_recipe
 from ottava.supervisor.drift import measure
 from ottava.supervisor.local import LocalLauncher
+from ottava.trainer import snapshot
+from ottava.trainer.worker import make_trainer
 
 ROOT = Path(__file__).parent.parent
 FIRST_SEED = 1000  # none of these was used while the recipe was made
 
 
-class Quiet:
-    """A reporter that says nothing."""
-
-    def start(self, *args: Any) -> None: ...
-    def progress(self, *args: Any) -> None: ...
-    def done(self, *args: Any) -> None: ...
-    def failed(self, *args: Any) -> None: ...
+def trained(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Train to the end, keeping the state after `at` steps and the last one. args: as `make_trainer`, at, folder."""
+    platforms.asked(args).open()
+    trainer, folder = make_trainer(args), Path(args["folder"])
+    while trainer.state.step < trainer.spec.steps:
+        if trainer.state.step == args["at"]:
+            snapshot.save(folder / "at", trainer.state.snapshot())
+        trainer.step(lambda total: total, range(trainer.spec.virtual_shards))
+    snapshot.save(folder / "end", trainer.state.snapshot())
+    return {"step": trainer.state.step}
 
 
 def train(launcher: LocalLauncher, base: dict[str, Any], pool: Pool, folder: Path, at: int) -> dict[str, Any]:
     """Train whole on one pool, keep the state at step `at`, export and evaluate."""
-    steps = base["spec"]["steps"]
     model = folder / "model"
     shutil.copytree(base["chat"], model)
-    args = {
-        **base, "phase": "main", "pool": pool.name, "attempt": 0, "folder": str(folder), "start": str(folder),
-        "until": steps, "keep": {at: str(folder / "at"), steps: str(folder / "end")}, "journal": str(folder / "j"),
-        "fault": None,
-    }  # fmt: skip
-    launcher.call("ottava.trainer.worker:run", args, pool=pool, logs=folder)
+    args = {**base, "platform": pool.platform, "at": at, "folder": str(folder)}
+    launcher.call("benchmarks.accuracy:trained", args, pool=pool, logs=folder)
     export = {**base, "state": str(folder / "end"), "model": str(model), "latent": str(folder / "latent.safetensors")}
     launcher.call("ottava.trainer.worker:export", export, pool=pool, logs=folder)
     evaluate = {"model": str(model), "data": base["data"], "task": "chains"}
@@ -57,7 +58,7 @@ def train(launcher: LocalLauncher, base: dict[str, Any], pool: Pool, folder: Pat
 
 def one_seed(launcher: LocalLauncher, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
     """All rows of one seed."""
-    label = runner.run(recipe, folder / "run", contextlib.nullcontext, Quiet(), only="label")["label"]
+    label = runner.run(recipe, folder / "run", contextlib.nullcontext, runner.Quiet(), only="label")["label"]
     spec = recipe.stages["train"].model_dump(mode="json")
     base = {"spec": spec, "seed": recipe.seed, "data": str(label.path), "chat": str(folder / "chat")}
     write_tiny(folder / "chat", label.json("vocabulary.json"))
