@@ -37,6 +37,7 @@ from ottava.trainer.spec import Fault, TrainSpec
 
 STEPS = 24
 LEAST_HANG_S = 1.0
+CLUSTER_HANG_S = 3.0  # a cluster on one machine has processes of its own, with which workers take turns
 TIMEOUT_S = 180.0  # for one run; nothing may take so long
 SMALL_DISK = 24 << 20  # bytes
 DURABLE = Path("main", "durable")  # in a run's folder
@@ -61,7 +62,8 @@ class Drill:
 
     def args(self, scenario: Scenario, folder: Path, faults: Sequence[Fault] = ()) -> dict[str, Any]:
         """What `carry` is given."""
-        spec = self.spec.model_copy(update={"restarts": scenario.restarts}).model_dump(mode="json")
+        least = {} if self.ray is None else {"hang_least_s": CLUSTER_HANG_S}
+        spec = self.spec.model_copy(update={"restarts": scenario.restarts, **least}).model_dump(mode="json")
         spec["audit"]["seed"] = scenario.seed  # every run is audited at other steps
         plain = [fault.model_dump(mode="json") for fault in faults]
         who = {"server": self.launcher.address, "ray": self.ray}
