@@ -311,3 +311,23 @@ def test_wilson_of_nothing_and_a_known_value() -> None:
     assert wilson(0, 10)[0] == 0.0
     assert wilson(10, 10)[1] == 1.0
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # R. G. Newcombe, Stat. Med. 17 (1998) 857
+
+
+def test_a_salt_holds_other_families_out() -> None:
+    import numpy as np
+
+    from ottava import tasks
+    from ottava.tasks import chains
+
+    fresh = tasks.traced("chains:salt=autumn")
+    assert fresh.NAME == "chains:salt=autumn"
+    test = fresh.sample(np.random.default_rng(1), 4, 200, "test")
+    train = fresh.sample(np.random.default_rng(1), 4, 200, "train")
+    assert all(fresh.held_out(p.question) for p in test)
+    assert not any(fresh.held_out(p.question) for p in train)
+    before = sum(chains.held_out(p.question) for p in test)
+    assert 5 < before < 45, "a tenth of them, by chance, was held out before, too"
+    assert all(not fresh.check_trace(p, fresh.trace(p)) for p in test)
+    for wrong in ("chains:pepper=1", "chains:salt=", "chains:salt=a b"):
+        with pytest.raises(DataError):
+            tasks.get(wrong)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from ottava.labels.teachers import Proposal
-from ottava.tasks import Problem, Task
+from ottava.tasks import Problem, Traced
 
 MALFORMED, WRONG, RIGHT = "malformed", "wrong answer", "right answer"
 NO_ANSWER, NO_AGREEMENT, TIE = "no right answer", "too few agree", "tie"
@@ -50,14 +50,14 @@ class Tally:
         return {t: {g: self.proposals[t, g] for g in (RIGHT, WRONG, MALFORMED)} for t in teachers}
 
 
-def grade(task: Task, problem: Problem, proposal: Proposal) -> str:
+def grade(task: Traced, problem: Problem, proposal: Proposal) -> str:
     """MALFORMED, WRONG or RIGHT, by the form and the final answer alone."""
     if not task.well_formed(problem, proposal.trace, proposal.answer):
         return MALFORMED
     return RIGHT if task.check_answer(problem, proposal.answer) else WRONG
 
 
-def fuse(task: Task, problem: Problem, proposals: Sequence[Proposal], agree: int, tally: Tally) -> Label | None:
+def fuse(task: Traced, problem: Problem, proposals: Sequence[Proposal], agree: int, tally: Tally) -> Label | None:
     """The trace that most teachers with the right answer give, if at least `agree` give it; else None, counted."""
     graded = [(grade(task, problem, proposal), proposal) for proposal in proposals]
     tally.proposals.update((proposal.teacher, verdict) for verdict, proposal in graded)
@@ -80,7 +80,7 @@ def fuse(task: Task, problem: Problem, proposals: Sequence[Proposal], agree: int
 
 
 def collect(
-    task: Task,
+    task: Traced,
     problems: Iterable[Problem],
     ask: Callable[[Problem], Sequence[Proposal]],
     wanted: int,

@@ -1,5 +1,5 @@
 """Problems with verifiers: what a model is taught and tested on."""
 
-from ottava.tasks.base import Problem, Task, get, names
+from ottava.tasks.base import Problem, Task, Traced, get, names, traced
 
-__all__ = ["Problem", "Task", "get", "names"]
+__all__ = ["Problem", "Task", "Traced", "get", "names", "traced"]

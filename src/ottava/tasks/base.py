@@ -1,51 +1,72 @@
 """What every task has in common: a problem, the functions a task offers, and the registry.
 
-Labelling, training and evaluation know a task only through these functions, so a second task (a
-wrapper of reasoning-gym, say) is one module with the same functions and one line in `_MODULES`.
+Labelling, training and evaluation know a task only through these functions, so another task is one
+module with the same functions and one line in `_KINDS`. A task has a name, by which every process finds it:
+
+    chains                      a module of ours that is a task itself; chains:salt=WORD holds other problems out
+    gym:chain_sum,max_terms=3   a kind, and what it is made of: `make` in the kind's module returns the task
+    maths:FILE  code:FILE       problems from a file, with the kind's verifier
+    own:package.module          a module of yours with the functions of `Task`
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from ottava.document import suggest
-from ottava.errors import DataError, from_os_error
+from ottava.errors import DataError, PlatformError, from_os_error
 
 if TYPE_CHECKING:
     import numpy as np
 
 Split = Literal["train", "test"]
 
-_MODULES = {"chains": "ottava.tasks.chains"}
+_KINDS = {  # how the name is written -> the module
+    "chains": ("chains", "ottava.tasks.chains"),
+    "gym": ("gym:DATASET", "ottava.tasks.gym"),
+    "maths": ("maths:FILE", "ottava.tasks.maths"),
+    "code": ("code:FILE", "ottava.tasks.code"),
+    "own": ("own:MODULE", "ottava.tasks.base"),
+}
+_TRACED = _SALTED = ("chains",)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question with its answer. steps: how many operations a full trace has."""
+    """One question with its answer.
+
+    steps: how hard it is, from 1: the operations of a full trace, or the task's own levels. facts: JSON that the
+    verifier needs besides the answer (tests of a program, numbers that may be used); most tasks have none.
+    """
 
     id: str
     steps: int
     question: str
     answer: str
+    facts: str = ""
 
 
 class Task(Protocol):
     """The functions of a task; a module that has them is a task.
 
-    Text is made of tokens of `vocabulary()` with single spaces between them.
+    NAME: what `get` finds it by, here and in another process. SAFE: `check_answer` only compares, so that it can be
+    called in any process without a deadline; everything else is graded apart (`ottava.tasks.verify`).
     """
 
+    NAME: str
     MAX_STEPS: int
-
-    def vocabulary(self) -> list[str]:
-        """The task's tokens, in the order of their ids."""
+    SAFE: bool
 
     def sample(
         self, rng: np.random.Generator, steps: int, count: int, split: Split, *, fewer: bool = False
@@ -64,29 +85,119 @@ class Task(Protocol):
     def family(self, question: str) -> str:
         """Alike for questions that are the same problem in substance."""
 
+    def prompt(self, problem: Problem) -> str:
+        """What the model is asked: the question, and how an answer is to be written where that is not plain."""
+
+    def check_answer(self, problem: Problem, text: str) -> bool:
+        """Whether `text`, what a model said after it thought, is a right answer."""
+
+
+class Traced(Task, Protocol):
+    """A task that also knows the right way to the answer, step by step.
+
+    Text is made of tokens of `vocabulary()` with single spaces between them.
+    """
+
+    def vocabulary(self) -> list[str]:
+        """The task's tokens, in the order of their ids."""
+
     def trace(self, problem: Problem) -> str:
         """The right trace."""
 
     def well_formed(self, problem: Problem, trace: str, answer: str) -> bool:
         """Whether the trace has the right shape and ends in `answer`. Says nothing of its steps' truth."""
 
-    def check_answer(self, problem: Problem, text: str) -> bool:
-        """Whether `text` is the answer, exactly."""
-
     def check_trace(self, problem: Problem, trace: str) -> list[int]:
         """The indices of the wrong steps, from 0; empty where the trace is right."""
 
 
-def names() -> list[str]:
-    """The tasks there are."""
-    return list(_MODULES)
+def names(*, traced: bool = False) -> list[str]:
+    """How the names of the tasks that there are are written. traced: of those that are known to have traces."""
+    return [written for kind, (written, _) in _KINDS.items() if not traced or kind in _TRACED]
 
 
+@functools.lru_cache(maxsize=64)
 def get(name: str) -> Task:
-    """The task called `name`. Raises DataError where there is none."""
-    if name not in _MODULES:
+    """The task called `name`. Raises DataError where there is none, PlatformError where its library is missing."""
+    kind, _, rest = name.partition(":")
+    written, module = _KINDS.get(kind, ("", ""))
+    if not written or ((":" in written) != bool(rest) and kind not in _SALTED):
         raise DataError(f"there is no task {name!r}", fix=suggest(name, names()))
-    return cast(Task, importlib.import_module(_MODULES[name]))
+    if kind == "own":
+        return _own(rest)
+    found = importlib.import_module(module)
+    return cast(Task, found.make(rest) if rest else found)
+
+
+def traced(name: str) -> Traced:
+    """The task called `name`, which must know its traces. Raises as `get`, and DataError where it knows none."""
+    task = get(name)
+    if not hasattr(task, "check_trace"):
+        raise DataError(
+            f"the task {name!r} knows answers but no traces, and here traces are needed",
+            fix="use chains, or train on answers alone (reinforce)",
+        )
+    return cast(Traced, task)
+
+
+def _own(module: str) -> Task:
+    """A user's module as a task. Its NAME is set where it has none."""
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(
+            f"the task's module cannot be imported: {error}", where=f"own:{module}", fix="put its folder on PYTHONPATH"
+        ) from error
+    for name, default in (("NAME", f"own:{module}"), ("SAFE", False), ("MAX_STEPS", 1)):
+        if not hasattr(found, name):
+            setattr(found, name, default)
+    needed = ("sample", "held_out", "canonical", "family", "prompt", "check_answer")
+    missing = [function for function in needed if not callable(getattr(found, function, None))]
+    if missing:
+        raise DataError(
+            f"the module has no {', '.join(missing)}",
+            where=f"own:{module}",
+            fix="a task has the functions of ottava.tasks.base.Task",
+        )
+    return cast(Task, found)
+
+
+def require(library: str, package: str, what: str) -> None:
+    """Raise PlatformError unless `library` (what is imported) of `package` (what is installed) is there."""
+    if importlib.util.find_spec(library) is None:
+        raise PlatformError(
+            f"{what} needs the package {package}, which is not installed",
+            where=f"import {library}",
+            fix="pip install 'ottava[reason]'",
+        )
+
+
+def plain(text: str) -> str:
+    """One writing for white space, case and typographic variants."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def in_test(kin: str, one_in: int, salt: str) -> bool:
+    """Whether a family is on the test side: a hash of its text, `one_in` of that many."""
+    digest = hashlib.blake2b(kin.encode(), digest_size=8, person=salt.encode()[:16]).digest()
+    return int.from_bytes(digest, "little") % one_in == 0
+
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+def final(text: str, number: bool = False) -> str:
+    """The answer in a text: what stands in the last <answer> tags, else all of it.
+
+    number: where a number is asked for and no tags stand there, the last number of the text, if it has any.
+    """
+    tagged = _ANSWER.findall(text)
+    if number and not tagged and (numbers := _NUMBER.findall(text)):
+        return str(numbers[-1]).replace(",", "")
+    return (tagged[-1] if tagged else text).strip()
 
 
 def generator(seed: int, *names: object) -> np.random.Generator:
@@ -105,13 +216,23 @@ def row(task: str, problem: Problem, **more: Any) -> dict[str, Any]:
         "steps": problem.steps,
         "question": problem.question,
         "answer": problem.answer,
+        **({"facts": problem.facts} if problem.facts else {}),
         **more,
     }
 
 
 def problem_of(line: Mapping[str, Any]) -> Problem:
     """The problem in a line of a data set, as `read_lines` returns it."""
-    return Problem(line["id"], line["steps"], line["question"], line["answer"])
+    return Problem(line["id"], line["steps"], line["question"], line["answer"], line.get("facts", ""))
+
+
+def task_of(lines: Iterable[Mapping[str, Any]]) -> Task:
+    """The task of a data set's lines. Raises DataError where they name several or there are none; and as `get`."""
+    found = sorted({str(line["task"]) for line in lines})
+    if len(found) != 1:
+        what = f"a data set is of one task, and this one is of {', '.join(found)}" if found else "the data set is empty"
+        raise DataError(what)
+    return get(found[0])
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -151,4 +272,6 @@ def _line(raw: str, where: str) -> dict[str, Any]:
         if not isinstance(line.get(key), kind):
             have = "is missing" if key not in line else f"is {line[key]!r}"
             raise DataError(f"{key!r} {have}; it must be {'text' if kind is str else 'a number'}", where=where)
+    if not isinstance(line.get("facts", ""), str):
+        raise DataError(f"'facts' is {line['facts']!r}; it must be text", where=where)
     return line

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ottava.errors import DataError
@@ -30,7 +31,9 @@ DIGITS = tuple("0123456789")
 _OPERANDS = (("+", range(1, 10)), ("-", range(1, 10)), ("*", (3, 7, 9)))
 OPERATIONS = tuple(f"{sign}{k}" for sign, operands in _OPERANDS for k in operands)
 LETTERS = tuple("abcdef")
+NAME = "chains"
 MAX_STEPS = len(LETTERS)
+SAFE = True
 
 _STRICT = re.compile(r"[0-9](?: [a-z] [-+*][0-9])+ =")
 _LOOSE = re.compile(r"[0-9](?:[a-z][-+*][0-9])+=?")  # after white space is taken out
@@ -77,6 +80,11 @@ def write_trace(start: int, operations: list[str], after: list[int]) -> str:
     """A trace of these operations with these values after them, right or wrong."""
     steps = zip(LETTERS, operations, after, strict=False)
     return " ".join([str(start), *(f"{letter} {operation} {value}" for letter, operation, value in steps)])
+
+
+def prompt(problem: Problem) -> str:
+    """The question as it is."""
+    return problem.question
 
 
 def check_answer(problem: Problem, text: str) -> bool:
@@ -145,18 +153,54 @@ def _read(question: str) -> tuple[str, list[str]] | None:
     return text[0], [text[i : i + 2] for i in range(2, len(text.rstrip("=")), 3)]
 
 
-def held_out(question: str) -> bool:
+def held_out(question: str, salt: str = "") -> bool:
     """Whether the question is on the test side: a third of one-step families, a tenth of longer ones."""
-    return _held_out(family(question))
+    return _held_out(family(question), salt)
 
 
-def _held_out(kin: str) -> bool:
+def _held_out(kin: str, salt: str) -> bool:
     one_in = 3 if kin.count(" ") == 1 else 10
-    digest = hashlib.blake2b(kin.encode(), digest_size=8, person=b"ottava/chains").digest()
+    digest = hashlib.blake2b(kin.encode(), digest_size=8, person=b"ottava/chains", salt=salt.encode()).digest()
     return int.from_bytes(digest, "little") % one_in == 0
 
 
-def sample(rng: np.random.Generator, steps: int, count: int, split: Split, *, fewer: bool = False) -> list[Problem]:
+def make(options: str) -> Fresh:
+    """The task behind `chains:salt=WORD`. Raises DataError."""
+    key, _, salt = options.partition("=")
+    if key != "salt" or not re.fullmatch(r"[A-Za-z0-9]{1,16}", salt):
+        raise DataError(f"{options!r} is no option of chains", fix="salt=WORD, of at most 16 letters and digits")
+    return Fresh(salt)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The same task with other families held out: test problems that no earlier choice can have been made by."""
+
+    salt: str
+    MAX_STEPS = len(LETTERS)
+    SAFE = True
+
+    @property
+    def NAME(self) -> str:
+        return f"chains:salt={self.salt}"
+
+    def sample(
+        self, rng: np.random.Generator, steps: int, count: int, split: Split, *, fewer: bool = False
+    ) -> list[Problem]:
+        return sample(rng, steps, count, split, fewer=fewer, salt=self.salt)
+
+    def held_out(self, question: str) -> bool:
+        return held_out(question, self.salt)
+
+    canonical, family = staticmethod(canonical), staticmethod(family)
+    vocabulary, trace = staticmethod(vocabulary), staticmethod(trace)
+    well_formed, check_trace = staticmethod(well_formed), staticmethod(check_trace)
+    prompt, check_answer = staticmethod(prompt), staticmethod(check_answer)
+
+
+def sample(
+    rng: np.random.Generator, steps: int, count: int, split: Split, *, fewer: bool = False, salt: str = ""
+) -> list[Problem]:
     """`count` distinct problems of `steps` steps from one side of the split, each equally likely.
 
     Depends on the state of `rng` alone. Raises DataError where the split has not so many problems,
@@ -170,7 +214,7 @@ def sample(rng: np.random.Generator, steps: int, count: int, split: Split, *, fe
     size = count * (14 if split == "test" else 2) + 64
     while True:
         size = min(size, space)
-        problems = _of_split(rng.choice(space, size, replace=False), steps, count, split)
+        problems = _of_split(rng.choice(space, size, replace=False), steps, count, split, salt)
         if len(problems) == count or (size == space and fewer):
             return problems
         if size == space:
@@ -181,7 +225,7 @@ def sample(rng: np.random.Generator, steps: int, count: int, split: Split, *, fe
         size *= 4
 
 
-def _of_split(codes: np.ndarray, steps: int, count: int, split: Split) -> list[Problem]:
+def _of_split(codes: np.ndarray, steps: int, count: int, split: Split, salt: str) -> list[Problem]:
     """The first `count` of the numbered problems that are on the asked side. codes: int64 [m]."""
     import numpy as np
 
@@ -191,7 +235,7 @@ def _of_split(codes: np.ndarray, steps: int, count: int, split: Split) -> list[P
     for code, start, *chosen in rows:
         if len(problems) == count:
             break
-        if _held_out(" ".join([DIGITS[start], *(_RESIDUES[i] for i in chosen)])) == (split == "test"):
+        if _held_out(" ".join([DIGITS[start], *(_RESIDUES[i] for i in chosen)]), salt) == (split == "test"):
             value = start
             for i in chosen:
                 value = _AFTER[value][i]
