@@ -1,0 +1,193 @@
+"""Distillation: how far a student's distribution is from a teacher's, with one tokenizer or with two.
+
+Everywhere logits[:, t] and log-probabilities[:, t] belong to target t, the token that they predict: the shift by one
+is done before, once, on both sides. Sums are divided by integers of the whole update (tokens, rows, chunks), so that
+the contributions of shards add. The teacher gets no gradient.
+
+    gkd          beta 0: KL(T, S), forward; beta 1: KL(S, T), reverse; between: beta KL(T, M) + (1 - beta) KL(S, M) with
+                 M = beta T + (1 - beta) S. Full vocabulary, temperature on both sides, no factor of its square.
+                 GKD, arXiv 2306.13649 eq. 1; the direction of beta is TRL's.
+    reverse_kl   the sampled token's l_S - l_T, on the student's own replies. Thinking Machines, On-Policy
+                 Distillation, 2025; Qwen3, arXiv 2505.09388.
+    uld          sum over ranks of |sorted p_S - sorted p_T|: vocabularies that share nothing. ULD, arXiv 2402.12030.
+    alm          binary KL of the likelihoods of chunks that cover the same bytes. ALM, arXiv 2503.20083 (f = KL,
+                 without its debiasing of outcomes).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ottava.errors import DataError, RecipeError
+
+
+def gkd(
+    student: Tensor, teacher: Tensor, mask: Tensor, tokens: int, *, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """The generalised Jensen-Shannon divergence, summed over the masked positions and divided by `tokens`.
+
+    student, teacher: logits [N, T, V] of one vocabulary; mask: bool [N, T]; tokens: masked positions of the whole
+    update. An id that the teacher gives no probability (-inf) adds nothing to KL(T, .) and makes KL(S, T) infinite.
+    A scalar. Raises DataError where the vocabularies' sizes differ, RecipeError for beta or temperature.
+    """
+    if student.shape != teacher.shape:
+        raise DataError(
+            f"logits of {list(student.shape)} and {list(teacher.shape)}",
+            fix="cut both to the tokenizer's size; for two tokenizers: uld or alm",
+        )
+    return divergence(student[mask], teacher[mask], beta, temperature).sum() / max(tokens, 1)
+
+
+def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
+    """Per position, in nats: logits [..., V] twice -> [...]. See `gkd`."""
+    if not 0 <= beta <= 1:
+        raise RecipeError(f"beta is {beta}", fix="0 is KL(teacher, student), 1 is KL(student, teacher)")
+    ours, theirs = (_log_softmax(logits, temperature) for logits in (student, teacher.detach()))
+    if beta == 0:
+        return _kl(theirs, ours)
+    if beta == 1:
+        return _kl(ours, theirs)
+    weights = torch.tensor([beta, 1 - beta], dtype=torch.float64).log().tolist()
+    mixture = torch.logaddexp(theirs + weights[0], ours + weights[1])
+    return beta * _kl(theirs, mixture) + (1 - beta) * _kl(ours, mixture)
+
+
+def reverse_kl(live: Tensor, teacher: Tensor, mask: Tensor, tokens: int) -> Tensor:
+    """The reverse KL as the sampled tokens show it, of replies that the student has just drawn itself.
+
+    live: the student's log-probabilities [N, T] with a graph; teacher: [N, T]; mask: bool [N, T]; tokens: of the
+    whole update. The value is the mean of l_S - l_T; the gradient is that of the expectation over the next token,
+    sg(l_S - l_T) grad l_S. The same as `losses.policy_loss` with "dapo" and `advantages.towards_teacher` in the
+    first update of a generation; for several updates use that, which corrects for the drift.
+    """
+    live, teacher = (torch.where(mask, value, 0.0) for value in (live, teacher.detach()))
+    held = live.detach()
+    return ((held - teacher) * (live - held).exp()).sum() / max(tokens, 1)
+
+
+def uld(
+    student: Tensor,
+    teacher: Tensor,
+    student_mask: Tensor,
+    teacher_mask: Tensor,
+    rows: int,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Universal logit distillation: the L1 distance of the sorted probabilities, the k-th reply token beside the k-th.
+
+    student: logits [N, T, V], teacher: [N, T', V']; masks: bool [N, T], [N, T']; rows: of the whole update. A row
+    counts its mean over min(n, n') positions; a row that is empty on a side counts 0. A scalar. NB both sides are the
+    logits that *predict* the token: TRL's default for its ULD loss ("observed") is one position later.
+    """
+    sizes = torch.minimum(student_mask.sum(1), teacher_mask.sum(1))
+    ours, theirs = (
+        _log_softmax(logits[_first(mask, sizes)], temperature).exp().sort(-1, descending=True).values
+        for logits, mask in ((student, student_mask), (teacher.detach(), teacher_mask))
+    )
+    width = max(ours.shape[-1], theirs.shape[-1])
+    ours, theirs = (F.pad(value, (0, width - value.shape[-1])) for value in (ours, theirs))
+    distance = (ours - theirs).abs().sum(-1)
+    return (distance / sizes.repeat_interleave(sizes)).sum() / max(rows, 1)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of both sides that cover the same bytes: student[begin:end] and teacher[begin:end]."""
+
+    student: slice
+    teacher: slice
+
+
+def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> tuple[Chunk, ...]:
+    """The smallest chunks at whose ends both tokenizers agree, in order, each with a token of either side at least.
+
+    student, teacher: the bytes of every token; a token without bytes (the end of a reply) joins the chunk that it
+    stands in, or is one with the other side's. A tail that only one side has (a reply that was cut off) is in no
+    chunk. Raises DataError where the two texts differ before either ends.
+    """
+    ours, theirs = b"".join(student), b"".join(teacher)
+    common = min(len(ours), len(theirs))
+    if ours[:common] != theirs[:common]:
+        at = next(i for i in range(common) if ours[i] != theirs[i])
+        raise DataError(
+            f"student and teacher do not say the same: they differ at byte {at}",
+            fix="both sides score one text; templates and special tokens have to be left out or be empty",
+        )
+    ends = [list(itertools.accumulate(map(len, tokens))) for tokens in (student, teacher)]
+    chunks, begin, end = [], (0, 0), [0, 0]  # end: tokens taken so far
+    while end[0] < len(student) and end[1] < len(teacher):
+        here = (ends[0][end[0]], ends[1][end[1]])
+        if here[0] <= here[1]:
+            end[0] += 1
+        if here[1] <= here[0]:
+            end[1] += 1
+        if here[0] == here[1]:
+            chunks.append(Chunk(slice(begin[0], end[0]), slice(begin[1], end[1])))
+            begin = (end[0], end[1])
+    return tuple(chunks)
+
+
+def alm(
+    student: Tensor, teacher: Tensor, chunks: Sequence[Sequence[Chunk]], total: int, *, temperature: float = 1.0
+) -> Tensor:
+    """Approximate likelihood matching: KL of a coin with p_T^(1/temperature) from one with p_S^(1/temperature).
+
+    student: log-probabilities [N, T] of its tokens, with a graph; teacher: [N, T'] of its own; chunks: of `align`, a
+    sequence a row; total: chunks of the whole update. p is the product over the chunk's tokens. Large temperatures
+    weigh unlikely chunks more; times the temperature the loss goes to b - a + a log(a / b) with a, b = -log p_T,
+    -log p_S. A scalar.
+    """
+    if not temperature > 0:
+        raise RecipeError(f"likelihoods at temperature {temperature}", fix="above 0")
+    assert len(student) == len(teacher) == len(chunks), "one sequence of chunks a row"
+    ours = _sums(student, [[chunk.student for chunk in row] for row in chunks]) / temperature
+    theirs = _sums(teacher.detach(), [[chunk.teacher for chunk in row] for row in chunks]) / temperature
+    # A probability of 1 leaves the coin no other side: log(1 - p) of one rounding below it is finite, with a gradient.
+    ours, theirs = (value - torch.finfo(value.dtype).eps for value in (ours, theirs))
+    heads = theirs.exp() * (theirs - ours)
+    tails = -theirs.expm1() * (_log1mexp(theirs) - _log1mexp(ours))
+    return (heads + tails).sum() / max(total, 1)
+
+
+def _sums(values: Tensor, slices: Sequence[Sequence[slice]]) -> Tensor:
+    """The sums [C] of slices of the rows of [N, T]. By a padded gather: no additions whose order is anybody's guess."""
+    spans = [(number, part) for number, row in enumerate(slices) for part in row]
+    if not spans:
+        return values.sum(1)[:0]
+    longest = max(part.stop - part.start for _, part in spans)
+    start = torch.tensor([number * values.shape[1] + part.start for number, part in spans], device=values.device)
+    length = torch.tensor([part.stop - part.start for _, part in spans], device=values.device)
+    offset = torch.arange(longest, device=values.device)
+    inside = offset < length.unsqueeze(1)
+    index = torch.where(inside, start.unsqueeze(1) + offset, start.unsqueeze(1))
+    return torch.where(inside, values.reshape(-1)[index], 0.0).sum(1)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0. Good to one rounding of 1; its gradient to one of itself."""
+    return (-x.expm1()).log()
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    if not temperature > 0:
+        raise RecipeError(f"distributions at temperature {temperature}", fix="above 0")
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(wide / temperature, -1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p, q) from log-probabilities [..., V]; what has no probability in p adds nothing, whatever q says of it."""
+    weight = p.exp()
+    return (weight * torch.where(weight > 0, p - q, 0.0)).sum(-1)
+
+
+def _first(mask: Tensor, sizes: Tensor) -> Tensor:
+    """The first sizes[i] marked places of every row of [N, T]."""
+    return mask & (mask.cumsum(1) <= sizes.unsqueeze(1))
