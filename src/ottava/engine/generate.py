@@ -1,24 +1,23 @@
-"""Batched generation whose random choices do not depend on who shares the batch.
+"""Batched generation with any model of Hugging Face, through its own cache.
 
-A sampled rollout must be a function of the seed, the row and the position alone, or the same problem
-gets another answer when the batch is cut differently. So torch's generators are not used: every
-choice takes one number from a counter on the host. The same `choose` serves the gateway.
+Evaluation and serving use it, and rollouts of models that `bare` does not know. Choices come from `sampling`,
+so a row keeps its choices whoever shares its batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ottava.engine.sampling import choose, uniform
+
 PAD = 0
-_MASK = (1 << 64) - 1
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -84,40 +83,30 @@ def step(model: nn.Module, inputs: Tensor, cache: DynamicCache) -> Tensor:
     return logits
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, draws: npt.NDArray[np.float64] | None) -> Tensor:
-    """The next ids [B] for logits [B, V]: the largest at temperature 0, else by inverse distribution.
+class Cached:
+    """A `bare.Decoder` of any model of Hugging Face, by `step` above. Prompts of one batch have one length."""
 
-    draws: one number in [0, 1) a row. top_p keeps the fewest most probable ids that hold that mass
-    (Holtzman et al. 2020, arXiv 1904.09751). Computed in float64, so a draw means the same id on any chip.
-    """
-    if temperature == 0.0 or draws is None:
-        return logits.argmax(-1)
-    below = logits.double() - logits.double().amax(-1, keepdim=True)  # first, so that no temperature overflows
-    probabilities = torch.softmax(below / temperature, -1)
-    ordered, order = torch.sort(probabilities, descending=True, stable=True, dim=-1)
-    cumulative = ordered.cumsum(-1)
-    kept = (cumulative - ordered < top_p).sum(-1, keepdim=True)
-    mass = cumulative.gather(-1, kept - 1)
-    target = torch.from_numpy(draws).to(mass)[:, None] * mass
-    index = (cumulative <= target).sum(-1, keepdim=True).clamp(max=kept - 1)
-    return order.gather(-1, index)[:, 0]
+    ragged = False
 
+    def __init__(self, model: nn.Module):
+        self.model: Any = model
+        self._cache = DynamicCache(config=self.model.config)
 
-def uniform(seed: int, rows: npt.ArrayLike, position: int) -> npt.NDArray[np.float64]:
-    """Numbers in [0, 1), a pure function of (seed, row, position).
+    def start(self, rows: int, width: int) -> None:
+        self._cache = DynamicCache(config=self.model.config)
 
-    SplitMix64's mixing function (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195) over the three
-    in turn; the top 53 bits become the fraction.
-    """
-    bits = np.asarray(rows).astype(np.uint64)
-    bits = _mix(np.full_like(bits, seed & _MASK)) ^ bits
-    bits = _mix(_mix(bits) ^ np.uint64(position))
-    fractions: npt.NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return fractions
+    @torch.no_grad()
+    def step(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        assert lengths is None, "this cache holds rows of one length"
+        return step(self.model, ids, self._cache)
 
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True).logits
+        return logits
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    def select(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+
+    def routes(self) -> Tensor | None:
+        return None

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ottava.engine.generate import ThinkBudget, choose, step, uniform
+from ottava.engine.generate import ThinkBudget, step
+from ottava.engine.sampling import choose, uniform
 from ottava.errors import DataError, ResourceError
 from ottava.models.chat import Chat, Detokeniser
 
