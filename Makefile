@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/tiny
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-vllm test-ray test-all check bench nightly clean
+.PHONY: install demo test test-vllm test-ray test-harness test-all check bench nightly clean
 
 install: .venv/installed
 
@@ -42,7 +42,16 @@ test-vllm: install .venv-vllm/installed
 test-ray: install .venv/ray
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(wildcard tests/test_ray*.py) tests/test_launch.py tests/test_agent.py
 
-test-all: install .venv/ray .venv-vllm/installed
+# lm-evaluation-harness asks our server over HTTP, so it has no part in our environment; of torch it has no need.
+.venv-harness/installed:
+	$(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/pip install --quiet --disable-pip-version-check "lm-eval==0.4.13" requests aiohttp tenacity tqdm
+	touch $@
+
+test-harness: install .venv-harness/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_harness.py
+
+test-all: install .venv/ray .venv-vllm/installed .venv-harness/installed
 	$(BIN)/pytest -n 2
 
 check: install
@@ -60,11 +69,15 @@ bench: install .venv-bench/installed
 	$(BIN)/python -m benchmarks.startup --json
 	$(BIN)/python -m benchmarks.fp8 --json
 	$(BIN)/python -m benchmarks.supervision --json
+	$(BIN)/python -m benchmarks.rollout --json
+	$(BIN)/python -m benchmarks.grpo --json
 
 # The long campaigns: twenty drills of each class of fault, and 10 seeds on each instruction set (docs/training.md).
 nightly: install test-all
 	$(BIN)/ottava drill recipes/tiny.yaml --seeds 0:240 --faults all --json
+	$(BIN)/ottava drill recipes/tiny.yaml --stage reinforce --seeds 0:65 --faults all --json
 	$(BIN)/python -m benchmarks.accuracy --seeds 10 --json
+	$(BIN)/python -m benchmarks.reasoning --seeds 10 --json
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

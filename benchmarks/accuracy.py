@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy --seeds 10
 
-For every seed: labels made anew, the demo's model trained whole on each pool of fleets/laptop.yaml, evaluated
+For every seed: labels made anew, the demo's model trained alone and whole on each pool of fleets/laptop.yaml, evaluated
 there on the held-out problems; and from the state at the demo's fault, the drift against staying beside its
 envelope. Training is a plain loop in one process, two of them at a time: neither the number of workers nor a
 supervisor changes a bit. Ours is thinking, baseline is direct answers.
@@ -26,9 +26,10 @@ from ottava.recipe import Pool, Recipe, load_recipe
 from ottava.supervisor.drift import measure
 from ottava.supervisor.local import LocalLauncher
 from ottava.trainer import snapshot
-from ottava.trainer.worker import make_trainer
+from ottava.trainer.start import make_trainer
 
 ROOT = Path(__file__).parent.parent
+ALONE = ["label.cold_start=200", "train.steps=900", "train.fault.at_step=560"]  # as without reinforcement after it
 FIRST_SEED = 1000  # none of these was used while the recipe was made
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, LocalLauncher() as launcher, ThreadPoolExecutor(2) as threads:
 
         def work(seed: int) -> list[dict[str, Any]]:
-            recipe = load_recipe(ROOT / "recipes/tiny.yaml", stages.specs(), [f"seed={seed}"])
+            recipe = load_recipe(ROOT / "recipes/tiny.yaml", stages.specs(), [f"seed={seed}", *ALONE])
             return one_seed(launcher, recipe, Path(name) / str(seed))
 
         rows = [row for found in threads.map(work, seeds) for row in found]

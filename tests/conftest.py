@@ -68,3 +68,25 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(folder / "vocabulary.json", chains.vocabulary())
     write_tiny(folder / "chat", chains.vocabulary())
     return folder
+
+
+@pytest.fixture(scope="session")
+def begun(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that solves some problems and not others."""
+    from ottava.models.chat import write_tiny
+    from ottava.tasks import chains
+    from ottava.trainer import snapshot
+    from ottava.trainer.spec import Direct, TrainSpec
+    from ottava.trainer.start import make_trainer
+    from ottava.trainer.worker import export
+
+    folder = tmp_path_factory.mktemp("begun")
+    its = TrainSpec(steps=160, batch=16, virtual_shards=2, direct=Direct(weight=0.0), grid_from=0.9)
+    args = {"spec": its.model_dump(mode="json"), "seed": 3, "data": str(dataset), "chat": str(dataset / "chat")}
+    trainer = make_trainer(args)
+    while trainer.state.step < its.steps:
+        trainer.step(lambda total: total, range(2))
+    write_tiny(folder / "model", chains.vocabulary())
+    snapshot.save(folder / "state", trainer.state.snapshot())
+    export({**args, "state": str(folder / "state"), "model": str(folder / "model"), "latent": str(folder / "latent")})
+    return folder / "model"

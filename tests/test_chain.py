@@ -28,6 +28,18 @@ stages:
     direct: {begin: 0.3, batch: 4}
     fault: {pool: ascend, at_step: 45, rank: 1}
     drift: {window: 8, replicas: 3}
+  reinforce:
+    steps: 6
+    lengths: [2, 3]
+    rollout: {prompts: 4, group: 4, max_new: 24}
+  distill:
+    steps: 12
+    batch: 4
+    harvest: {asks: 300, samples: 4, temperature: 1.0}
+    students:
+      - {name: q, shape: {family: qwen3, hidden: 32, width: 48}}
+      - {name: l, shape: {family: llama, hidden: 32, width: 48}}
+    on_policy: {steps: 2, lengths: [2], rollout: {prompts: 2, group: 2, max_new: 24}}
   convert:
   verify:
   serve:
@@ -73,7 +85,7 @@ def test_the_report_has_what_is_promised(finished: Path) -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert [stage["name"] for stage in report["stages"]] == [
-        "plan", "qualify", "label", "train", "convert", "verify", "serve",
+        "plan", "qualify", "label", "train", "reinforce", "distill", "convert", "verify", "serve",
     ]  # fmt: skip
     assert all(stage["status"] in ("done", "cached") and stage["seconds"] > 0 for stage in report["stages"])
     assert report["fallback"]["from"] == "ascend"
@@ -104,7 +116,7 @@ def test_finished_is_finished(finished: Path) -> None:
     begun = time.monotonic()
     result = ottava("run", "small.yaml", cwd=finished)
     assert result.returncode == 0
-    assert result.stderr.count("done before") == 7
+    assert result.stderr.count("done before") == 9
     assert time.monotonic() - begun < 60
 
 
@@ -123,7 +135,7 @@ def test_the_killed_run_ends_in_the_undisturbed_bytes(finished: Path, tmp_path: 
 
 def test_verify_command(finished: Path, tmp_path: Path) -> None:
     artifacts = finished / "runs/small/artifacts"
-    train, master = next(artifacts.glob("train-*/model")), next(artifacts.glob("convert-*/model"))
+    train, master = next(artifacts.glob("reinforce-*/model")), next(artifacts.glob("convert-*/model"))
     good = ottava("verify", str(train), str(master), "--json", cwd=finished)
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["verdict"] == "identical"

@@ -312,7 +312,7 @@ def trained(tmp_path: Path) -> Artifact:
 
 def test_stage_converts_the_trained_model(tmp_path: Path) -> None:
     train = trained(tmp_path)
-    made = stage.run(stage.Spec(), {"train": train}, context(tmp_path))
+    made = stage.run(stage.Spec(), {"model": train}, context(tmp_path))
     made = artifact.load(made.path)
     assert made.summary == {key: made.json("conversion.json")[key] for key in stage_summary()}
     assert made.summary["on_grid"]

@@ -18,7 +18,8 @@ from ottava.supervisor.record import Segment
 from ottava.trainer import audit, guard
 from ottava.trainer.faults import flip
 from ottava.trainer.guard import Alarm
-from ottava.trainer.spec import Spike, TrainSpec
+from ottava.trainer.spec import TrainSpec
+from ottava.trainer.supervised import Spike
 
 SPEC = TrainSpec(hang_s=60.0, hang_least_s=1.0)
 

@@ -112,6 +112,8 @@ CASES: list[tuple[str, Facts, Seen, list[str]]] = [
     ("sigsegv", facts("killed", rank(0), rank(1, -11)), Seen(kernel=(CRASH_LINE,)), ["a crash in native code"]),
     ("sigill", facts("killed", rank(0), rank(1, 132)), Seen(), ["a crash in native code"]),
     ("node", facts("node", rank(0, -9), rank(1, -9), message="node n0 is gone"), Seen(), ["the machine is gone"]),
+    ("mismatch", facts("mismatch", rank(0), message="q_proj"), Seen(), ["another engine than the learner"]),
+    ("rollout", facts("rollout", rank(0), message="generation 3"), Seen(), ["replies were lost"]),
     # hangs
     ("one hangs", facts("hang", rank(0), rank(1), rank(2, phase="forward", silent_s=0.1)), Seen(), ["one rank hangs"]),
     ("one is a step behind", facts("hang", rank(0), rank(1, step=6)), Seen(), ["one rank hangs"]),

@@ -136,8 +136,7 @@ CASES = {
     "no stages": (
         "name: t\nfleet: f\n",
         (),
-        "error: the recipe has no stages\n  where: r.yaml:1:1\n"
-        "  mend:  known: plan, qualify, label, train, convert, verify, serve",
+        f"error: the recipe has no stages\n  where: r.yaml:1:1\n  mend:  known: {', '.join(stages.ORDER)}",
     ),
     "stage without mapping": (
         GOOD.replace("    audit: 60\n", "").replace("label:", "label: 3"),

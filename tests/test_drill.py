@@ -22,7 +22,8 @@ from ottava.supervisor.drill import Drill, Stage
 from ottava.supervisor.outcome import Outcome, bundled, goodput, latencies, remarks, summary
 from ottava.supervisor.scenario import CHIPS, CLASSES, DAMAGES, EVERY, SAVING, TWELVE, WINDOW, Act, Scenario, scenario
 from ottava.trainer.faults import Injector
-from ottava.trainer.spec import Fault, TrainSpec
+from ottava.trainer.spec import TrainSpec
+from ottava.trainer.supervised import Fault
 
 
 @pytest.fixture(scope="module")

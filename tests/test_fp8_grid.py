@@ -27,7 +27,7 @@ from ottava.models.load import load
 from ottava.models.published import matrices
 from ottava.trainer.loop import Trainer
 from ottava.trainer.spec import TrainSpec
-from ottava.trainer.worker import make_trainer
+from ottava.trainer.start import make_trainer
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 40, "hidden_size": 96,
@@ -328,7 +328,7 @@ def test_the_trainers_phase_on_the_grid_is_this_mechanism(dataset: Path) -> None
     model = Latent(ours.model)
     ours.model = model
     assert len(model.on_grid) > 8
-    tokens = theirs.data.thinking[3].tokens[:4]
+    tokens = theirs.objective.data.thinking[3].tokens[:4]
     for _ in range(4):
         ours.refresh()
         theirs.refresh()

@@ -39,7 +39,9 @@ from ottava.trainer import data, heldout, snapshot
 from ottava.trainer.guard import Alarm
 from ottava.trainer.looks import Looker, losses
 from ottava.trainer.loop import Trainer
-from ottava.trainer.spec import Fault, GoNoGo, TrainSpec
+from ottava.trainer.sft import fresh_trainer
+from ottava.trainer.spec import TrainSpec
+from ottava.trainer.supervised import Fault, GoNoGo
 from ottava.trainer.worker import export
 from ottava.verify.sequential import judge
 
@@ -388,7 +390,7 @@ def test_a_drill_does_not_look() -> None:
 def trainer(held: Path) -> Trainer:
     spec = make(held, held.parent / "none", None, PLAIN, steps=12, grid_from=0.5).spec
     chat = Chat.load(held / "chat")
-    found = Trainer(spec, 3, data.load(held, chat), chat.tokenizer.get_vocab_size())
+    found = fresh_trainer(spec, 3, data.load(held, chat), chat.tokenizer.get_vocab_size())
     for _ in range(3):
         found.step(lambda total: total, range(2))
     return found
@@ -437,7 +439,7 @@ def test_looking_leaves_everything_as_it_was(trainer: Trainer, at: int) -> None:
 def test_losses_that_are_no_numbers(held: Path, short: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     spec = looking(held, held.parent / "none", None, short[1]).spec
     chat = Chat.load(held / "chat")
-    found = Trainer(spec, 3, data.load(held, chat), chat.tokenizer.get_vocab_size())
+    found = fresh_trainer(spec, 3, data.load(held, chat), chat.tokenizer.get_vocab_size())
     found.state.step = 4
     looker = Looker(found, held, held / "chat", short[1])
     assert [len(looker.look()[name]) for name in ("ids", "run", "baseline")] == [80] * 3

@@ -24,7 +24,7 @@ from ottava.platforms import FaultClass, Platform, base, probe
 from ottava.recipe import load_fleet
 from ottava.trainer.snapshot import Snapshot
 from ottava.trainer.spec import TrainSpec
-from ottava.trainer.worker import make_trainer
+from ottava.trainer.start import make_trainer
 
 FLEETS = Path(__file__).parents[1] / "fleets"
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool)

@@ -14,7 +14,7 @@ from ottava.errors import CheckpointError, ResourceError
 from ottava.trainer import generations, saver
 from ottava.trainer.loop import Trainer
 from ottava.trainer.saver import STATE, Saver
-from ottava.trainer.worker import make_trainer
+from ottava.trainer.start import make_trainer
 
 from .durable import RUN, make
 from .test_trainer import base, spec, train

@@ -164,9 +164,9 @@ def test_a_trained_model_on_the_grid_does_not_diverge_at_all(place: Path) -> Non
     made = run(until="convert")[0]["convert"].file("model")
     convert({"source": str(made), "out": str(place / "train" / "model"), "layout": "bf16", "exact": True})
     train = artifact.commit(place / "train", place / "trained", stage="train", summary={})
-    made = stage_run("convert", {}, {"train": train}, place)
+    made = stage_run("convert", {}, {"model": train}, place)
     assert source_of(made) == {"kind": "train", "artifact": train.digest}
-    inputs = {"convert": made, "train": train}
+    inputs = {"convert": made, "model": train}
     found = stage_run("verify", {"text": "text.txt", "window": 64}, inputs, place).summary["divergence"]
     assert (found["kl"], found["kl_high"], found["top1"], found["reference"]) == (0, 0, 1, "the trained model")
     with pytest.raises(ArtifactError, match="the trained model that was converted is not there"):

@@ -16,7 +16,7 @@ from ottava.platforms.cpu import Cpu
 from ottava.recipe import Pool
 from ottava.supervisor.local import LocalLauncher
 from ottava.supervisor.loop import supervise
-from ottava.trainer.spec import Fault
+from ottava.trainer.supervised import Fault
 
 from .conftest import AVX2
 from .test_supervisor import PLAIN, make

@@ -52,7 +52,8 @@ from ottava.supervisor.loop import WORKER, Run, replay, supervise, window
 from ottava.supervisor.record import Segment
 from ottava.supervisor.store import handoff_file, kept_file
 from ottava.trainer import snapshot
-from ottava.trainer.spec import Fault, TrainSpec
+from ottava.trainer.spec import TrainSpec
+from ottava.trainer.supervised import Fault
 
 from .conftest import AVX2
 
@@ -674,16 +675,19 @@ def test_two_launchers_share_a_warm_process(launcher: Any, tmp_path: Path) -> No
 def test_a_pool_that_is_gone_at_the_end_costs_its_own_accuracy_alone(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from ottava.stages.train import _evaluations
+    from ottava.supervisor.proof import evaluations
 
     def call(target: str, args: Any, pool: Pool) -> list[dict[str, Any]]:
         if pool.name == "a":
             raise PoolMissing("no node of the cluster has it", where="pool a")
         return [{"thinking": 1.0}]
 
-    ctx: Any = SimpleNamespace(call=call, journal=Journal(tmp_path / "j"))
-    label: Any = SimpleNamespace(path=tmp_path)
-    assert _evaluations(ctx, tmp_path, label, PLAIN, PLAIN[1]) == {"b": {"thinking": 1.0}}
+    places = {"pool": PLAIN[0], "fallback": PLAIN[1:], "out": tmp_path}
+    ctx: Any = SimpleNamespace(call=call, journal=Journal(tmp_path / "j"), **places)
+    label: Any = SimpleNamespace(path=tmp_path, manifest={"spec": {"task": "chains"}})
+    assert evaluations(ctx, tmp_path, label, PLAIN[1]) == {"thinking": 1.0}
+    told = json.loads((tmp_path / "evaluation.json").read_text())
+    assert told == {"thinking": 1.0, "pool": "b", "pools": {"b": {"thinking": 1.0}}}
     assert [e["pool"] for e in journal.read(tmp_path / "j")] == ["a"]
     with pytest.raises(PoolMissing):
-        _evaluations(ctx, tmp_path, label, PLAIN, PLAIN[0])
+        evaluations(ctx, tmp_path, label, PLAIN[0])

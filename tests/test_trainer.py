@@ -23,8 +23,10 @@ from ottava.recipe import Pool
 from ottava.supervisor.drift import measure
 from ottava.trainer import data, drift, optimiser, reduce, schedule, snapshot
 from ottava.trainer.loop import Trainer
-from ottava.trainer.spec import Drift, Optimiser, TrainSpec
-from ottava.trainer.worker import make_trainer, numerics_class
+from ottava.trainer.spec import TrainSpec
+from ottava.trainer.start import make_trainer
+from ottava.trainer.supervised import Drift, Optimiser
+from ottava.trainer.worker import numerics_class
 
 from .conftest import AVX2
 
@@ -184,7 +186,8 @@ def test_shards_add_up_to_the_batch(dataset: Path) -> None:
     trainer.state.step = 5
     trainer.refresh()
     total = reduce.tree_sum(trainer.shard(v) for v in range(2))
-    batches = [data.batch(trainer.data, trainer.spec, 3, 5, v) for v in range(2)]
+    loaded = data.load(dataset, Chat.load(dataset / "chat"))
+    batches = [data.batch(loaded, trainer.spec, 3, 5, v) for v in range(2)]
 
     def mean(parts: list[data.Examples]) -> Tensor:
         tokens, targets = torch.cat([p.tokens for p in parts]), torch.cat([p.targets for p in parts])
@@ -206,7 +209,8 @@ def test_expert_loads_count_every_token(dataset: Path) -> None:
     trainer.state.step = 5
     trainer.refresh()
     out = trainer.shard(1)
-    work = data.batch(trainer.data, trainer.spec, 3, 5, 1)
+    loaded = data.load(dataset, Chat.load(dataset / "chat"))
+    work = data.batch(loaded, trainer.spec, 3, 5, 1)
     assert work.direct is not None
     tokens = sum(e.tokens.shape[0] * e.targets.shape[1] for e in (work.thinking, work.direct))
     loads = out[trainer.forward.numel() : -2]

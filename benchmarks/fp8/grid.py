@@ -40,6 +40,7 @@ from ottava.tasks.base import row, write_lines
 from ottava.trainer import data, schedule
 from ottava.trainer.data import IGNORE, Data, Examples
 from ottava.trainer.loop import Trainer
+from ottava.trainer.sft import fresh_trainer
 from ottava.trainer.spec import TrainSpec
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +106,7 @@ def hybrid(seed: int, spec: TrainSpec, train: Data, test: Data, vocabulary: int)
     """Held-out losses: never on the grid; that model rounded; the recipe's last part on the grid; all of it."""
 
     def trainer(grid_from: float) -> Trainer:
-        return Trainer(spec.model_copy(update={"grid_from": grid_from}), seed, train, vocabulary)
+        return fresh_trainer(spec.model_copy(update={"grid_from": grid_from}), seed, train, vocabulary)
 
     without, late, whole = trainer(1.0), trainer(spec.grid_from), trainer(0.0)
     advance(without, math.ceil(spec.grid_from * spec.steps))
@@ -123,7 +124,7 @@ def hybrid(seed: int, spec: TrainSpec, train: Data, test: Data, vocabulary: int)
 
 def hybrid_step(spec: TrainSpec, train: Data, vocabulary: int, pairs: int) -> dict[str, Any]:
     """The seconds of four steps on the grid, beside four that are not."""
-    sides = [Trainer(spec.model_copy(update={"grid_from": g}), 0, train, vocabulary) for g in (0.0, 1.0)]
+    sides = [fresh_trainer(spec.model_copy(update={"grid_from": g}), 0, train, vocabulary) for g in (0.0, 1.0)]
 
     def block(trainer: Trainer) -> float:
         trainer.state.step = spec.steps // 2

@@ -55,7 +55,8 @@ def _restart(base: dict[str, Any], wait: float) -> float:
     from ottava.recipe import Pool
     from ottava.supervisor.local import LocalLauncher
     from ottava.supervisor.loop import Run, supervise
-    from ottava.trainer.spec import Fault, TrainSpec
+    from ottava.trainer.spec import TrainSpec
+    from ottava.trainer.supervised import Fault
 
     spec = TrainSpec(steps=12, hang_s=120.0, restarts=1)
     pause = [Fault(at_step=4, rank=rank, kind="sleep", seconds=wait) for rank in (0, 1)] if wait else []

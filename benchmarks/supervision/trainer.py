@@ -170,14 +170,14 @@ def steps(args: Mapping[str, Any]) -> dict[str, Any]:
 
     from ottava import platforms
     from ottava.trainer import snapshot
-    from ottava.trainer.loop import Trainer
     from ottava.trainer.probe import VOCABULARY, _stand_in
+    from ottava.trainer.sft import fresh_trainer
     from ottava.trainer.spec import TrainSpec
     from ottava.trainer.worker import join
 
     join(platforms.get("cpu"))
     spec = TrainSpec(virtual_shards=args["shards"])
-    trainer, bare = Trainer(spec, 0, _stand_in(), VOCABULARY), Bare(spec, 0, _stand_in(), VOCABULARY)
+    trainer, bare = fresh_trainer(spec, 0, _stand_in(), VOCABULARY), Bare(spec, 0, _stand_in(), VOCABULARY)
     writer = snapshot.Writer(Path(args["folder"]) / "b.snap", trainer.state.arena.numel() * 4)
 
     def ours(keep: bool) -> float:

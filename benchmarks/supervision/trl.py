@@ -47,8 +47,8 @@ def steps(args: Mapping[str, Any]) -> dict[str, Any]:
 
     from ottava import platforms
     from ottava.trainer.data import Data, Examples
-    from ottava.trainer.loop import Trainer
     from ottava.trainer.probe import VOCABULARY
+    from ottava.trainer.sft import fresh_trainer
     from ottava.trainer.spec import Direct, TrainSpec
     from ottava.trainer.worker import join
 
@@ -56,7 +56,7 @@ def steps(args: Mapping[str, Any]) -> dict[str, Any]:
     spec = TrainSpec(virtual_shards=args["shards"], direct=Direct(begin=1.0), grid_from=1.0)
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(6, VOCABULARY, (EXAMPLES, LENGTH + 1), generator=draw)
-    trainer = Trainer(spec, 0, Data({4: Examples(tokens, tokens[:, 1:].clone())}, {}), VOCABULARY)
+    trainer = fresh_trainer(spec, 0, Data({4: Examples(tokens, tokens[:, 1:].clone())}, {}), VOCABULARY)
     theirs = Theirs(spec, tokens[:, :LENGTH], VOCABULARY, args["folder"])
 
     def ours() -> float:

@@ -57,13 +57,13 @@ def steps(args: Mapping[str, Any]) -> dict[str, Any]:
     from ottava.trainer import reduce
     from ottava.trainer import worker as workers
     from ottava.trainer.faults import Injector
-    from ottava.trainer.loop import Trainer
     from ottava.trainer.probe import VOCABULARY, _stand_in
+    from ottava.trainer.sft import fresh_trainer
     from ottava.trainer.spec import TrainSpec
 
     group, line = workers.join(platforms.get("cpu")), link.connect()
     spec = TrainSpec(batch=BATCH, direct={"batch": BATCH // 2}, audit={"share": args["share"]}, spike={"nats": 1e9})
-    workers.make_trainer = lambda _: Trainer(spec, 0, _stand_in(), VOCABULARY)  # type: ignore[assignment]
+    workers.make_trainer = lambda *_: fresh_trainer(spec, 0, _stand_in(), VOCABULARY)  # type: ignore[assignment]
     folder = Path(args["folder"])
     given = {
         "keep": {}, "start": None, "until": spec.steps, "memory": str(folder / "memory"), "run": "r", "vouched": 0,

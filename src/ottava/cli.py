@@ -38,6 +38,14 @@ class Rounding(StrEnum):
     gptq = "gptq"
 
 
+class Split(StrEnum):
+    """The side of a task's problems."""
+
+    test = "test"
+    train = "train"
+    all = "all"
+
+
 def _folder(metavar: str, help: str) -> Any:
     """An argument that names a folder: a name that is empty would be taken for the working folder."""
 
@@ -215,6 +223,7 @@ def drill(
         str, typer.Option(help="FIRST:END; every seed is one run, and chooses its class of fault.")
     ] = "0:12",
     faults: Annotated[str, typer.Option(help="all, or classes by name with commas; see docs/faults.md.")] = "all",
+    stage: Annotated[str, typer.Option(help="Which stage is rehearsed: train, reinforce or distill.")] = "train",
     steps: Annotated[int, typer.Option(min=16, help="Steps of each run.")] = 24,
     out: Annotated[
         Path, typer.Option(help="Where to run; a run that broke a guarantee leaves its folder here.")
@@ -231,15 +240,15 @@ def drill(
     from ottava.supervisor.launch import cluster_for, launcher_for
     from ottava.supervisor.outcome import remarks
 
-    asked, names = campaign.seeds_of(seeds), campaign.names_of(faults)
     loaded = load_recipe(recipe, stages.specs(), (), platforms.names())
-    campaign.check(loaded)
+    campaign.check(loaded, stage)
+    asked, names = campaign.seeds_of(seeds), campaign.names_of(faults, stage)
     with cluster_for(ray, POOLS) as where:
         campaign.fits(where, names)
         with campaign.alone(out):
             label = runner.one_stage(loaded, "label", out / "data", launcher_for(None))
             with drill_bar() as progress:
-                result = campaign.run(loaded, label, steps, asked, names, out, progress, where.address)
+                result = campaign.run(loaded, label, steps, asked, names, out, progress, where.address, stage)
     if as_json:
         _print(result)
     else:
@@ -319,6 +328,24 @@ def targets(
 
 
 @app.command()
+def students(
+    chips: Annotated[str, typer.Option(help="A file of chips' figures.")] = "chips.json",
+    work: Annotated[str, typer.Option(help="A file of students and of what they are trained on.")] = "students.json",
+    as_json: Json = False,
+) -> None:
+    """R1's six students at their real sizes: memory, chips, hours and cost of training each, extrapolated."""
+    from ottava.console.terminal import students_table
+    from ottava.planner import chips as catalogue
+    from ottava.planner import students as planner
+
+    rows = planner.plan(planner.load(catalogue.locate(work)), catalogue.load(catalogue.locate(chips)))
+    if as_json:
+        _print({"students": rows})
+    else:
+        typer.echo(students_table(rows))
+
+
+@app.command()
 def serve(
     model: Annotated[Path, _folder("MODEL", "A model folder: BF16 or UE8M0-FP8.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
@@ -356,6 +383,73 @@ def chat(
             last = part
         typer.echo(text, nl=False)
     typer.echo()
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, _folder("MODEL", "A model folder.")],
+    other: Annotated[Path | None, _folder("[OTHER]", "Another, to compare with it, problem by problem.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="chains, gym:chain_sum, maths:FILE, code:FILE; by default that of --problems.")
+    ] = None,
+    problems: Annotated[Path | None, typer.Option(help="Ask all problems of this data set (test.jsonl).")] = None,
+    n: Annotated[int, typer.Option(min=1, help="Problems to draw; fewer where the task has no more.")] = 500,
+    levels: Annotated[str | None, typer.Option(help="Their numbers of steps: 2,3,4; by default all.")] = None,
+    split: Annotated[Split, typer.Option(help="The side of the task's split; test: no training saw it.")] = Split.test,
+    k: Annotated[int | None, typer.Option(min=1, help="Of pass@k; 4 by default, with 8 samples or more.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Replies drawn to each problem; 8 by default.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of these replies; 0: greedy ones only.")] = 1.0,
+    thinking: Annotated[bool | None, typer.Option("--thinking/--direct", help="One mode; by default both.")] = None,
+    budgets: Annotated[str | None, typer.Option(help="Ids of thinking allowed, for a curve: 8,16,32.")] = None,
+    max_new: Annotated[int | None, typer.Option(min=1, help="Ids of a reply; at most 1024 by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the problems and of the samples.")] = 0,
+    platform: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, npu.")] = "cpu",
+    harness: Annotated[
+        str | None, typer.Option(help="Ask lm-evaluation-harness too: ottava (these problems), or tasks of its own.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result here, with a row for each problem.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: pass@1 and pass@k, thinking and direct, with intervals; or two, by a paired test."""
+    from ottava.artifact import write_json
+    from ottava.console import measures
+    from ottava.console.terminal import work_bar
+    from ottava.engine import measure
+    from ottava.errors import RecipeError
+    from ottava.gateway import harness as harnesses
+    from ottava.tasks import get
+
+    if task is None and problems is None:
+        raise RecipeError("there is nothing to ask", where="--task", fix="name a task, such as --task chains")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise RecipeError("there is no folder to write the result to", where=out, fix="make it first")
+    drawn = samples or (8 if temperature else 1)
+    terms = measure.Terms(
+        samples=drawn, k=k or max(1, min(4, drawn // 2)), temperature=temperature, seed=seed, thinking=thinking,
+        budgets=tuple(measures.numbers(budgets, "--budgets")), max_new=max_new,
+    )  # fmt: skip
+    chosen = measures.numbers(levels, "--levels")
+    if problems is None:
+        asked_of = get(task or "")
+        asked = measure.draw(asked_of, n, seed, split.value, chosen)
+    else:
+        asked_of, asked = measure.read(problems, task)
+    names = [] if harness is None else harness.split(",")
+    if harness is not None:
+        harnesses.check(names, asked_of)
+    with work_bar(("asking", "replies")) as (told,):
+        folders = [model] if other is None else [model, other]
+        result = measure.measure_folders(folders, asked_of, asked, terms, platform, told)
+    if harness is not None:
+        limits = {mode: figures["max_new"] for mode, figures in result["modes"].items()}
+        result["harness"] = harnesses.run(model, names, asked_of, asked, limits, result["rows"])
+    if out is not None:
+        write_json(out, result)
+    shown = measures.without_rows(result)
+    if as_json:
+        _print(shown)
+    else:
+        typer.echo(measures.text(shown))
 
 
 @app.command()

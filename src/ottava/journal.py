@@ -72,6 +72,11 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
             yield event
 
 
+def begins_anew(event: Event, phase: str) -> bool:
+    """Whether a phase of training begins anew with this event: what was said of it before counts no longer."""
+    return bool(event["event"] == "train.begin" and phase in event.get("phases", (phase,)))
+
+
 def standing(events: Iterable[Event], kind: str, phase: str) -> list[dict[str, Any]]:
     """The events of a kind, each with a step, that still count in one phase of a run, in the order of their steps.
 
@@ -80,7 +85,7 @@ def standing(events: Iterable[Event], kind: str, phase: str) -> list[dict[str, A
     found: list[dict[str, Any]] = []
     for event in events:
         name = event["event"]
-        if name == "train.begin":
+        if begins_anew(event, phase):
             found = []
         elif name in ("train.start", kind) and event.get("phase") == phase:
             step = int(event["step"])
@@ -137,7 +142,7 @@ def fold(events: Iterable[Event]) -> RunState:
             _fold_stage(state.stages.setdefault(event["stage"], StageState(event["stage"])), kind[6:], event)
         elif kind == "train.begin":  # a stage that starts anew forgets what an abandoned attempt said
             for name in TRAINING.values():
-                setattr(state, name, [])
+                setattr(state, name, [e for e in getattr(state, name) if not begins_anew(event, e.get("phase", ""))])
         elif kind in TRAINING:
             getattr(state, TRAINING[kind]).append(dict(event))
     return state

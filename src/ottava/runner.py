@@ -241,14 +241,14 @@ class Walk:
     def _inputs(self, name: str) -> dict[str, Artifact]:
         inputs = {}
         for wanted in stages.load(name).INPUTS:
-            optional, plain = wanted.startswith("?"), wanted.removeprefix("?")
-            if plain in self.done:
-                inputs[plain] = self.done[plain]
-            elif not optional:
+            stage, called = stages.resolve(wanted, name, list(self.recipe.stages))
+            if stage in self.done:
+                inputs[called] = self.done[stage]
+            elif not wanted.startswith("?"):
                 raise ArtifactError(
-                    f"the stage {name!r} needs the artifact of {plain!r}, which is not there",
+                    f"the stage {name!r} needs the artifact of {stage!r}, which is not there",
                     where=self.folder,
-                    fix=f"run without --only first, or --only {plain}",
+                    fix=f"run without --only first, or --only {stage}",
                 )
         return inputs
 
@@ -288,11 +288,12 @@ def _complete(recipe: Recipe) -> None:
     """Every stage's required inputs must be stages of the recipe."""
     for name in recipe.stages:
         for wanted in stages.load(name).INPUTS:
-            if not wanted.startswith("?") and wanted not in recipe.stages:
+            if not wanted.startswith("?") and stages.resolve(wanted, name, list(recipe.stages))[0] is None:
+                missing = stages.SO_FAR.get(wanted, repr(wanted))
                 raise RecipeError(
-                    f"the stage {name!r} needs {wanted!r}, which the recipe does not have",
+                    f"the stage {name!r} needs {missing}, which the recipe does not have",
                     where=recipe.path,
-                    fix=f"add {wanted!r} to its stages, or leave {name!r} out",
+                    fix=f"add {missing} to its stages, or leave {name!r} out",
                 )
 
 

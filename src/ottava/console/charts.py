@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from markupsafe import Markup, escape
 
@@ -65,7 +65,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Bin:
-    """Neighbouring steps on one pool. mean: geometric; direct: of the steps that had direct problems, or None."""
+    """Neighbouring steps on one pool. mean: of losses geometric; direct: a second curve, or None where it has none."""
 
     first: int
     last: int
@@ -80,17 +80,32 @@ class Bin:
         return (self.first + self.last) / 2
 
 
-def bins(points: Sequence[Point], count: int) -> list[Bin]:
-    """At most about `count` bins of equally many steps; a new pool begins a new bin."""
+class Pooled(Protocol):
+    """Something that happened on a pool."""
+
+    @property
+    def pool(self) -> str: ...
+
+
+P = TypeVar("P", bound=Pooled)
+
+
+def groups(points: Sequence[P], count: int) -> list[Sequence[P]]:
+    """At most about `count` groups of equally many neighbours; a new pool begins a new group."""
     size = max(1, math.ceil(len(points) / max(1, count)))
-    found: list[Bin] = []
+    found: list[Sequence[P]] = []
     start = 0
     for end in range(1, len(points) + 1):
         full = end == len(points) or end - start == size or points[end].pool != points[start].pool
         if full:
-            found.append(_bin(points[start:end]))
+            found.append(points[start:end])
             start = end
     return found
+
+
+def bins(points: Sequence[Point], count: int) -> list[Bin]:
+    """At most about `count` bins of equally many steps; a new pool begins a new bin."""
+    return [_bin(group) for group in groups(points, count)]
 
 
 def _bin(points: Sequence[Point]) -> Bin:
@@ -135,23 +150,27 @@ def loss(points: Sequence[Point], pools: Sequence[str], move: Move | None, width
     low, high = min(values) / 1.3, max(values) * 1.1
     x = linear(points[0].step, max(points[-1].step, points[0].step + 1), frame.left, frame.right)
     y = logarithmic(low, high, frame.bottom, frame.top)
-    parts = [
-        *_grid_phase(points, x, frame),
-        *_axes(x, y, (points[0].step, points[-1].step), (low, high), frame),
-    ]
+    steps, names = (points[0].step, points[-1].step), ("training step", "loss, nats per token")
+    parts = [*_grid_phase(points, x, frame), *axes(x, y, steps, log_ticks(low, high), frame, *names)]
+    parts += curves(shown, pools, x, y, frame, "steps")
+    parts += move_mark(move, x, frame) if move is not None else []
+    parts += [hover(b, x, frame, "step", _told(b)) for b in shown]
+    first, last = points[0], points[-1]
+    label = f"Training loss from step {first.step} to {last.step}: from {first.loss:.2g} to {last.loss:.2g}"
+    return svg(parts, width, height, label)
+
+
+def curves(shown: Sequence[Bin], pools: Sequence[str], x: Scale, y: Scale, frame: Frame, noun: str) -> Iterable[Markup]:
+    """The band and the lines of bins, pool by pool, each named along the top. noun: what is counted along the axis."""
     for pool, run in _runs(shown):
         style = f"p{pools.index(pool) if pool in pools else 0}"
         before = shown[shown.index(run[0]) - 1 : shown.index(run[0])]
-        parts += [_band(run, x, y, style), _rail(run, pool, x, frame, style)]
-        parts.append(_line([(b.middle, b.mean) for b in (*before, *run)], x, y, f"line {style}"))
+        yield _band(run, x, y, style)
+        yield _rail(run, pool, x, frame, style, noun)
+        yield _line([(b.middle, b.mean) for b in (*before, *run)], x, y, f"line {style}")
         direct = [(b.middle, b.direct) for b in (*before, *run) if b.direct is not None]
         if len(direct) > 1:
-            parts.append(_line(direct, x, y, f"line direct {style}"))
-    parts += _move_mark(move, x, frame) if move is not None else []
-    parts += [_hover(b, x, frame) for b in shown]
-    first, last = points[0], points[-1]
-    label = f"Training loss from step {first.step} to {last.step}: from {first.loss:.2g} to {last.loss:.2g}"
-    return _svg(parts, width, height, label)
+            yield _line(direct, x, y, f"line direct {style}")
 
 
 def _runs(shown: Sequence[Bin]) -> list[tuple[str, list[Bin]]]:
@@ -178,8 +197,11 @@ def _grid_phase(points: Sequence[Point], x: Scale, frame: Frame) -> list[Markup]
     return [box, edge, *words]
 
 
-def _axes(x: Scale, y: Scale, steps: tuple[int, int], losses: tuple[float, float], frame: Frame) -> Iterable[Markup]:
-    for value in log_ticks(*losses):
+def axes(
+    x: Scale, y: Scale, steps: tuple[int, int], levels: Sequence[float], frame: Frame, across: str, upwards: str
+) -> Iterable[Markup]:
+    """Both axes of a curve. levels: where the vertical one is ruled; across, upwards: what they are of."""
+    for value in levels:
         yield tag("line", x1=frame.left, x2=frame.right, y1=y(value), y2=y(value), class_="rule")
         yield tag("text", f"{value:g}", x=frame.left - 6, y=y(value) + 4, text_anchor="end", class_="tick")
     for value in ticks(*steps, 8 if frame.right - frame.left > 500 else 4):
@@ -187,9 +209,9 @@ def _axes(x: Scale, y: Scale, steps: tuple[int, int], losses: tuple[float, float
         yield tag("text", f"{value:,.0f}", x=x(value), y=frame.bottom + 17, text_anchor="middle", class_="tick")
     yield tag("line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, class_="axis")
     middle = (frame.left + frame.right) / 2
-    yield tag("text", "training step", x=middle, y=frame.bottom + 36, text_anchor="middle", class_="label")
+    yield tag("text", across, x=middle, y=frame.bottom + 36, text_anchor="middle", class_="label")
     turned = f"translate(12 {(frame.top + frame.bottom) / 2:.0f}) rotate(-90)"
-    yield tag("text", "loss, nats per token", transform=turned, text_anchor="middle", class_="label")
+    yield tag("text", upwards, transform=turned, text_anchor="middle", class_="label")
 
 
 def _band(run: Sequence[Bin], x: Scale, y: Scale, style: str) -> Markup:
@@ -202,10 +224,10 @@ def _line(points: Sequence[tuple[float, float]], x: Scale, y: Scale, style: str)
     return tag("polyline", points=" ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points), class_=style)
 
 
-def _rail(run: Sequence[Bin], pool: str, x: Scale, frame: Frame, style: str) -> Markup:
+def _rail(run: Sequence[Bin], pool: str, x: Scale, frame: Frame, style: str, noun: str) -> Markup:
     """A strip along the top that names the pool."""
     start, end = max(frame.left, x(run[0].first - 1)), x(run[-1].last)
-    steps = f"steps {run[0].first:,} to {run[-1].last:,}"
+    steps = f"{noun} {run[0].first:,} to {run[-1].last:,}"
     words = f"{pool}, {steps}" if end - start > 7.2 * len(f"{pool}, {steps}") else pool
     fits = end - start > 7.2 * len(words)
     middle = (start + end) / 2
@@ -217,7 +239,8 @@ def _rail(run: Sequence[Bin], pool: str, x: Scale, frame: Frame, style: str) -> 
     )
 
 
-def _move_mark(move: Move, x: Scale, frame: Frame) -> list[Markup]:
+def move_mark(move: Move, x: Scale, frame: Frame) -> list[Markup]:
+    """Where a run changed pools, crossed out, with its words."""
     at = x(move.step)
     late = at > (frame.left + frame.right) / 2  # losses fall: before a late move there is room below, after it above
     place, anchor = (at - 12, "end") if late else (at + 12, "start")
@@ -233,11 +256,16 @@ def _move_mark(move: Move, x: Scale, frame: Frame) -> list[Markup]:
     return mark + words
 
 
-def _hover(one: Bin, x: Scale, frame: Frame) -> Markup:
-    start, end = x(one.first - 0.5), x(one.last + 0.5)
-    steps = f"step {one.first:,}" if one.first == one.last else f"steps {one.first:,} to {one.last:,}"
+def _told(one: Bin) -> str:
     direct = "" if one.direct is None else f", direct {scientific(one.direct)}"
-    words = f"{steps} on {one.pool}: loss {scientific(one.mean)}{direct}"
+    return f"loss {scientific(one.mean)}{direct}"
+
+
+def hover(one: Bin, x: Scale, frame: Frame, noun: str, words: str) -> Markup:
+    """What a pointer shows over a bin. noun: what is counted along the axis, in the singular."""
+    start, end = x(one.first - 0.5), x(one.last + 0.5)
+    steps = f"{noun} {one.first:,}" if one.first == one.last else f"{noun}s {one.first:,} to {one.last:,}"
+    words = f"{steps} on {one.pool}: {words}"
     box = {"x": start, "y": frame.top, "width": end - start, "height": frame.bottom - frame.top}
     return tag("rect", tag("title", words), class_="hover", **box)
 
@@ -269,7 +297,7 @@ def gantt(lanes: Sequence[Lane], pools: Sequence[str], width: int) -> Markup:
     middle = (frame.left + frame.right) / 2
     parts.append(tag("text", "seconds of work", x=middle, y=frame.bottom + 34, text_anchor="middle", class_="label"))
     said = "; ".join(f"{lane.stage}: {lane.note}" for lane in lanes)
-    return _svg(parts, width, int(frame.bottom) + 42, f"Plan and actual times by stage. {said}")
+    return svg(parts, width, int(frame.bottom) + 42, f"Plan and actual times by stage. {said}")
 
 
 def _lane(lane: Lane, pools: Sequence[str], x: Scale, top: float) -> Iterable[Markup]:
@@ -288,7 +316,7 @@ def _lane(lane: Lane, pools: Sequence[str], x: Scale, top: float) -> Iterable[Ma
     divided = any(bar.what for bar in lane.bars)
     for bar in lane.bars:
         style = f"p{pools.index(bar.pool)}" if bar.pool in pools else "p0"
-        kind = "work" if bar.what == "main" or not divided else "replay" if bar.what else "base"
+        kind = "replay" if bar.again else "work" if bar.what or not divided else "base"
         words = f"{lane.stage}{', ' + bar.what if bar.what else ''} on {bar.pool}: {seconds(bar.end - bar.start)}"
         box = {"x": x(bar.start), "y": top + 19, "width": max(2.0, x(bar.end) - x(bar.start)), "height": 14}
         yield tag("rect", tag("title", words), rx=2, class_=f"{kind} {style}", **box)
@@ -321,9 +349,10 @@ def intervals(rows: Sequence[tuple[str, Mapping[str, Any]]], width: int) -> Mark
             )
         )  # fmt: skip
     said = "; ".join(f"{name} {percent(entry['value'])}" for name, entry in rows)
-    return _svg(parts, width, int(frame.bottom) + 24, f"Accuracy with 95% intervals: {said}")
+    return svg(parts, width, int(frame.bottom) + 24, f"Accuracy with 95% intervals: {said}")
 
 
-def _svg(parts: Iterable[Markup], width: int, height: int, label: str) -> Markup:
+def svg(parts: Iterable[Markup], width: int, height: int, label: str) -> Markup:
+    """A whole chart. label: what it shows, for those who cannot see it."""
     box = f"0 0 {width} {height}"
     return tag("svg", *parts, viewBox=box, width=width, height=height, role="img", aria_label=label)

@@ -7,13 +7,13 @@ A claim that turned out false is stated as loudly as one that held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from ottava.console import reasoning
+from ottava.console.rows import LEVELS, Content, artifact, model, row
 from ottava.console.words import interval, listed, percent, plural, scientific, seconds, short
 
-Content = Mapping[str, Any]
-LEVELS = ("proven", "measured", "rehearsal", "extrapolated")
 NO_CHIP = "no NPU, GPU or vendor library took part, so nothing is shown of the chip (evidence levels L0 to L4: none)"
 
 
@@ -23,27 +23,21 @@ def evidence(content: Content) -> list[dict[str, Any]]:
     check: a command to look again, to run in the run's folder, or None. Some compute the claim anew, others only
     show the record of it.
     """
-    sections = (_moved, _compared, _weighed, _answered, _served, _labelled, _qualified, _rehearsed, _priced)
-    rows = [row for section in sections for row in section(content)]
-    return sorted(rows, key=lambda row: LEVELS.index(row["level"]))
-
-
-def _row(level: str, claim: str, how: str, holds: bool | None = None, check: str | None = None) -> dict[str, Any]:
-    assert level in LEVELS, level
-    return {"claim": claim, "how": how, "level": level, "holds": holds, "check": check}
-
-
-def _artifact(content: Content, stage: str) -> str:
-    return next((str(row["artifact"]) for row in content["stages"] if row["name"] == stage), "")
+    sections = (
+        _moved, _moved_again, _compared, _weighed, _answered, reasoning.claims, _served, _labelled, _qualified,
+        _rehearsed, _priced,
+    )  # fmt: skip
+    rows = [found for section in sections for found in section(content)]
+    return sorted(rows, key=lambda found: LEVELS.index(found["level"]))
 
 
 def _qualified(content: Content) -> Iterator[dict[str, Any]]:
     qualify = content["qualify"]
     if qualify is None:
         return
-    file = f"cat {_artifact(content, 'qualify')}/qualification.json"
+    file = f"cat {artifact(content, 'qualify')}/qualification.json"
     pools = qualify["pools"]
-    yield _row(
+    yield row(
         "measured",
         "Every pool may carry the run",
         "matrix products against float64 and an a-priori error bound; sums over workers exact on integers; bandwidth, "
@@ -55,16 +49,16 @@ def _qualified(content: Content) -> Iterator[dict[str, Any]]:
         classes = ", ".join(f"{name} {pool['numerics_class']}" for name, pool in pools.items())
         differ = bool(qualify["classes_differ"])
         claim = "The pools round differently" if differ else "The pools compute the same bits: moving changes nothing"
-        yield _row("measured", claim, f"hash of one layer's loss and gradients in each pool: {classes}", None, file)
+        yield row("measured", claim, f"hash of one layer's loss and gradients in each pool: {classes}", None, file)
 
 
 def _labelled(content: Content) -> Iterator[dict[str, Any]]:
     labels = content["labels"]
     if labels is None:
         return
-    where = _artifact(content, "label")
+    where = artifact(content, "label")
     stands_in = "oracle" in str(labels["annotator"])
-    yield _row(
+    yield row(
         "rehearsal" if stands_in else "measured",
         f"At most {percent(labels['error_upper_95'])} of the {labels['cold_start']:,} cold-start traces are wrong "
         "(95% confidence)",
@@ -74,7 +68,7 @@ def _labelled(content: Content) -> Iterator[dict[str, Any]]:
         f"cat {where}/certificate.json",
     )
     if labels["disjoint"] is not None:
-        yield _row(
+        yield row(
             "proven",
             "No test problem, nor a sibling of one, is in the training data",
             "the files were read back after they were written, and compared by problem family",
@@ -86,54 +80,83 @@ def _labelled(content: Content) -> Iterator[dict[str, Any]]:
 def _moved(content: Content) -> Iterator[dict[str, Any]]:
     training, move = content["training"], content["fallback"]
     if move is not None and move["handoff_identical"] is not None:
-        yield from _move_rows(content, move)
+        yield from _move_rows(artifact(content, "train"), move)
     if training is not None and training["replay_identical"] is not None:
-        yield _row(
+        yield row(
             "proven",
             "Without the fault, the same schedule of pools ends in the same bytes" if move
             else "The same run again ends in the same bytes",
-            f"the whole run was replayed; SHA-256 of the last state: {short(training['final_state'])} and "
-            f"{short(training['replayed_state'])}",
+            "the whole run was replayed; " + _states(training),
             training["replay_identical"],
-            f"python -c \"import json; p = json.load(open('{_artifact(content, 'train')}/proof.json')); "
-            "print(p['final'], p['replay'])\"",
+            _ends(artifact(content, "train")),
         )  # fmt: skip
 
 
-def _move_rows(content: Content, move: Content) -> Iterator[dict[str, Any]]:
-    state = f"{_artifact(content, 'train')}/handoff.state"
-    yield _row(
+def _moved_again(content: Content) -> Iterator[dict[str, Any]]:
+    found = content["reinforce"]
+    if found is None:
+        return
+    where, move = artifact(content, found["stage"]), found["fallback"]
+    if move is not None:
+        yield from _move_rows(where, move, "In reinforcement: ")
+    yield row(
         "proven",
-        f"The state that arrived on {move['to']} is the state that left {move['from']}",
+        "Reinforcement again, from the rollouts that were recorded, ends in the same bytes"
+        + (": the same schedule of pools, without the fault" if move else ""),
+        f"all {plural(found['steps'], 'step')} were taken a second time; no reply was drawn anew; " + _states(found),
+        found["replay_identical"],
+        _ends(where),
+    )
+
+
+def _states(found: Content) -> str:
+    return f"SHA-256 of the last state: {short(found['final_state'])} and {short(found['replayed_state'])}"
+
+
+def _ends(where: str) -> str:
+    load = f"p = json.load(open('{where}/proof.json'))"
+    return f"python -c \"import json; {load}; print(p['final'], p['replay'])\""
+
+
+def _move_rows(where: str, move: Content, when: str = "") -> Iterator[dict[str, Any]]:
+    """where: the artifact of the stage that moved; when: said before each claim."""
+    for found in _move_claims(where, move, when):
+        yield {**found, "claim": found["claim"][0].upper() + found["claim"][1:]}
+
+
+def _move_claims(where: str, move: Content, when: str) -> Iterator[dict[str, Any]]:
+    yield row(
+        "proven",
+        f"{when}the state that arrived on {move['to']} is the state that left {move['from']}",
         f"SHA-256 of weights, optimiser and router state, by the supervisor before ({short(move['before'])}) and by "
         f"every worker after ({', '.join(short(d) for d in move['after'] or ()) or 'none'})",
         move["handoff_identical"],
         f'python -c "from pathlib import Path; from ottava.trainer.snapshot import load; '
-        f"print(load(Path('{state}')).digest)\"",
+        f"print(load(Path('{where}/handoff.state')).digest)\"",
     )
-    yield _row(
+    yield row(
         "proven",
-        "No step was lost in the move",
+        f"{when}no step was lost in the move",
         f"last step that a worker reported, against the step {move['at_step']} that was handed over: "
         f"{plural(move['lost_steps'], 'step')} lost, {seconds(move['seconds_without_a_step'])} without a step",
         move["lost_steps"] == 0,
         "grep train.fallback journal.jsonl",
     )
-    yield _row(
+    yield row(
         "measured",
-        "The move drifts no further than rounding alone explains",
+        f"{when}the move drifts no further than rounding alone explains",
         f"{move['window']} steps on, against staying: {scientific(move['drift'])} relative; envelope "
         f"{scientific(move['envelope'])} from {len(move['replicas'] or ())} replicas with the pools' measured "
         "difference as noise (99% prediction limit)",
         move["inside"],
-        f"cat {_artifact(content, 'train')}/proof.json",
+        f"cat {where}/proof.json",
     )  # fmt: skip
-    yield _row(
+    yield row(
         "proven",
-        "One worker alone computes the very bits that the pool's workers did",
+        f"{when}one worker alone computes the very bits that the pool's workers did",
         f"{move['window']} steps after the move were repeated by one process; its state is the same",
         move["one_worker_identical"],
-        f"cat {_artifact(content, 'train')}/proof.json",
+        f"cat {where}/proof.json",
     )
 
 
@@ -146,7 +169,7 @@ def _compared(content: Content) -> Iterator[dict[str, Any]]:
     shared = ", the same at every look" if found["reused"] else ""
     shown = found["proven"] or found["action"] == "stop"
     margin = f"more than {found['margin']:g} nats a token"
-    yield _row(
+    yield row(
         "measured",
         f"After step {found['step']} the run is no worse than its baseline by {margin}" if shown
         else f"After step {found['step']} nothing shows that the run is worse than its baseline by {margin}",
@@ -161,32 +184,32 @@ def _weighed(content: Content) -> Iterator[dict[str, Any]]:
     fp8 = content["fp8"]
     if fp8 is None:
         return
-    master = f"{_artifact(content, 'convert')}/model"
+    master, came = f"{artifact(content, 'convert')}/model", model(content)
     if fp8["on_grid"]:
-        again = f"ottava verify {_artifact(content, 'train')}/model {master}" if content["accuracy"] else None
+        again = f"ottava verify {came} {master}" if content["accuracy"] else None
         how = (
             "every linear weight was an E4M3 code times a power of two already, every other one BF16; "
             "read back, the bits are the same"
         )
-        yield _row("proven", "Conversion to UE8M0 FP8 changed no weight", how, True, again)
+        yield row("proven", "Conversion to UE8M0 FP8 changed no weight", how, True, again)
     else:
-        yield _row("measured", "Conversion to UE8M0 FP8 rounded the weights", _rounding(fp8))
+        yield row("measured", "Conversion to UE8M0 FP8 rounded the weights", _rounding(fp8))
     if fp8["digest_equal"] is not None:
         names = list(fp8["layouts"] or ())
-        yield _row(
+        yield row(
             "proven",
             f"The layouts {listed(names)} hold the same values",
             f"each was written, read back, and digested by exact value: {short(fp8['digest'])}",
             fp8["digest_equal"],
-            f"cat {_artifact(content, 'verify')}/verification.json",
+            f"cat {artifact(content, 'verify')}/verification.json",
         )
     if fp8["weights_identical"] is not None:
-        yield _row(
+        yield row(
             "proven",
             "The master holds the values that were trained",
             "digest of the exact value of every tensor, in the trained model and in the master",
             fp8["weights_identical"],
-            f"ottava verify {_artifact(content, 'train')}/model {master}",
+            came and f"ottava verify {came} {master}",
         )
 
 
@@ -209,29 +232,29 @@ def _answered(content: Content) -> Iterator[dict[str, Any]]:
     accuracy, fp8 = content["accuracy"], content["fp8"]
     if fp8 is not None and fp8["answers_identical"] is not None:
         count = f" of {fp8['accuracy']['n']} problems thinking, and as many directly" if fp8["accuracy"] else ""
-        yield _row(
+        yield row(
             "proven",
             "The master gives the trained model's answers, token by token",
             f"digest over all generated ids{count}",
             fp8["answers_identical"],
-            _evaluate(content, f"{_artifact(content, 'convert')}/model"),
+            _evaluate(content, f"{artifact(content, 'convert')}/model"),
         )
     for mode, name in (("thinking", "Thinking"), ("direct", "Answering directly"), ("direct_one_step", "")):
         entry = (accuracy or {}).get(mode)
         if entry is None:
             continue
         what = f"{name}, the model solves" if name else "Answering one-step problems directly, it solves"
-        yield _row(
+        yield row(
             "measured",
             f"{what} {percent(entry['value'])} (95%: {interval(entry)})",
             f"{entry['n']} test problems that training never saw, greedy decoding, Wilson interval",
             None,
-            _evaluate(content, f"{_artifact(content, 'train')}/model"),
+            _evaluate(content, str(model(content))),
         )
 
 
-def _evaluate(content: Content, model: str) -> str:
-    args = f"{{'model': '{model}', 'data': '{_artifact(content, 'label')}', 'task': 'chains'}}"
+def _evaluate(content: Content, folder: str) -> str:
+    args = f"{{'model': '{folder}', 'data': '{artifact(content, 'label')}', 'task': 'chains'}}"
     return f'python -c "from ottava.engine.evaluate import evaluate_folder; print(evaluate_folder({args}))"'
 
 
@@ -241,12 +264,12 @@ def _served(content: Content) -> Iterator[dict[str, Any]]:
         return
     modes = "with thinking on and off" if serve["thinking_ok"] is not None else "directly (it has no thinking switch)"
     checks = [serve["thinking_ok"] is not False, serve["direct_ok"], serve["streamed"], serve["drained"]]
-    yield _row(
+    yield row(
         "measured",
         f"The server answers {modes}, streams the same text, and drains without breaking a stream",
         "a real server asked by the openai client; SIGTERM in mid-stream",
         all(checks),
-        f"ottava serve {_artifact(content, 'convert')}/model",
+        f"ottava serve {artifact(content, 'convert')}/model",
     )
 
 
@@ -255,9 +278,9 @@ def _rehearsed(content: Content) -> Iterator[dict[str, Any]]:
         if pool["imitates"] is not None:
             shows = NO_CHIP if pool["platform"] == "cpu" else "nothing is shown of the chip itself"
             claim = f"The pool {pool['pool']} stands for {pool['imitates']}"
-            yield _row("rehearsal", claim, f"{really(pool)}; {shows}")
+            yield row("rehearsal", claim, f"{really(pool)}; {shows}")
         elif pool["platform"] == "npu" and pool["chip"] is not None:
-            yield _row("measured", f"The pool {pool['pool']} is {pool['chip']}", "a real NPU: evidence level L4")
+            yield row("measured", f"The pool {pool['pool']} is {pool['chip']}", "a real NPU: evidence level L4")
 
 
 def really(pool: Content) -> str:
@@ -270,7 +293,7 @@ def really(pool: Content) -> str:
 def _priced(content: Content) -> Iterator[dict[str, Any]]:
     reference = (content["plan"] or {}).get("reference")
     if reference:
-        yield _row(
+        yield row(
             "extrapolated",
             f"What the same training costs on the fleet {reference['fleet']}",
             f"{reference['method']}; not priced: {reference['not_priced']}",
@@ -304,17 +327,19 @@ def _trouble(content: Content) -> Iterator[str]:
 
 
 def _story(content: Content) -> Iterator[str]:
-    move, fp8 = content["fallback"], content["fp8"]
-    if move is not None:
-        proof = {True: "; the state that arrived is the state that left", False: "; BUT THE STATE CHANGED ON THE WAY"}
-        yield (
-            f"Training lost the pool {move['from']} at step {move['at_step']} and continued on {move['to']}, "
-            f"{plural(move['lost_steps'], 'step')} lost{proof.get(move['handoff_identical'], '')}."
-        )
+    fp8, reinforced = content["fp8"], content["reinforce"]
+    proof = {True: "; the state that arrived is the state that left", False: "; BUT THE STATE CHANGED ON THE WAY"}
+    for what, move in (("Training", content["fallback"]), ("Reinforcement", reinforced and reinforced["fallback"])):
+        if move is not None:
+            yield (
+                f"{what} lost the pool {move['from']} at step {move['at_step']} and continued on {move['to']}, "
+                f"{plural(move['lost_steps'], 'step')} lost{proof.get(move['handoff_identical'], '')}."
+            )
     if fp8 is not None and fp8["digest_equal"] is not None:
         yield _bits(fp8)
     if content["accuracy"] is not None:
         yield _solved(content["accuracy"])
+    yield from reasoning.story(content)
 
 
 def _solved(accuracy: Content) -> str:
@@ -322,6 +347,8 @@ def _solved(accuracy: Content) -> str:
     one_step = ""
     if short_ones is not None:
         one_step = f", and {percent(short_ones['value'])} of {short_ones['n']} with one step ({interval(short_ones)})"
+    if thinking is None:
+        return f"It solves {percent(direct['value'])} of {direct['n']} unseen problems (95%: {interval(direct)})."
     return (
         f"Thinking, it solves {percent(thinking['value'])} of {thinking['n']} unseen problems "
         f"(95%: {interval(thinking)}); answering directly, {percent(direct['value'])} ({interval(direct)}){one_step}."
@@ -340,11 +367,19 @@ def _bits(fp8: Content) -> str:
 
 def standing(content: Content) -> dict[str, list[str]]:
     """What is real here, what is a rehearsal, what is extrapolated: sentences by heading."""
-    labels, training = content["labels"], content["training"]
-    real, rehearsal, extrapolated = [], [], []
-    if training is not None:
+    labels = content["labels"]
+    real: list[str] = []
+    rehearsal: list[str] = []
+    extrapolated: list[str] = []
+    if content["training"] is not None:
         real.append("The training: every step, loss, state and byte, and the model that came out")
-        for fault in training["injected"]:
+    if content["reinforce"] is not None:
+        real.append("The reinforcement: every reply, verdict, step, state and byte")
+    if content["students"] is not None:
+        real.append("The students and their controls: each was trained and evaluated")
+        rehearsal += reasoning.stand_ins(content)
+    for stage in (content["training"], content["reinforce"]):
+        for fault in stage["injected"] if stage else ():
             what = f"{fault['kind'].upper()} to worker {fault['rank']} of {fault['pool']}"
             real.append(f"The fault: {what}; its timing was planned")
     if content["fp8"] is not None:

@@ -17,6 +17,7 @@ from ottava.journal import Event, RunState
 KEY = 12  # hex digits of a stage's key in its artifact's name
 KILLED = "the process was killed; the same command goes on where it was"
 NUMBER = (int, float)
+REINFORCED = ("reinforce", "reinforce-2")  # stages, and what their runs are called
 PARTS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {  # what an event must have to be told
     "run.start": {"recipe": str, "stages": list},
     "stage.start": {"stage": str, "key": str},
@@ -41,6 +42,23 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """One generation of rollouts, numbered as in the journal, and the updates that learned from it.
+
+    reward: the mean of its replies; mixed: the share of its groups with unequal rewards, the ones that teach; gap_max:
+    the largest difference of a token's log-probability by sampler and learner, in nats, as `gap` is their mean.
+    """
+
+    number: int
+    reward: float
+    mixed: float
+    gap: float
+    gap_max: float
+    pool: str
+    last_step: int
+
+
+@dataclass(frozen=True)
 class Bar:
     """A stretch of work. Seconds from the run's start, with the time left out in which nothing ran."""
 
@@ -50,14 +68,20 @@ class Bar:
     end: float
     what: str = ""
 
+    @property
+    def again(self) -> bool:
+        """Whether it is a replay of a run, or a student's control."""
+        return self.what.endswith("replay") or self.what.startswith("control:")
+
 
 @dataclass(frozen=True)
 class History:
-    """A run as far as it is of the present recipe. injected: the faults that were planned; verdicts: of go or
-    no-go, as far as they still count."""
+    """A run as far as it is of the present recipe. curve: of training; generations: of reinforcement; injected: the
+    faults that were planned; verdicts: of go or no-go, as far as they still count."""
 
     state: RunState
     curve: Sequence[Point] = ()
+    generations: Sequence[Generation] = ()
     bars: Sequence[Bar] = ()
     injected: Sequence[Event] = ()
     verdicts: Sequence[Event] = ()
@@ -108,7 +132,10 @@ def history(events: Iterable[Event], digest: str, alive: bool) -> History:
     memory = [float(e["peak_memory_mb"]) for e in kept if e.get("peak_memory_mb") is not None]
     injected = [e for e in kept if e["event"] == "train.injected"]
     verdicts = journal.standing(kept, "train.verdict", "main")
-    return History(state, curve(state.steps), bars(attempts), injected, verdicts, max(memory, default=None))
+    return History(
+        state, curve(state.steps), generations(state.steps), bars(attempts), injected, verdicts,
+        max(memory, default=None),
+    )  # fmt: skip
 
 
 def _whole(event: Event) -> bool:
@@ -190,6 +217,20 @@ def curve(steps: Iterable[Event]) -> list[Point]:
     return [
         Point(step, float(e["loss"]), e.get("direct_loss"), str(e.get("pool", "")), bool(e.get("on_grid")))
         for step, e in sorted(last.items())
+    ]
+
+
+def generations(steps: Iterable[Event]) -> list[Generation]:
+    """The rollouts that the last round of reinforcement learned from, without its replay; of one that came again, what
+    was last told."""
+    parts = ("generation", "reward", "mixed", "gap", "gap_max")
+    mine = [event for event in steps if event.get("phase") in REINFORCED]
+    last_round = mine[-1]["phase"] if mine else None
+    whole = (e for e in mine if e["phase"] == last_round and all(isinstance(e.get(part), NUMBER) for part in parts))
+    last = {e["generation"]: e for e in whole}
+    return [
+        Generation(n, e["reward"], e["mixed"], e["gap"], e["gap_max"], e["pool"], e["step"])
+        for n, e in sorted(last.items())
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ottava.console import charts, words
+from ottava.console import charts, dots, reasoning, words
 from ottava.console.charts import Lane, Move
 from ottava.console.history import Bar, History
 
@@ -36,7 +36,7 @@ def render(content: Content, history: History) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = ("percent", "interval", "seconds", "scientific", "short", "plural", "listed")
+    filters = ("percent", "interval", "seconds", "scientific", "short", "plural", "listed", "points", "range_of")
     environment.filters |= {name: getattr(words, name) for name in filters}
     pools = [pool["pool"] for pool in content["fleet"]]
     return environment.get_template("report.html").render(
@@ -50,6 +50,10 @@ def render(content: Content, history: History) -> str:
         loss=_loss(content, history, pools),
         gantt=_gantt(content, history, pools),
         accuracy=_accuracy(content),
+        reward=_reward(content, history, pools),
+        gains=_gains(content),
+        students=_students(content),
+        kept=reasoning.kept(content),
     )
 
 
@@ -67,6 +71,28 @@ def _loss(content: Content, history: History, pools: Sequence[str]) -> Markup | 
         lines = [f"{move['from']} lost at step {move['at_step']}", f"{words.plural(move['lost_steps'], 'step')} lost"]
         mark = Move(move["at_step"], [*lines, *([] if gap is None else [f"{words.seconds(gap)} without a step"])])
     return _sizes(lambda width: charts.loss(history.curve, pools, mark, width, 300 if width < 500 else 360))
+
+
+def _reward(content: Content, history: History, pools: Sequence[str]) -> Markup | None:
+    drawn = history.generations
+    if len(drawn) < 2:
+        return None
+    move, mark = (content["reinforce"] or {}).get("fallback"), None
+    if move is not None:
+        at = next((one.number for one in drawn if one.last_step >= move["at_step"]), drawn[-1].number)
+        mark = Move(at, [f"{move['from']} lost at step {move['at_step']}"])
+    return _sizes(lambda width: dots.reward(drawn, pools, mark, width, 240 if width < 500 else 300))
+
+
+def _gains(content: Content) -> Markup | None:
+    modes = (content["reinforce"] or {}).get("modes") or {}
+    rows = [(f"{MODES[mode]}, {when}", both[when]) for mode, both in modes.items() for when in ("before", "after")]
+    return charts.intervals(rows, 360) if rows else None
+
+
+def _students(content: Content) -> Markup | None:
+    rows = content["students"]
+    return _sizes(lambda width: dots.students(rows, content["traces"]["teacher"], width)) if rows else None
 
 
 def _gantt(content: Content, history: History, pools: Sequence[str]) -> Markup | None:
@@ -105,6 +131,14 @@ def digests(content: Content) -> list[dict[str, Any]]:
     if training is not None and training["final_state"] is not None:
         rows = [("the run", training["final_state"]), ("its replay", training["replayed_state"])]
         groups.append({"name": "State after the last step", "equal": training["replay_identical"], "rows": rows})
+    if (found := content["reinforce"]) is not None:
+        move = found["fallback"]
+        if move is not None:
+            after = [(f"arrived on {move['to']}", digest) for digest in move["after"] or ()]
+            rows = [(f"left {move['from']}", move["before"]), *after]
+            groups.append({"name": "Reinforcement, handed off", "equal": move["handoff_identical"], "rows": rows})
+        rows = [("the run", found["final_state"]), ("from its records", found["replayed_state"])]
+        groups.append({"name": "State after reinforcement", "equal": found["replay_identical"], "rows": rows})
     if fp8 is not None:
         rows = list((fp8["layouts"] or {"master": fp8["digest"]}).items())
         groups.append({"name": "Values of the weights, by layout", "equal": fp8["digest_equal"], "rows": rows})

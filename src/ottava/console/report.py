@@ -6,54 +6,23 @@ their manifests first: a report says nothing of bytes that were altered.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ottava import artifact, journal
-from ottava.artifact import Artifact
+from ottava.console import reasoning
 from ottava.console.claims import evidence, standing, verdict
-from ottava.console.history import History, history
+from ottava.console.source import FINISHED, Source, accuracies, entry, move, read, readable
 from ottava.console.summary import text
-from ottava.errors import ArtifactError, OttavaError, from_os_error
+from ottava.errors import from_os_error
 
 __all__ = ["build", "text", "write"]
 
 LIBRARIES = ("ottava", "torch", "transformers")
-FIGURES = ("value", "n", "low", "high", "correct", "by_steps")
-MODES = ("thinking", "direct", "direct_one_step")
-FINISHED = ("done", "cached")
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a report is made from. asked: run.json; artifacts: those of the present recipe, by stage.
-
-    altered: by stage, why its artifact is not believed.
-    """
-
-    folder: Path
-    asked: Mapping[str, Any]
-    history: History
-    artifacts: Mapping[str, Artifact]
-    altered: Mapping[str, str]
-
-    def summary(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage says of its result; None where it is not finished or not in the recipe."""
-        return self.artifacts[stage].summary if stage in self.artifacts else None
-
-    def file(self, stage: str, name: str) -> Any:
-        """A JSON file of a finished stage, or None."""
-        found = self.artifacts.get(stage)
-        return found.json(name) if found is not None and name in found.manifest["files"] else None
 
 
 def build(folder: Path) -> dict[str, Any]:
@@ -61,8 +30,8 @@ def build(folder: Path) -> dict[str, Any]:
 
     Raises OttavaError where there is no run, ArtifactError where its records cannot be read.
     """
-    source = _read(folder)
-    with _readable(source.folder):
+    source = read(folder)
+    with readable(source.folder):
         return _content(source)
 
 
@@ -70,66 +39,12 @@ def write(folder: Path) -> None:
     """Write report.json (what `--json` prints) and report.html beside the journal, each whole or not at all."""
     from ottava.console.page import render
 
-    source = _read(folder)
-    with _readable(source.folder):
+    source = read(folder)
+    with readable(source.folder):
         content = _content(source)
         page = render(content, source.history)
     _replace(source.folder / "report.json", json.dumps(content) + "\n")
     _replace(source.folder / "report.html", page)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Records that are not as a run writes them become an ArtifactError that names `path`."""
-    try:
-        yield
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"the run's records cannot be read: {error!r}", where=path, fix="run the recipe again, in another --out"
-        ) from error
-
-
-def _read(folder: Path) -> Source:
-    folder = Path(folder).resolve()
-    try:
-        with _readable(folder / "run.json"):
-            asked = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            digest, names = str(asked["digest"]), list(asked["stages"].keys())
-    except (FileNotFoundError, NotADirectoryError):
-        raise OttavaError(
-            "this is not the folder of a run: it has no run.json",
-            where=folder,
-            fix="name a folder that `ottava run` made, such as runs/tiny",
-        ) from None
-    except OSError as error:
-        raise from_os_error(error, "reading run.json") from error
-    artifacts: dict[str, Artifact] = {}
-    altered: dict[str, str] = {}
-    with _readable(folder / "journal.jsonl"):
-        told = history(journal.read(folder / "journal.jsonl"), digest, _at_work(folder))
-        for name in names:
-            stage = told.state.stages.get(name)
-            if stage is not None and stage.artifact and stage.status in FINISHED:
-                try:
-                    artifacts[name] = artifact.load(folder / "artifacts" / stage.artifact)
-                except ArtifactError as error:
-                    altered[name] = error.what
-    return Source(folder, asked, told, artifacts, altered)
-
-
-def _at_work(folder: Path) -> bool:
-    """True while a process holds the run's lock; a kill leaves its events open, but never the lock."""
-    try:
-        descriptor = os.open(folder / "lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _content(source: Source) -> dict[str, Any]:
@@ -144,10 +59,12 @@ def _content(source: Source) -> dict[str, Any]:
         "plan": _plan(source),
         "labels": _labels(source),
         "training": _training(source),
-        "accuracy": _accuracy(source),
+        "model": _model(source),
+        "accuracy": accuracies((source.summary(source.model) or {}).get("accuracy")),
         "accuracy_by_pool": _by_pool(source),
         "fallback": _fallback(source),
         "go_no_go": _go_no_go(source),
+        **reasoning.content(source),
         "fp8": _fp8(source),
         "serve": _serve(source),
         "versions": _versions(source),
@@ -255,7 +172,7 @@ def _labels(source: Source) -> dict[str, Any] | None:
 
 def _training(source: Source) -> dict[str, Any] | None:
     """Steps and faults as the journal has them; the rest once the stage is done."""
-    state, points = source.history.state, source.history.curve
+    points = source.history.curve
     if "train" not in source.asked["stages"]:
         return None
     summary, proof = source.summary("train") or {}, source.file("train", "proof.json") or {}
@@ -265,8 +182,7 @@ def _training(source: Source) -> dict[str, Any] | None:
         "parameters": summary.get("parameters"),
         "on_grid_from_step": summary.get("on_grid_from_step"),
         "segments": proof.get("segments"),
-        "faults": [{k: e.get(k) for k in ("phase", "pool", "kind", "step", "message")} for e in state.faults],
-        "injected": [{k: e.get(k) for k in ("pool", "kind", "rank", "step")} for e in source.history.injected],
+        **source.faults("main", "replay"),
         "numerics_classes": proof.get("classes"),
         "final_state": proof.get("final"),
         "replayed_state": proof.get("replay"),
@@ -274,34 +190,28 @@ def _training(source: Source) -> dict[str, Any] | None:
     }
 
 
-def _entry(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if entry is None else {key: entry.get(key) for key in FIGURES}
-
-
-def _accuracy(source: Source) -> dict[str, Any] | None:
-    found = (source.summary("train") or {}).get("accuracy")
-    return None if found is None else {mode: _entry(found.get(mode)) for mode in MODES}
+def _model(source: Source) -> dict[str, Any] | None:
+    """The model so far: the stage that made it last, and its parameters."""
+    if source.model not in source.artifacts:
+        return None
+    return {"stage": source.model, "parameters": source.artifacts[source.model].summary.get("parameters")}
 
 
 def _by_pool(source: Source) -> dict[str, Any] | None:
     """The same model, evaluated on every pool."""
-    pools = (source.file("train", "evaluation.json") or {}).get("pools")
-    return pools and {pool: {mode: _entry(found.get(mode)) for mode in MODES} for pool, found in pools.items()}
+    pools = (source.file(source.model, "evaluation.json") or {}).get("pools")
+    return pools and {pool: accuracies(found) for pool, found in pools.items()}
 
 
 def _fallback(source: Source) -> dict[str, Any] | None:
-    """The move between pools: proven once training is done, told by the journal before."""
-    keep = (
-        "from", "to", "at_step", "lost_steps", "seconds_without_a_step", "before", "after", "handoff_identical",
-        "replay_identical", "one_worker_identical", "drift", "envelope", "inside", "window", "replicas",
-    )  # fmt: skip
+    """Training's move between pools: proven once training is done, told by the journal before."""
     told = [event for event in source.history.state.fallbacks if event.get("phase", "main") == "main"]
     found = (source.summary("train") or {}).get("fallback")
     if found is None and told and source.summary("train") is None:
         event = told[-1]
         found = {"from": event["source"], "to": event["target"], "before": event.get("digest")}
         found |= {key: event.get(key) for key in ("at_step", "lost_steps")}
-    return None if found is None else {key: found.get(key) for key in keep}
+    return move(found)
 
 
 def _go_no_go(source: Source) -> dict[str, Any] | None:
@@ -327,7 +237,7 @@ def _fp8(source: Source) -> dict[str, Any] | None:
         "digest_equal": verified.get("digest_equal"),
         "on_grid": converted.get("on_grid"),
         "label": converted.get("label"),
-        "accuracy": _entry(accuracy.get("thinking")),
+        "accuracy": entry(accuracy.get("thinking")),
         "layouts": verified.get("layouts"),
         "weights_identical": verified.get("weights_identical"),
         "answers_identical": verified.get("answers_identical"),

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ottava.console import reasoning
 from ottava.console.words import listed, percent, plural, scientific, seconds, short
 
 Content = Mapping[str, Any]
@@ -19,8 +20,10 @@ def text(content: Content) -> str:
     """A run's report as text for the terminal."""
     head = f"{content['recipe']}: {content['status']}, {seconds(content['seconds'])} of work, seed {content['seed']}"
     blocks = (
-        ("accuracy", _accuracy), ("fallback", _fallback), ("go/no-go", _go_no_go), ("weights", _weights),
-        ("labels", _labels), ("served", _served), ("rehearsal", _rehearsal), ("claims", _claims),
+        ("accuracy", _accuracy), ("fallback", _fallback), ("go/no-go", _go_no_go),
+        ("reinforce", reasoning.reinforce_lines), ("students", reasoning.student_lines),
+        ("algorithms", reasoning.algorithm_lines), ("weights", _weights), ("labels", _labels), ("served", _served),
+        ("rehearsal", _rehearsal), ("claims", _claims),
     )  # fmt: skip
     lines = [head, "", *(line for said in content["verdict"] for line in textwrap.wrap(said, WIDTH)), ""]
     lines += _block("stages", [_stages(content)])
@@ -62,12 +65,18 @@ def _accuracy(content: Content) -> Iterator[str]:
 
 
 def _fallback(content: Content) -> Iterator[str]:
-    move = content["fallback"]
+    yield from _move(content["fallback"])
+    if content["reinforce"] is not None:
+        yield from _move(content["reinforce"]["fallback"], "in reinforcement, ")
+
+
+def _move(move: Content | None, when: str = "") -> Iterator[str]:
     if move is None:
         return
     gap = move["seconds_without_a_step"]
     pause = "" if gap is None else f", {seconds(gap)} without a step"
-    yield f"{move['from']} -> {move['to']} at step {move['at_step']}: {plural(move['lost_steps'], 'step')} lost{pause}"
+    lost = f"{plural(move['lost_steps'], 'step')} lost{pause}"
+    yield f"{when}{move['from']} -> {move['to']} at step {move['at_step']}: {lost}"
     if move["handoff_identical"] is not None:
         yield f"state before and after    {short(move['before'])}  {_same(move['handoff_identical'])}"
         yield f"replay without the fault  {_same(move['replay_identical'])}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +22,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from ottava.console.reasoning import KEEPS, keeping
+from ottava.console.words import bracket, points
 
 BYTES = "bytes"
 
@@ -164,7 +167,7 @@ class Terminal:
 
 def headline(stage: str, summary: Mapping[str, Any]) -> str:
     """What a stage's summary comes to, in a line; empty for a stage without one."""
-    writer = HEADLINES.get(stage)
+    writer = HEADLINES.get(stage.partition("-")[0])
     return writer(summary) if writer else ""
 
 
@@ -174,7 +177,8 @@ def percent(entry: Mapping[str, Any]) -> str:
 
 
 def _train(summary: Mapping[str, Any]) -> str:
-    thinking = f"thinking {percent(summary['accuracy']['thinking'])}"
+    mode, entry = next(iter(summary["accuracy"].items()))  # thinking, where the model can
+    thinking = f"{mode} {percent(entry)}"
     fallback = summary["fallback"]
     if summary["fault_happened"] is False:
         return f"{thinking}; the planned fault did not happen"
@@ -182,6 +186,20 @@ def _train(summary: Mapping[str, Any]) -> str:
         return thinking
     moved = f"{fallback['from']} -> {fallback['to']} at step {fallback['at_step']}"
     return f"{thinking}; {moved}, {fallback['lost_steps']} steps lost"
+
+
+def _reinforce(summary: Mapping[str, Any]) -> str:
+    gain = summary["reinforce"]
+    by = f"{points(gain['after'] - gain['before'])} points {bracket(gain)}, n {gain['n']}"
+    return f"{gain['mode']} {gain['before']:.1%} -> {gain['after']:.1%} ({by})"
+
+
+def _distill(summary: Mapping[str, Any]) -> str:
+    students, traces = summary["students"], summary["traces"]
+    kept = f"{keeping(students, summary['teacher'])} of {len(students)} students keep {KEEPS:.0%} of the teacher"
+    if not traces["checked"]:
+        return kept
+    return f"{kept}; steps right in {traces['steps_right'] / traces['checked']:.0%} of its traces"
 
 
 def _serve(summary: Mapping[str, Any]) -> str:
@@ -196,6 +214,8 @@ HEADLINES = {
     "qualify": lambda s: f"passed: {', '.join(s['passed'])}",
     "label": lambda s: f"{s['cold_start']} traces, error of labels < {s['error_upper_95']:.1%} (95%)",
     "train": _train,
+    "reinforce": _reinforce,
+    "distill": _distill,
     "convert": lambda s: f"{s['label']}, digest {s['digest'][:12]}",
     "verify": lambda s: f"{len(s['layouts'])} layouts, {'equal' if s['digest_equal'] else 'NOT equal'}",
     "serve": _serve,
@@ -226,6 +246,25 @@ def comparison(result: Mapping[str, Any]) -> str:
     files = [f"{letter}: {file or 'not there'}" for letter, file in first["files"].items()]
     lines["where"] = first["where"] or "; ".join(files)
     return listed(lines)
+
+
+def students_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `planner.students.plan` found, one line a student and chip."""
+
+    def span(estimate: Mapping[str, Any], unit: str) -> str:
+        low, high = f"{estimate['low']:,.0f}", estimate["high"]
+        return f">= {low} {unit}" if high is None else f"{low} to {high:,.0f} {unit}"
+
+    lines = [["student", "parameters", "state", "served in FP8", "chip", "chips", "time", "cost"]]
+    for row in rows:
+        usd = span(row["usd"], "USD")
+        lines.append([
+            row["name"], f"{row['parameters'] / 1e9:.2f} B", f"{row['memory_gb']:,.0f} GB",
+            f"{row['served_gb']:.1f} GB", row["chip"], str(row["chips"]), span(row["hours"], "h"), usd,
+        ])  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, "", "Extrapolated from published runs; >= where a model is smaller than any of them."])
 
 
 def targets_table(found: Mapping[str, Any]) -> str:

@@ -18,6 +18,21 @@ def interval(entry: Mapping[str, Any]) -> str:
     return f"{percent(entry['low'])} to {percent(entry['high'])}"
 
 
+def points(value: float | None) -> str:
+    """A difference of two shares, in percentage points, with its sign: 0.0833 -> +8.3; nought has none."""
+    return "unknown" if value is None else f"{100 * value:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
+
+
+def range_of(entry: Mapping[str, Any]) -> str:
+    """The 95% interval of a difference, in percentage points."""
+    return f"{points(entry['low'])} to {points(entry['high'])}"
+
+
+def bracket(entry: Mapping[str, Any]) -> str:
+    """The same, as the terminal shows it: [-1.0, +2.3]."""
+    return f"[{points(entry['low'])}, {points(entry['high'])}]"
+
+
 def seconds(value: float | None) -> str:
     """A duration in the unit that fits: 0.31 s, 12.3 s, 3 min 05 s, 2 h 04 min."""
     if value is None:

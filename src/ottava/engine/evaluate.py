@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from ottava.engine.generate import generate
 from ottava.errors import DataError
 from ottava.models.chat import Chat
 from ottava.models.load import load
-from ottava.tasks import Problem, get
-from ottava.tasks.base import problem_of, read_lines
+from ottava.tasks import Problem
+from ottava.tasks.base import Task, problem_of, read_lines, task_of
 from ottava.tasks.statistics import wilson
+from ottava.tasks.verify import grade
 
 BATCH = 256
 
@@ -38,15 +40,16 @@ def evaluate(
     *,
     max_new: int | None = None,
     batch: int = BATCH,
+    prompt: Callable[[Problem], str] = attrgetter("question"),
 ) -> dict[str, Any]:
     """Ask every problem once, greedily.
 
-    grade(problem, content): is the content right? max_new: ids a reply may have (default: twice the
-    prompt and 16 when thinking, else 8). Problems are grouped by prompt length and asked in batches of
+    grade(problem, content): is the content right? prompt: what is asked. max_new: ids a reply may have (default:
+    twice the prompt and 16 when thinking, else 8). Problems are grouped by prompt length and asked in batches of
     `batch`, in order, so equal models give equal ids. Returns n, correct, value, low, high (Wilson,
-    95%), by_steps, and the digest of all generated ids in the order of `problems`.
+    95%), by_steps, right (by problem: 1 or 0), and the digest of all generated ids in the order of `problems`.
     """
-    replies = answer(model, chat, [problem.question for problem in problems], thinking, max_new=max_new, batch=batch)
+    replies = answer(model, chat, [prompt(problem) for problem in problems], thinking, max_new=max_new, batch=batch)
     right = [
         well_formed(chat, ids, thinking) and grade(problem, chat.split(ids, thinking)[1])
         for problem, ids in zip(problems, replies, strict=True)
@@ -58,6 +61,7 @@ def evaluate(
     return {
         "n": len(right),
         "correct": sum(right),
+        "right": [int(ok) for ok in right],
         "value": sum(right) / len(right),
         "low": low,
         "high": high,
@@ -113,13 +117,28 @@ def _trim(row: list[int], stop_ids: Sequence[int]) -> list[int]:
 
 
 def evaluation(
-    model: nn.Module, chat: Chat, test: Sequence[Problem], one_step: Sequence[Problem], grade: Grade
+    model: nn.Module,
+    chat: Chat,
+    task: Task,
+    test: Sequence[Problem],
+    one_step: Sequence[Problem] = (),
+    max_new: int | None = None,
 ) -> dict[str, Any]:
-    """The content of evaluation.json: the test problems in both modes, and one-step problems asked directly."""
+    """The content of evaluation.json: the test problems in both modes, and one-step problems asked directly.
+
+    A model without a thinking switch is asked directly alone. What cannot be graded is not right.
+    """
+    asked = {"thinking": (test, True), "direct": (test, False), "direct_one_step": (one_step, False)}
+    if chat.thinking_key is None:
+        del asked["thinking"]
+
+    def right(problem: Problem, text: str) -> bool:
+        return grade(task, problem, text).right
+
     results = {
-        "thinking": evaluate(model, chat, test, True, grade),
-        "direct": evaluate(model, chat, test, False, grade),
-        "direct_one_step": evaluate(model, chat, one_step, False, grade),
+        mode: evaluate(model, chat, problems, thinking, right, max_new=max_new, prompt=task.prompt)
+        for mode, (problems, thinking) in asked.items()
+        if problems
     }
     return {**results, "answers_digest": digest_of([result["digest"] for result in results.values()])}
 
@@ -127,11 +146,15 @@ def evaluation(
 def evaluate_folder(args: Mapping[str, Any]) -> dict[str, Any]:
     """`evaluation` of a model folder, for a stage's worker.
 
-    args: model (a Hugging Face folder), data (a folder with test.jsonl and test_one_step.jsonl), task, platform.
+    args: model (a Hugging Face folder), data (a folder with test.jsonl, whose lines name the task, and with
+    test_one_step.jsonl or without), platform, max_new (ids of a reply; without it, as `evaluate` says).
     """
     device = platforms.asked(args).open()
     data, folder = Path(args["data"]), Path(args["model"])
-    test, one_step = (
-        [problem_of(line) for line in read_lines(data / name)] for name in ("test.jsonl", "test_one_step.jsonl")
-    )
-    return evaluation(load(folder).to(device), Chat.load(folder), test, one_step, get(args["task"]).check_answer)
+    lines = {
+        name: read_lines(data / f"{name}.jsonl") if (data / f"{name}.jsonl").exists() or name == "test" else []
+        for name in ("test", "test_one_step")
+    }
+    test, one_step = ([problem_of(line) for line in found] for found in lines.values())
+    task = task_of([*lines["test"], *lines["test_one_step"]])
+    return evaluation(load(folder).to(device), Chat.load(folder), task, test, one_step, args.get("max_new"))

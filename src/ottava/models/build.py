@@ -58,6 +58,13 @@ def from_config(config: dict[str, Any], where: Path | str = "config.json") -> nn
     return model.float()
 
 
+def fresh(config: dict[str, Any], seed: int) -> nn.Module:
+    """A model of a config with initial weights."""
+    model = from_config(config)
+    initialise(model, seed)
+    return model
+
+
 def initialise(model: nn.Module, seed: int) -> None:
     """Draw initial weights: embeddings N(0, 0.5), matrices N(0, 1/fan_in), output projections and head zero.
 

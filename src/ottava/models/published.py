@@ -61,6 +61,13 @@ def _split(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
+def unrounded(item: Published) -> Tensor:
+    """The tensor in BF16 where that holds every value of it, else in F32: a contiguous copy."""
+    values = item.tensor.detach().float()
+    short = values.to(torch.bfloat16)
+    return (short if item.storage != "f32" and torch.equal(short.float(), values) else values).contiguous()
+
+
 def stored(item: Published) -> Tensor:
     """The tensor as a BF16 or F32 checkpoint holds it: a contiguous copy."""
     dtype = torch.float32 if item.storage == "f32" else torch.bfloat16

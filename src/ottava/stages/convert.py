@@ -11,35 +11,23 @@ what divergence is measured against must be the very tensors that were converted
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, computed_field, field_validator, model_validator
+from pydantic import Field, computed_field, model_validator
 
-import ottava.recipe
-from ottava.artifact import Artifact, digest_of, file_digest, write_json
+from ottava.artifact import Artifact, file_digest, write_json
+from ottava.checkpoint.source import Source, folder_of
 from ottava.context import Context
-from ottava.errors import CheckpointError, RecipeError
+from ottava.errors import RecipeError
 
 VERSION = "2"
-INPUTS = ("?train",)
-
-PACKAGE = "package:"
+INPUTS = ("?@model",)
 
 
-class Spec(ottava.recipe.Spec):
+class Spec(Source):
     """The convert section of a recipe."""
-
-    source: Annotated[
-        str | None,
-        Field(
-            description="a Hugging Face folder, or package:NAME for the GGUF file that an installed Python package "
-            "carries; without it, the trained model"
-        ),
-    ] = None
 
     layout: Annotated[
         Literal["e8m0", "deepseek", "mxfp8", "bf16"],
@@ -51,13 +39,6 @@ class Spec(ottava.recipe.Spec):
     ] = "nearest"
     calibration: Annotated[str | None, Field(description="a text file for gptq; without it, built-in texts")] = None
 
-    @field_validator("source")
-    @classmethod
-    def _named(cls, source: str | None) -> str | None:
-        if source is not None and source.startswith(PACKAGE) and not re.fullmatch(r"package:\w[\w.-]*", source):
-            raise ValueError("a model in a Python package is written package:NAME")
-        return source
-
     @model_validator(mode="after")
     def _calibrated(self) -> Spec:
         if self.calibration is not None and self.rounding != "gptq":
@@ -65,30 +46,6 @@ class Spec(ottava.recipe.Spec):
         if self.calibration is not None and not Path(self.calibration).expanduser().is_file():
             raise ValueError(f"calibration: no such file: {self.calibration}")
         return self
-
-    @property
-    def package(self) -> str | None:
-        """The name of the package to unpack, if the source is one."""
-        return self.source.removeprefix(PACKAGE) if self.source and self.source.startswith(PACKAGE) else None
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def package_version(self) -> str | None:
-        """Part of the stage's key: another version of the package may be another model."""
-        try:
-            return None if self.package is None else metadata.version(self.package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def source_files(self) -> str | None:
-        """Part of the stage's key: a digest of the names, sizes and times of the source folder's files."""
-        if self.source is None or self.package is not None:
-            return None
-        folder = Path(self.source).expanduser()
-        files = [(path.relative_to(folder).as_posix(), path.stat()) for path in folder.rglob("*") if path.is_file()]
-        return digest_of(sorted([name, found.st_size, found.st_mtime_ns] for name, found in files))
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -119,15 +76,11 @@ def _convert(spec: Spec, source: Path, ctx: Context) -> dict[str, Any]:
 
 def _find(spec: Spec, inputs: Mapping[str, Artifact]) -> tuple[Path, dict[str, Any]]:
     if spec.source is not None:
-        folder = Path(spec.source).expanduser()
-        if not folder.is_dir():
-            raise CheckpointError(
-                "no such folder", where=folder, fix="set convert.source to a Hugging Face folder, or to package:NAME"
-            )
+        folder = folder_of(spec.source, "convert.source")
         return folder, {"kind": "folder", "folder": str(folder.resolve())}
-    if "train" not in inputs:
+    if "model" not in inputs:
         raise RecipeError("no model to convert", where="convert", fix="add a train stage, or set convert.source")
-    return inputs["train"].file("model"), {"kind": "train", "artifact": inputs["train"].digest}
+    return inputs["model"].file("model"), {"kind": inputs["model"].stage, "artifact": inputs["model"].digest}
 
 
 def _unpack(package: str, ctx: Context) -> tuple[Path, dict[str, Any]]:

@@ -23,12 +23,12 @@ from pydantic import Field, field_validator, model_validator
 
 from ottava import recipe, tasks
 from ottava.artifact import Artifact, write_json
-from ottava.errors import DataError
+from ottava.errors import DataError, OttavaError
 from ottava.labels.audit import Audit, audit, clopper_pearson_upper, require
 from ottava.labels.fusion import Label, Tally, collect
 from ottava.labels.hygiene import Removed, decontaminate, deduplicate, require_disjoint
 from ottava.labels.teachers import TEACHERS, propose
-from ottava.tasks import Problem, Task
+from ottava.tasks import Problem, Traced
 from ottava.tasks.base import generator, problem_of, read_lines, row, write_lines
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 VERSION = "1"
 INPUTS = ()
+LABEL = True
 
 ANNOTATOR = "oracle standing in for a person"
 
@@ -65,8 +66,10 @@ class Spec(recipe.Spec):
     @field_validator("task")
     @classmethod
     def _known_task(cls, name: str) -> str:
-        if name not in tasks.names():
-            raise ValueError(f"there is no task {name!r}; there is {', '.join(tasks.names())}")
+        try:
+            tasks.traced(name)
+        except OttavaError as error:  # pydantic wants a ValueError, and adds the place
+            raise ValueError(f"{error.what}; there is {', '.join(tasks.names(traced=True))}") from None
         return name
 
     @field_validator("teachers")
@@ -110,7 +113,7 @@ class Spec(recipe.Spec):
 
 def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Draw, clean, label, audit, prove disjoint. Raises DataError where the spec cannot be met."""
-    task = tasks.get(spec.task)
+    task = tasks.traced(spec.task)
     one_step_test = task.sample(generator(ctx.seed, "test", 1), 1, spec.test_one_step, "test")
     test = [
         p for n in spec.lengths for p in task.sample(generator(ctx.seed, "test", n), n, spec.test_per_length, "test")
@@ -144,7 +147,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
 
 
 def _training(
-    spec: Spec, task: Task, tests: list[Problem], ctx: Context, removed: Removed, tally: Tally
+    spec: Spec, task: Traced, tests: list[Problem], ctx: Context, removed: Removed, tally: Tally
 ) -> tuple[list[Label], list[Problem]]:
     """Labelled traces and problems with answers only, length by length: what a short length lacks, longer ones give."""
     labels: list[Label] = []
@@ -176,7 +179,7 @@ def _training(
 
 
 def _labels(
-    spec: Spec, task: Task, candidates: list[Problem], quota: int, seed: int, removed: Removed, tally: Tally
+    spec: Spec, task: Traced, candidates: list[Problem], quota: int, seed: int, removed: Removed, tally: Tally
 ) -> tuple[list[Label], set[str]]:
     """`quota` labels of one length, and the ids of all problems that the teachers saw."""
     seen: set[str] = set()
@@ -196,7 +199,7 @@ def _labels(
     return labels, seen
 
 
-def _audit(spec: Spec, task: Task, labels: list[Label], seed: int) -> Audit:
+def _audit(spec: Spec, task: Traced, labels: list[Label], seed: int) -> Audit:
     by_question = {label.problem.question: label.problem for label in labels}
 
     def oracle(question: str, trace: str) -> bool:
@@ -209,7 +212,7 @@ def _audit(spec: Spec, task: Task, labels: list[Label], seed: int) -> Audit:
 
 def _write(
     spec: Spec,
-    task: Task,
+    task: Traced,
     ctx: Context,
     labels: list[Label],
     answers: list[Problem],
@@ -256,7 +259,7 @@ def _report(
     }
 
 
-def _prove_disjoint(task: Task, ctx: Context) -> None:
+def _prove_disjoint(task: Traced, ctx: Context) -> None:
     """Read the files back: no test problem, nor a sibling of one, is in what a model will be trained on."""
 
     def problems(*names: str) -> list[Problem]:

@@ -51,6 +51,12 @@ RULES = (
         reason="small and medium models train on domestic chips first; the other pool is the fallback",
     ),
     Rule(stage="train", prefer=("NVIDIA", "Huawei"), reason="large models train where such runs are known to complete"),
+    Rule(
+        stage="reinforce",
+        prefer=("NVIDIA", "Huawei"),
+        reason="reinforcement learns where training is known to complete",
+    ),
+    Rule(stage="distill", prefer=("Huawei", "NVIDIA"), reason="students are small: domestic chips train them"),
     Rule(stage="serve", prefer=("Huawei", "NVIDIA"), reason="domestic chips carry the inference"),
     Rule(prefer=("NVIDIA", "Huawei"), reason="domestic chips are kept free for training and serving"),
 )

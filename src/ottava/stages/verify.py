@@ -22,7 +22,7 @@ from ottava.context import Context
 from ottava.errors import ArtifactError, CheckpointError
 
 VERSION = "2"
-INPUTS = ("convert", "?train", "?label")
+INPUTS = ("convert", "?@model", "?@label")
 
 
 class Spec(recipe.Spec):
@@ -83,12 +83,12 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
         "on_grid": convert.summary["on_grid"],
         "label": convert.summary["label"],
         "accuracy": None,
-        "trained_on_grid": "train" in inputs and inputs["train"].summary.get("on_grid_from_step") is not None,
+        "trained_on_grid": "model" in inputs and inputs["model"].summary.get("on_grid_from_step") is not None,
         "answers_identical": None,
         "divergence": None,
     }
-    if "train" in inputs and "label" in inputs:
-        result |= _answers(inputs["train"], inputs["label"], master, ctx)
+    if "model" in inputs and "label" in inputs:
+        result |= _answers(inputs["model"], inputs["label"], master, convert.summary["on_grid"], ctx)
     if spec.text is not None:
         result["divergence"] = _divergence(spec, inputs, master, ctx)
     reason = _reason(result, convert.summary["digest"])
@@ -96,17 +96,23 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     return ctx.commit({**result, **({"reason": reason} if reason else {})}, verdict=reason is None)
 
 
-def _answers(train: Artifact, label: Artifact, master: Path, ctx: Context) -> dict[str, Any]:
-    """Evaluate the master as the trainer evaluated its model; equal means token by token."""
+def _answers(train: Artifact, label: Artifact, master: Path, on_grid: bool, ctx: Context) -> dict[str, Any]:
+    """Evaluate the master as the trainer evaluated its model; equal means token by token.
+
+    on_grid: whether the conversion changed no weight; one that rounded is measured, and not asked to be equal.
+    """
     trained = train.json("evaluation.json")
     pool = ctx.fleet.pool(trained["pool"])
-    args = {"model": str(master), "data": str(label.path), "task": "chains", "platform": pool.platform}
+    args = {"model": str(master), "data": str(label.path), "platform": pool.platform, "max_new": trained.get("max_new")}
     served = ctx.call("ottava.engine.evaluate:evaluate_folder", args, pool=pool)[0]
+    accuracy = {mode: served[mode] for mode in ("thinking", "direct", "direct_one_step") if mode in served}
+    if not on_grid:
+        return {"accuracy": accuracy}
     same = ctx.call(
         "ottava.verify.weights:compare_folders", {"a": str(master), "b": str(train.file("model"))}, pool=pool
     )[0]
     return {
-        "accuracy": {mode: served[mode] for mode in ("thinking", "direct", "direct_one_step")},
+        "accuracy": accuracy,
         "answers_identical": served["answers_digest"] == trained["answers_digest"],
         "weights_identical": same["equal"],
         "different": same["different"],
@@ -134,9 +140,9 @@ def _reference(inputs: Mapping[str, Artifact]) -> tuple[Path, str]:
             fix = "put it back, or take verify.text out of the recipe"
             raise CheckpointError("the converted folder is no longer there", where=source["folder"], fix=fix)
         return Path(source["folder"]), source["folder"]
-    if "train" not in inputs or inputs["train"].digest != source["artifact"]:
+    if "model" not in inputs or inputs["model"].digest != source["artifact"]:
         raise ArtifactError("the trained model that was converted is not there", fix="run without --only")
-    return inputs["train"].file("model"), "the trained model"
+    return inputs["model"].file("model"), "the trained model"
 
 
 def _reason(result: Mapping[str, Any], converted: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import Signals
 from typing import Any, Protocol
@@ -218,7 +218,7 @@ class Attempt:
                 self.stretch.on[kind](message)
             elif kind == "alarm":
                 self.alarms.append(message)
-            elif kind in ("injected", "unsaved", "saved", "rejected"):
+            elif kind in ("injected", "unsaved", "saved", "rejected", "gate"):
                 if kind.endswith("saved"):
                     self.unsaved = self.unsaved + 1 if kind == "unsaved" else 0
                 fields = {k: v for k, v in message.items() if k not in ("say", "t", "epoch")}
@@ -287,7 +287,8 @@ class Attempt:
         alarm = first_cause(self.alarms)
         killed = [rank for rank, status in bad.items() if status < 0]
         if alarm is not None:
-            return self._failure(alarm["kind"], alarm["message"], alarm.get("ranks", ()))
+            found = self._failure(alarm["kind"], alarm["message"], alarm.get("ranks", ()))
+            return replace(found, step=alarm["step"]) if alarm["kind"] == "rollout" else found
         for error in errors.values():
             if isinstance(error, NOT_THE_POOLS):
                 raise error

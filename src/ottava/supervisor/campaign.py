@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,31 @@ from ottava.artifact import Artifact, held, make_folder, write_json
 from ottava.document import suggest
 from ottava.errors import DataError, PoolMissing, RecipeError
 from ottava.models.chat import write_tiny
-from ottava.recipe import Recipe
+from ottava.recipe import Recipe, Spec
 from ottava.supervisor import drill
 from ottava.supervisor.drill import Drill
 from ottava.supervisor.launch import Where
 from ottava.supervisor.local import LocalLauncher
 from ottava.supervisor.outcome import Outcome, summary
-from ottava.supervisor.scenario import CLASSES, OUTSIDE, TWELVE, scenario
-from ottava.trainer.spec import TrainSpec
+from ottava.supervisor.scenario import CLASSES, LEARNING, OUTSIDE, TWELVE, scenario
+from ottava.trainer import snapshot, worker
+from ottava.trainer.spec import Direct, TrainSpec
+from ottava.trainer.start import make_trainer
+from ottava.trainer.supervised import Supervised
 
 Progress = Callable[[int, int, Outcome | None], object]
 """Called with the runs that are done, of how many, and the last one."""
 
 
-def check(recipe: Recipe) -> None:
+STAGES = ("train", "reinforce", "distill")
+"""The stages whose runs can be drilled; of distillation, its first student's."""
+
+
+def check(recipe: Recipe, stage: str = "train") -> None:
     """Raise RecipeError where a recipe has nothing to drill."""
-    for name in ("label", "train"):
+    if stage not in STAGES:
+        raise RecipeError(f"no stage {stage!r} can be drilled", where="--stage", fix=suggest(stage, STAGES))
+    for name in ("label", stage):
         if name not in recipe.stages:
             what = f"a drill needs a recipe with a {name} stage"
             raise RecipeError(what, where=recipe.path, fix="name a recipe that trains, such as recipes/tiny.yaml")
@@ -72,28 +82,57 @@ def run(
     folder: Path,
     progress: Progress,
     ray: str | None = None,
+    stage: str = "train",
 ) -> dict[str, Any]:
     """All drills of a campaign on a recipe and its label artifact; the summary, which is also kept as drill.json.
 
     Every seed is one run; it is of the class names[seed % len(names)]. ray: the cluster that starts the workers.
     """
-    train = recipe.stages["train"]
-    assert isinstance(train, TrainSpec)
-    spec, chat = drill.spec_for(train, steps), folder / "chat"
+    chat = folder / "chat"
     chat.mkdir(parents=True, exist_ok=True)
     write_tiny(chat, label.json("vocabulary.json"))
-    base = {"seed": recipe.seed, "data": str(label.path), "chat": str(chat)}
+    base: dict[str, Any] = {"seed": recipe.seed, "data": str(label.path), "chat": str(chat)}
     outcomes: list[Outcome] = []
     with LocalLauncher() as launcher:
+        spec = drill.spec_for(_section(recipe.stages[stage]), steps)
+        if stage == "reinforce":
+            begun = folder / "begun"
+            launcher.call("ottava.supervisor.campaign:begin", {**base, "folder": str(begun)}, logs=folder / "logs")
+            base |= {"objective": "grpo", "start_model": str(begun)}
         where = Drill(spec, base, folder, launcher, ray)
         progress(0, len(seeds), None)
         for seed in seeds:
             outcomes.append(drill.rehearse(where, scenario(names[seed % len(names)], seed, spec.steps)))
             progress(len(outcomes), len(seeds), outcomes[-1])
     result = summary(outcomes) | {"rehearsal": True, "launcher": "local" if ray is None else "ray"}
-    result |= {"cores": len(os.sched_getaffinity(0)), "steps": spec.steps}
+    result |= {"cores": len(os.sched_getaffinity(0)), "steps": spec.steps, "stage": stage}
     write_json(folder / "drill.json", result | {"outcomes": [vars(outcome) for outcome in outcomes]})
     return result
+
+
+def _section(section: Spec) -> Supervised:
+    """What is trained in a stage."""
+    training = getattr(section, "training", None)  # distillation's: of each student
+    found = section if training is None else training(section.students[0])  # type: ignore[attr-defined]
+    assert isinstance(found, Supervised)
+    return found
+
+
+BEGUN = TrainSpec(steps=160, grid_from=0.9, direct=Direct(weight=0.0))
+
+
+def begin(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Train a model that solves some problems and not others, so that there is something to learn from its replies.
+
+    args: seed, data, chat, folder (the model's, to be made).
+    """
+    args, folder = {**args, "spec": BEGUN.model_dump(mode="json")}, Path(args["folder"])
+    trainer = make_trainer(args)
+    while trainer.state.step < BEGUN.steps:
+        trainer.step(lambda total: total, range(BEGUN.virtual_shards))
+    shutil.copytree(args["chat"], folder, dirs_exist_ok=True)
+    snapshot.save(folder / "begun.state", trainer.state.snapshot())
+    return worker.export({**args, "state": str(folder / "begun.state"), "model": str(folder)})
 
 
 def seeds_of(text: str) -> range:
@@ -105,12 +144,14 @@ def seeds_of(text: str) -> range:
     return found
 
 
-def names_of(text: str) -> tuple[str, ...]:
+def names_of(text: str, stage: str = "train") -> tuple[str, ...]:
     """The classes that are asked for. Raises RecipeError."""
+    further = tuple(LEARNING) if stage == "reinforce" else ()
     if text == "all":
-        return TWELVE
-    names = tuple(text.split(","))
+        return (*TWELVE, *further)
+    names, known = tuple(text.split(",")), (*CLASSES, *further)
     for name in names:
-        if name not in CLASSES:
-            raise RecipeError(f"no class of fault is called {name!r}", where="--faults", fix=suggest(name, CLASSES))
+        if name not in known:
+            what = f"no class of fault is called {name!r}" + (f" in {stage}" if name in LEARNING else "")
+            raise RecipeError(what, where="--faults", fix=suggest(name, known))
     return names

@@ -126,6 +126,9 @@ TODO = {
     "a bug": "the same error at the same step is no chip's fault: mend the code or the recipe; the log has the stack",
     "another numerics class": "a pool's workers must be of one chip, one instruction set and one set of libraries",
     "the chip is lost": "take the chip out of the pool and have it tested; its driver's log says more",
+    "another engine than the learner": "what draws replies does not hold the learner's weights, or computes far from "
+    "them: see the tensor that is named, the engine's layout and dtype, and whether it took the last hand-over",
+    "replies were lost": "look at the disk that holds the rollouts; the run goes back to the state that drew them",
     "the machine is gone": "look at its power, its network and its console; the run goes on without it",
     "silent corruption": "take the chip out of the pool and test its memory and its arithmetic (`ottava qualify`)",
     "bad numbers from one rank": "if it comes back on this chip with other data, take the chip out; if it comes back "
@@ -404,6 +407,8 @@ RULES: tuple[Rule, ...] = (
     Rule("the chip is lost", "certain", _device),
     Rule("another numerics class", "certain", _blamed("class")),
     Rule("the machine is gone", "certain", _kind("node")),
+    Rule("another engine than the learner", "certain", _kind("mismatch")),
+    Rule("replies were lost", "certain", _kind("rollout")),
     Rule("silent corruption", "likely", _blamed("corrupt", "gradient")),
     Rule("bad numbers from one rank", "likely", _one_bad),
     Rule("the recipe diverges", "likely", _diverges(times=2)),

@@ -1,8 +1,10 @@
 """What to do about a failure: a pure function of what happened so far, so that every case can be enumerated in a test.
 
 not the pool's fault (disk, a data file)           stop: moving would not help
+engine and learner are not the same policy         stop: the hand-over is wrong, and no chip is to blame
 the same deterministic failure twice               stop: it is a bug, another pool is not burnt
 wrong gradients                                    go back to the last state that an audit vouches for
+a generation's rollouts lost                       go back to the state that drew them
 wrong bits, another class, a dead node             leave those chips at once
 killed, hanging, slow, wrong numbers               leave a chip at its second strike, if it is not the pool's last
 more failures than the pool may have, or no chip   fall back to the next pool; none left: stop
@@ -30,6 +32,8 @@ KINDS = {
     "memory": "a worker had no memory",
     "collective": "the exchange between workers broke, and none of them died",
     "pool": "the pool's chips are not there, or others hold them",
+    "rollout": "what a generation of replies drew is gone or altered; step: the generation's first",
+    "mismatch": "the engine that draws replies is not the policy that learns from them",
     "disk": "the disk refuses, and no state could be made durable for too long",
 }
 """The kinds of failure, by what is seen."""
@@ -138,11 +142,13 @@ def decide(situation: Situation, failure: Failure) -> tuple[Situation, tuple[Act
     now = replace(situation, history=(*situation.history, failure))
     if failure.kind == "disk":
         return now, (Stop(f"no state can be made durable: {failure.message}"),)
+    if failure.kind == "mismatch":
+        return now, (Stop(failure.message),)
     if failure.kind in DETERMINISTIC and any(_same(failure, earlier, situation) for earlier in situation.history):
         return now, (Stop(f"the same {failure.kind} came back at step {failure.step}: {failure.message}"),)
     actions: list[Action] = []
-    if failure.kind == "gradient":
-        actions.append(RollBack(now.audited))
+    if failure.kind in ("gradient", "rollout"):
+        actions.append(RollBack(now.audited if failure.kind == "gradient" else failure.step))
     standing, out = _strike(now.pool, failure, now.elastic)
     if out:
         actions.append(Exclude(standing.name, out))

@@ -16,7 +16,7 @@ SILENT_S = 1.0
 KNOWN = 16
 """Steps after which their times say what a hang is."""
 
-LONG = ("save", "evaluate", "look")
+LONG = ("save", "evaluate", "look", "rollout")
 """Phases that take their own time, whatever a step takes: `hang_s` counts while a worker is in one."""
 
 SLOW, SLOW_STEPS, SLOW_S = 3.0, 8, 2.0

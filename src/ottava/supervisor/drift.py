@@ -9,7 +9,7 @@ from typing import Any
 
 from ottava.context import Launcher
 from ottava.recipe import Pool
-from ottava.trainer.spec import Drift
+from ottava.trainer.supervised import Drift
 
 HERE = "ottava.trainer.drift"
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ottava import journal
 from ottava.context import Launcher, Process
@@ -32,9 +32,13 @@ from ottava.supervisor.local import LocalLauncher
 from ottava.supervisor.loop import Run, replay, supervise
 from ottava.supervisor.outcome import Outcome
 from ottava.supervisor.record import Segment
-from ottava.supervisor.scenario import CHIPS, EVERY, FIRST, NODES, SECOND, SHARE, WINDOW, Act, Scenario
-from ottava.trainer.spec import Fault, TrainSpec
+from ottava.supervisor.scenario import CHIPS, EVERY, FIRST, NODES, SECOND, SHARE, UPDATES, WINDOW, Act, Scenario
+from ottava.trainer import records
+from ottava.trainer.rl_spec import ReinforceSpec
+from ottava.trainer.start import spec_of
+from ottava.trainer.supervised import Fault, Supervised
 
+Trained = TypeVar("Trained", bound=Supervised)
 STEPS = 24
 LEAST_HANG_S = 1.0
 CLUSTER_HANG_S = 3.0  # a cluster on one machine has processes of its own, with which workers take turns
@@ -53,7 +57,7 @@ class Drill:
     """Where drills run and on what. base: seed, data and chat of every run; launcher: starts the supervisors; ray: the
     address of the Ray cluster that starts their workers, None: the supervisors' own machine does."""
 
-    spec: TrainSpec
+    spec: Supervised
     base: Mapping[str, Any]
     folder: Path
     launcher: LocalLauncher
@@ -67,18 +71,21 @@ class Drill:
         spec["audit"]["seed"] = scenario.seed  # every run is audited at other steps
         plain = [fault.model_dump(mode="json") for fault in faults]
         who = {"server": self.launcher.address, "ray": self.ray}
-        return {**self.base, **who, "spec": spec, "folder": str(folder), "faults": plain}
+        return {"base": {**self.base, "spec": spec}, **who, "folder": str(folder), "faults": plain}
 
 
-def spec_for(spec: TrainSpec, steps: int = STEPS) -> TrainSpec:
-    """A recipe's train section made small and watchful: `steps` steps, durable states and audits often."""
+def spec_for(spec: Trained, steps: int = STEPS) -> Trained:
+    """A recipe's section made small and watchful: `steps` steps, durable states and audits often."""
     changes: dict[str, Any] = {
         "steps": steps, "fault": None, "virtual_shards": CHIPS, "checkpoint_every": EVERY, "hang_s": 20.0,
         "leave_stragglers": True,
         "hang_least_s": LEAST_HANG_S, "audit": {"share": SHARE}, "spike": {**spec.spike.model_dump(), "window": WINDOW},
         "drift": {**spec.drift.model_dump(), "window": 2}, "grid_from": 0.75, "go_no_go": None,
     }  # fmt: skip
-    return TrainSpec.model_validate({**spec.model_dump(), **changes})
+    if isinstance(spec, ReinforceSpec):
+        few = {"prompts": 4, "group": 4, "updates": UPDATES, "minibatches": 1, "max_new": 24}
+        changes |= {"grid_from": spec.grid_from, "rollout": {**spec.rollout.model_dump(), **few}, "lengths": (2, 3)}
+    return type(spec).model_validate({**spec.model_dump(), **changes})
 
 
 def carry(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,9 +105,10 @@ def undisturbed(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run(args: Mapping[str, Any], launcher: Launcher, phase: str) -> Run:
     folder = Path(args["folder"])
-    base = {name: args[name] for name in ("spec", "seed", "data", "chat")}
-    spec = TrainSpec.model_validate(args["spec"])
-    return Run(phase, spec, POOLS, base, folder / phase, Journal(folder / "journal.jsonl"), launcher, folder / "logs")
+    base = args["base"]
+    return Run(
+        phase, spec_of(base), POOLS, base, folder / phase, Journal(folder / "journal.jsonl"), launcher, folder / "logs"
+    )
 
 
 def rehearse(drill: Drill, scenario: Scenario) -> Outcome:
@@ -220,6 +228,17 @@ class Stage:
             os.kill(joins[ranks[0]]["pid"], signal.SIGCONT)
             time.sleep(0.015)
 
+    def _rollouts(self, act: Act, events: Sequence[Mapping[str, Any]]) -> None:
+        """What the newest generation drew is damaged, and a worker dies."""
+        chips, joins = _present(events)
+        self._tell(act)
+        found = records.listed(self.main / "rollouts")
+        for path in [path for generation, *_, path in found if generation == found[-1][0]]:
+            _spoil(path, act.damage, random.Random(self.scenario.seed))
+        for rank, join in joins.items():
+            if chips[rank] == act.chip:
+                _kill(join["pid"])
+
     def _fill(self, act: Act, events: Sequence[Mapping[str, Any]]) -> None:
         self._tell(act)
         block = bytes(1 << 16)
@@ -239,6 +258,19 @@ class Stage:
         self.faults += self.scenario.later
 
 
+def _spoil(path: Path, how: str, draw: random.Random) -> None:
+    """Flip bits of a file, cut it short, or remove it."""
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        for _ in range(draw.choice([1, 2, 32])):
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+    elif how == "truncate":
+        path.write_bytes(data[: draw.randrange(len(data))])
+    else:
+        path.unlink()
+
+
 def damage(folder: Path, how: str, seed: int, lost: int = 0) -> None:
     """Remove the `lost` newest durable states and damage the next one: flip bits of a payload, cut it short, swap it
     with that of the state before, edit the manifest, or remove a file."""
@@ -250,20 +282,15 @@ def damage(folder: Path, how: str, seed: int, lost: int = 0) -> None:
     draw = random.Random(seed)
     payloads = sorted(path for path in states[-1].iterdir() if path.suffix == ".safetensors")
     victim = draw.choice(payloads)
-    data = bytearray(victim.read_bytes())
-    if how == "flip":
-        for _ in range(draw.choice([1, 2, 32])):
-            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        victim.write_bytes(data)
-    elif how == "truncate":
-        victim.write_bytes(data[: draw.randrange(len(data))])
+    if how in ("flip", "truncate", "missing"):
+        _spoil(victim, how, draw)
     elif how == "swap" and len(states) > 1:
         victim.write_bytes((states[-2] / victim.name).read_bytes())
     elif how == "manifest":
         manifest = json.loads((states[-1] / "manifest.json").read_text())
         manifest["step"] += 1
         (states[-1] / "manifest.json").write_text(json.dumps(manifest))
-    else:
+    else:  # there is none to swap it with
         victim.unlink()
 
 

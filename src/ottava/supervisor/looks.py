@@ -16,11 +16,11 @@ from ottava.journal import Event
 from ottava.supervisor.attempt import Watched, say
 from ottava.supervisor.hub import Hub
 from ottava.trainer.heldout import model_folder
-from ottava.trainer.spec import GoNoGo, TrainSpec
+from ottava.trainer.supervised import GoNoGo, Supervised
 from ottava.verify.sequential import Look, Rule, Verdict, judge
 
 
-def plan_of(spec: TrainSpec) -> str:
+def plan_of(spec: Supervised) -> str:
     """What is compared with what, and when; looks of another plan do not count."""
     assert spec.go_no_go is not None
     asked = spec.go_no_go.model_dump(mode="json", include={"baseline", "examples", "reused"})
@@ -41,7 +41,7 @@ def looks_of(events: Iterable[Event], phase: str, plan: str) -> list[Look]:
 class Gate:
     """The checkpoints of one supervised run. refused: a verdict was to stop, and the workers were told to end."""
 
-    def __init__(self, run: Watched, spec: TrainSpec, hub: Hub):
+    def __init__(self, run: Watched, spec: Supervised, hub: Hub):
         self._run, self._spec, self._hub = run, spec, hub
         self.refused = False
 

@@ -27,7 +27,7 @@ from ottava.supervisor.record import Record, Segment
 from ottava.supervisor.store import Found
 from ottava.trainer import snapshot
 from ottava.trainer.snapshot import Snapshot
-from ottava.trainer.spec import Fault, TrainSpec
+from ottava.trainer.supervised import Fault, Supervised
 
 WORKER = "ottava.trainer.worker:run"
 CARE = {
@@ -43,11 +43,12 @@ REMEMBERED = 256  # steps whose losses a new group is told, to judge spikes by
 class Run:
     """A run to supervise. phase: its name in the journal; base: what every worker is given.
 
-    folder: states; pools: in order of preference; progress: told of every step.
+    folder: states; pools: in order of preference; progress: told of every step; learn_from: a run whose rollouts this
+    one learns from, instead of drawing its own.
     """
 
     phase: str
-    spec: TrainSpec
+    spec: Supervised
     pools: Sequence[Pool]
     base: Mapping[str, Any]
     folder: Path
@@ -55,9 +56,10 @@ class Run:
     launcher: Launcher
     logs: Path
     progress: Callable[[int], None] = lambda step: None
+    learn_from: Run | None = None
 
     @property
-    def care(self) -> TrainSpec:
+    def care(self) -> Supervised:
         """How its workers are looked after."""
         return self.spec
 
@@ -65,7 +67,7 @@ class Run:
     def id(self) -> str:
         """What this run computes: states of another run are refused."""
         spec = self.spec.model_dump(mode="json", exclude=CARE)
-        return digest_of([spec, self.base["seed"], self.base.get("content")])[:16]
+        return digest_of([spec, self.base["seed"], self.base.get("content"), self.base.get("objective")])[:16]
 
     def pool(self, name: str) -> Pool:
         return next(pool for pool in self.pools if pool.name == name)
@@ -154,9 +156,16 @@ def _begin(run: Run, pool: Pool, chips: Sequence[int], now: Record, found: Found
     return {
         **run.base, "pool": pool.name, "platform": pool.platform, "chips": chips,
         "start": None if found is None else found.plain(),
+        "rollouts": str(rollouts(run)), "seals": (run if run.learn_from is None else run.learn_from).record().seals,
+        "replay": run.learn_from is not None,
         "memory": str(store.memory(run.folder, epoch)), "durable": str(store.durable(run.folder)),
         "run": run.id, "vouched": min(now.situation.audited, step), "recent": now.losses(step, REMEMBERED),
     }  # fmt: skip
+
+
+def rollouts(run: Run) -> Path:
+    """Where the rollouts lie that a run learns from, if it learns from rollouts."""
+    return (run.learn_from or run).folder / "rollouts"
 
 
 def _move(run: Run, now: Record, found: Found | None, target: str) -> None:
@@ -197,7 +206,7 @@ def _newest(run: Run, now: Record) -> Found | None:
     return found
 
 
-def window(spec: TrainSpec, start: int) -> int:
+def window(spec: Supervised, start: int) -> int:
     """Over how many steps after a move the drift is measured: fewer where the run ends before."""
     return min(spec.drift.window, spec.steps - start)
 

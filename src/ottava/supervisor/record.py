@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ottava import journal
 from ottava.supervisor.decide import Action, Failure, RollBack, Situation, Stop, decide
 
 
@@ -122,7 +123,7 @@ def fold(events: Iterable[Mapping[str, Any]], phase: str, situation: Situation) 
     """The record of one phase of a run, from the journal's events. Pure."""
     record = Record(situation, situation)
     for event in events:
-        if event["event"] == "train.begin":
+        if journal.begins_anew(event, phase):
             record = Record(situation, situation)
         elif event["event"].startswith("train.") and event.get("phase") == phase:
             record.take(event)

@@ -1,4 +1,4 @@
-"""The twelve classes of fault that a drill rehearses, and what each seed makes of them. Pure: seed in, scenario out.
+"""The classes of fault that a drill rehearses, and what each seed makes of them. Pure: seed in, scenario out.
 
 What a worker can do to itself (`trainer.faults`) it commits at a named place; what comes from outside (a dead
 supervisor, a lost machine, a slow chip, a full disk, damaged files) the drill does when a step is reported.
@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from ottava.trainer.schedule import rng
-from ottava.trainer.spec import Fault
+from ottava.trainer.supervised import Fault
 
 DRILL = 41  # the random stream of scenarios
 FIRST, SECOND = "a", "b"
@@ -26,7 +26,7 @@ SAVING = ("save:payload", "save:fsync:payload", "save:manifest", "save:fsync:man
           "save:rename", "save:fsync:root")  # fmt: skip
 DAMAGES = ("flip", "truncate", "swap", "manifest", "missing")
 
-Kind = Literal["supervisor", "node", "slow", "fill", "free", "wreck"]
+Kind = Literal["supervisor", "node", "slow", "fill", "free", "wreck", "rollouts"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Scenario:
 
 def scenario(name: str, seed: int, steps: int) -> Scenario:
     """The scenario of a class and a seed, in a run of `steps` steps."""
+    if name in LEARNING:
+        return LEARNING[name](name, seed, rng(seed, DRILL, len(CLASSES) + list(LEARNING).index(name), 0), steps)
     draw = rng(seed, DRILL, sorted(CLASSES).index(name), 0)
     return CLASSES[name](name, seed, draw, steps)
 
@@ -197,6 +199,17 @@ def _system(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scen
     return Scenario(name, seed, (fault,), kinds=frozenset(kinds), restarts=_restarts(draw))
 
 
+def _rollout(name: str, seed: int, draw: np.random.Generator, steps: int) -> Scenario:
+    """A worker dies while it draws; or what was drawn is damaged, and a worker dies that had read it."""
+    if draw.random() < 0.4:
+        at = UPDATES * int(draw.integers(1, steps // UPDATES - 1))
+        fault = Fault(pool=FIRST, at_step=at, rank=_chip(draw), phase="rollout")
+        return Scenario(name, seed, (fault,), kinds=frozenset({"killed", "node"}), restarts=_restarts(draw))
+    act = Act("rollouts", _when(draw, steps), _chip(draw), damage=str(draw.choice(["flip", "truncate", "missing"])))
+    return Scenario(name, seed, acts=(act,), kinds=frozenset({"killed", "rollout"}), lost=UPDATES, restarts=4)
+
+
+UPDATES = 4  # of a generation's replies, in a drill of reinforcement
 SHARE = 0.25  # of the steps that are audited, in a drill
 WINDOW = 6  # losses that a spike is judged by, in a drill
 
@@ -219,7 +232,10 @@ CLASSES: dict[str, Maker] = {
 }
 """By name; the last is measured apart: a gradient that is wrong once is found with the audited share's probability."""
 
+LEARNING: dict[str, Maker] = {"rollout": _rollout}
+"""Further classes, of runs that learn from their own replies."""
+
 TWELVE, ONCE = tuple(CLASSES)[:-1], tuple(CLASSES)[-1]
 
-OUTSIDE = frozenset({"supervisor", "node", "straggler", "disk", "torn", "shard"})
+OUTSIDE = frozenset({"supervisor", "node", "straggler", "disk", "torn", "shard", "rollout"})
 """The classes whose faults come from outside: the drill has to be where the processes and the files are."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from ottava import platforms
 from ottava.trainer import reduce, snapshot
 from ottava.trainer.loop import Trainer
-from ottava.trainer.worker import make_trainer
+from ottava.trainer.start import make_trainer
 
 NOISE = 17  # the random stream of the replicas
 CONFIDENCE = 0.99

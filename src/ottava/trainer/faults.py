@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ottava.trainer.schedule import rng
-from ottava.trainer.spec import Fault
 from ottava.trainer.state import State
+from ottava.trainer.supervised import Fault
 
 FLIPS = 23  # the random stream of flipped bits
 
@@ -51,17 +51,17 @@ class Injector:
             else:
                 _jump(fault.seconds)
 
-    def contribution(self, own: Tensor, step: int) -> None:
-        """Spoil this worker's gradient sum [width] before it is exchanged."""
+    def contribution(self, own: Tensor, step: int, columns: int) -> None:
+        """Spoil this worker's gradient sum [width] before it is exchanged. columns: the last so many are losses."""
         for number, fault in self._due(("nan", "spike", "gradient"), step):
             self._tell(number, fault, step)
             if fault.kind == "nan":
                 own[len(own) // 3] = float("nan")
-                own[-2] = float("nan")
+                own[-columns] = float("nan")
             elif fault.kind == "spike":
-                own[-2] += 50.0
+                own[-columns] += 50.0
             else:
-                flip(own[:-2], fault.bits, step)
+                flip(own[:-columns], fault.bits, step)
 
     def state(self, state: State, step: int, phase: str) -> None:
         """Flip bits of the state in memory."""

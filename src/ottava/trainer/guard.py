@@ -16,15 +16,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ottava.trainer.spec import Spike
+from ottava.trainer.supervised import Spike
 
 
 class Alarm(Exception):
-    """A fault that a worker found. kind: as in `supervisor.decide.KINDS`; ranks: whom it speaks against."""
+    """A fault that a worker found. kind: as in `supervisor.decide.KINDS`; ranks: whom it speaks against; step: after
+    which nothing counts, where it is not the last one."""
 
-    def __init__(self, kind: str, message: str, ranks: Sequence[int] = ()):
+    def __init__(self, kind: str, message: str, ranks: Sequence[int] = (), step: int | None = None):
         super().__init__(message)
-        self.kind, self.message, self.ranks = kind, message, tuple(sorted(ranks))
+        self.kind, self.message, self.ranks, self.step = kind, message, tuple(sorted(ranks)), step
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ottava.errors import CheckpointError, DataError
 from ottava.models.chat import read_tokenizer
 from ottava.tasks import Problem
 from ottava.tasks.base import problem_of, read_lines
-from ottava.trainer.spec import GoNoGo, TrainSpec
+from ottava.trainer.supervised import GoNoGo, Supervised
 from ottava.verify.sequential import fresh
 
 TEST = "test.jsonl"
@@ -37,11 +37,11 @@ def read(folder: Path) -> dict[str, Example]:
     found = {}
     for line in read_lines(folder / TEST):
         problem = problem_of(line)
-        found[problem.question] = Example(problem, tasks.get(line["task"]).trace(problem))
+        found[problem.question] = Example(problem, tasks.traced(line["task"]).trace(problem))
     return found
 
 
-def of_look(spec: TrainSpec, questions: Iterable[str], seed: int, step: int) -> list[str]:
+def of_look(spec: Supervised, questions: Iterable[str], seed: int, step: int) -> list[str]:
     """The questions of the look after `step` steps: the same however often and from wherever it is asked."""
     assert spec.go_no_go is not None
     number = 0 if spec.go_no_go.reused else spec.looks.index(step)
@@ -68,7 +68,7 @@ def model_folder(name: str) -> Path:
     raise CheckpointError(what, where=folder, fix=f"let {KEY}.baseline name a folder with config.json and safetensors")
 
 
-def check(spec: TrainSpec, data: Path, chat: Path) -> None:
+def check(spec: Supervised, data: Path, chat: Path) -> None:
     """Whether the run can be compared with its baseline at every look. data: a label artifact's files; chat: the
     tokenizer's folder. Raises CheckpointError for the baseline, DataError where the examples run out."""
     if spec.go_no_go is None:

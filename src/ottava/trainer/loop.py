@@ -6,33 +6,31 @@ never accumulate in `.grad`: what a shard contributes is the same bits wherever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ottava.fp8.codec import project
-from ottava.models.build import from_config, initialise
 from ottava.models.published import matrices
 from ottava.trainer import optimiser, schedule, state
-from ottava.trainer.data import IGNORE, Data, Draws, Examples, draw, share
+from ottava.trainer.objective import Objective
 from ottava.trainer.reduce import tree_sum
-from ottava.trainer.spec import TrainSpec
 from ottava.trainer.state import ALIGN, State
+from ottava.trainer.supervised import Supervised
 
 Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one step did. Losses are means over the step's target tokens, in nats."""
+    """What one step did. told: what its objective says of it."""
 
     step: int
-    thinking: float
-    direct: float | None
+    told: dict[str, float]
     norm: float
     on_grid: bool
 
@@ -44,13 +42,13 @@ class Trainer:
     `device`; draws and initial weights are made on the host, so that they are the same for every device.
     """
 
-    def __init__(self, spec: TrainSpec, seed: int, data: Data, vocabulary: int, device: torch.device | str = "cpu"):
-        self.spec, self.seed, self.data = spec, seed, data
+    def __init__(
+        self, spec: Supervised, seed: int, model: nn.Module, objective: Objective, device: torch.device | str = "cpu"
+    ):
+        self.spec, self.seed, self.objective = spec, seed, objective
         self.device = torch.device(device)
-        self.model: nn.Module = from_config(spec.shape.config(vocabulary)).train()
-        initialise(self.model, seed)
-        self.model.to(self.device)
-        self.state: State = state.create(self.model, self.device)
+        self.model = model.train().to(self.device)
+        self.state: State = state.create(self.model, self.device, spec.optimiser.matrices)
         self.forward = state.aligned(self.state.weights.numel(), self.device)
         parameters = dict(self.model.named_parameters())
         for slot in self.state.slots:
@@ -59,16 +57,15 @@ class Trainer:
         ends = [slot.start for slot in self.state.slots[1:]] + [self.state.weights.numel()]
         gaps = [end - slot.start - slot.size for slot, end in zip(self.state.slots, ends, strict=True)]
         self._gaps = [torch.zeros(gap, device=self.device) for gap in gaps]
-        self._draws: Draws | None = None
         self._biases = self._alias_biases()
-        self._counts = [torch.zeros(spec.shape.experts, device=self.device) for _ in self._biases]
+        self._counts = [torch.zeros(len(bias), device=self.device) for bias in self._biases]
         self._watch_routers()
         self._projections = [(slot, *matrices(slot.name, slot.view(self.forward))) for slot in self.state.slots]
 
     @property
     def width(self) -> int:
-        """Floats in a gradient buffer: weights, then expert loads, then the two losses."""
-        return self.forward.numel() + len(self._counts) * self.spec.shape.experts + 2
+        """Floats in a gradient buffer: weights, then expert loads, then the objective's columns."""
+        return self.forward.numel() + sum(len(counts) for counts in self._counts) + len(self.objective.columns)
 
     def refresh(self) -> None:
         """Bring the forward weights up to date with the state, on the grid where the schedule says so."""
@@ -86,38 +83,52 @@ class Trainer:
 
     def shard(self, number: int) -> Tensor:
         """The contribution of virtual shard `number` to the present step: [width], to be summed over shards."""
-        work = share(self._drawn(), number)
+        return self._gradient(lambda: self.objective.loss(self.model, self.state.step, number))
+
+    def canonical(self) -> Tensor:
+        """The contribution of a step that is the same for every run of this kind: two chips that agree on it compute
+        alike."""
+        return self._gradient(lambda: self.objective.canonical(self.model))
+
+    def _gradient(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         for counts in self._counts:
             counts.zero_()
-        thinking = self._loss(work.thinking) / work.thinking_count
-        loss, direct = thinking, None
-        if work.direct is not None:
-            direct = self._loss(work.direct) / work.direct_count
-            loss = thinking + self.spec.direct.weight * direct
-        gradients = torch.autograd.grad(loss, self._parameters)
+        loss, columns = compute()
+        learns = loss.requires_grad  # a shard may have nothing to learn from
+        gradients = torch.autograd.grad(loss, self._parameters) if learns else map(torch.zeros_like, self._parameters)
         parts = [part for g, gap in zip(gradients, self._gaps, strict=True) for part in (g.reshape(-1), gap)]
-        losses = torch.stack([thinking.detach(), thinking.new_zeros(()) if direct is None else direct.detach()])
-        return torch.cat([*parts, *self._counts, losses])
+        return torch.cat([*parts, *self._counts, columns])
+
+    def gate(self) -> Mapping[str, Any] | None:
+        """Before the first step of a start, once the state is there."""
+        self.refresh()
+        return self.objective.gate(self.model)
+
+    def prepare(self, shards: range, gather: Callable[[Any], list[Any]] = lambda mine: [mine]) -> None:
+        """Before the contributions of a step, after `refresh`: what all workers must know of each other's shards."""
+        mine = self.objective.prepare(self.model, self.state.step, shards, self.state.digest)
+        if mine is not None:
+            self.objective.settle(self.state.step, gather(mine))
 
     def contribution(self, shards: range) -> Tensor:
-        """What these shards add to the present step: [width], their subtree's sum. Call `refresh` before."""
+        """What these shards add to the present step: [width], their subtree's sum. Call `prepare` before."""
         return tree_sum(self.shard(v) for v in shards)
 
-    def losses(self, total: Tensor) -> tuple[float, float]:
-        """The thinking and direct loss in a sum over shards."""
-        thinking, direct = total[-2:].tolist()
-        return thinking, direct
+    def sums(self, total: Tensor) -> dict[str, float]:
+        """The objective's columns in a sum over shards."""
+        names = self.objective.columns
+        return dict(zip(names, total[-len(names) :].tolist(), strict=True))
 
     def update(self, total: Tensor, norm: float) -> Report:
         """End the step with the sum over all shards, whose gradient was clipped. Changes the state."""
         now, size = self.state.step, self.forward.numel()
         optimiser.update(self.state, total[:size], self.spec.optimiser, schedule.rate(self.spec, now))
-        for bias, load in zip(self._biases, torch.split(total[size:-2], self.spec.shape.experts), strict=True):
-            optimiser.router_step_(bias, load, self.spec.optimiser.router_bias)
+        loads = torch.split(total[size : -len(self.objective.columns)], [len(counts) for counts in self._counts])
+        rate = self.spec.optimiser.router_bias if self.objective.balances(now) else 0.0
+        for bias, load in zip(self._biases, loads, strict=True):
+            optimiser.router_step_(bias, load, rate)
         self.state.step = now + 1
-        thinking, direct = self.losses(total)
-        joined = schedule.direct_joins(self.spec, now)
-        return Report(now + 1, thinking, direct if joined else None, norm, schedule.on_grid(self.spec, now))
+        return Report(now + 1, self.objective.told(now, self.sums(total)), norm, schedule.on_grid(self.spec, now))
 
     def clip(self, total: Tensor) -> float:
         """Clip a sum's gradient in place; its norm before."""
@@ -129,6 +140,7 @@ class Trainer:
         perturb: changes the summed gradient [P] in place; the drift measurement's noise.
         """
         self.refresh()
+        self.prepare(shards)
         total = reduce(self.contribution(shards))
         if perturb is not None:
             perturb(total[: self.forward.numel()])
@@ -146,19 +158,6 @@ class Trainer:
             self.model.train()
             for counts, load in zip(self._counts, loads, strict=True):
                 counts.copy_(load)
-
-    def _drawn(self) -> Draws:
-        """The present step's draws, made at its first shard."""
-        if self._draws is None or self._draws.step != self.state.step:
-            self._draws = draw(self.data, self.spec, self.seed, self.state.step)
-        return self._draws
-
-    def _loss(self, examples: Examples) -> Tensor:
-        """Sum of cross-entropies over the reply's tokens."""
-        width = examples.targets.shape[1]
-        tokens, targets = examples.tokens[:, :width].to(self.device), examples.targets.reshape(-1).to(self.device)
-        logits = self.model(input_ids=tokens, use_cache=False).logits
-        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, ignore_index=IGNORE, reduction="sum")
 
     def _alias_biases(self) -> list[Tensor]:
         views, start = [], 0

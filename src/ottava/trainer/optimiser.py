@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from ottava.trainer.spec import Optimiser
 from ottava.trainer.state import Slot, State
+from ottava.trainer.supervised import Optimiser
 
 # Five odd quintics a x + b x^3 + c x^5 that drive singular values in (0, 1] towards 1 (You Jiacheng, 2025).
 QUINTICS = (

@@ -12,6 +12,7 @@ import torch
 from ottava import platforms
 from ottava.trainer.guard import Group
 from ottava.trainer.loop import Trainer
+from ottava.trainer.sft import fresh_trainer
 from ottava.trainer.worker import join
 
 
@@ -23,12 +24,12 @@ def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
     flops_per_token (forward and backward, 6 N_active).
     """
     from ottava.trainer import reduce
-    from ottava.trainer.spec import TrainSpec
+    from ottava.trainer.spec import Shape, TrainSpec
 
     platform = platforms.asked(args)
     group: Group = join(platform)
     spec = TrainSpec.model_validate(args["spec"])
-    trainer = Trainer(spec, int(args.get("seed", 0)), _stand_in(), VOCABULARY, platform.own())
+    trainer = fresh_trainer(spec, int(args.get("seed", 0)), _stand_in(), VOCABULARY, platform.own())
     shards = reduce.owned(spec.virtual_shards, group.rank, group.world)
     repeats = int(args.get("repeats", 24))
     seconds, tokens = [], []
@@ -38,11 +39,12 @@ def throughput(args: Mapping[str, Any]) -> dict[str, Any]:
         trainer.step(lambda value: reduce.exchange_(value, group.rank, group.world), shards)
         platform.synchronize()
         seconds.append(time.perf_counter() - begun)
-        tokens.append(_tokens(trainer))
+        tokens.append(_tokens(spec, trainer))
     seconds, tokens = seconds[repeats:], tokens[repeats:]
     total = sum(slot.size for slot in trainer.state.slots)
     experts = sum(s.size for s in trainer.state.slots if ".experts." in s.name)
-    active = total - experts + experts * spec.shape.active_experts // spec.shape.experts
+    shape = spec.shape
+    active = total - experts + (experts * shape.active_experts // shape.experts if isinstance(shape, Shape) else 0)
     return {
         "tokens_per_s": sum(tokens) / sum(seconds),
         "tokens_per_step": statistics.mean(tokens),
@@ -68,10 +70,10 @@ def _stand_in() -> Any:
     return Data({n: examples(5 * n + 9) for n in range(2, 7)}, {n: examples(2 * n + 7) for n in range(1, 7)})
 
 
-def _tokens(trainer: Trainer) -> int:
+def _tokens(spec: Any, trainer: Trainer) -> int:
     """Tokens that the step just done went through, all shards together."""
     from ottava.trainer.data import batch
 
-    work = batch(trainer.data, trainer.spec, trainer.seed, trainer.state.step - 1, 0)
+    work = batch(_stand_in(), spec, trainer.seed, trainer.state.step - 1, 0)
     count = work.thinking.tokens.numel() + (work.direct.tokens.numel() if work.direct else 0)
-    return count * trainer.spec.virtual_shards
+    return int(count * spec.virtual_shards)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ottava.trainer.spec import TrainSpec
+from ottava.trainer.supervised import Supervised
 
 LENGTHS, THINKING, DIRECT = range(3)
 
@@ -17,7 +18,7 @@ def rng(seed: int, stream: int, step: int, shard: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, step, shard, 0]))
 
 
-def rate(spec: TrainSpec, step: int) -> float:
+def rate(spec: Supervised, step: int) -> float:
     """The factor on every learning rate: linear warm-up, flat, linear decay to the floor."""
     done = step / spec.steps
     start = min(1.0, (step + 1) / spec.optimiser.warmup)
@@ -26,9 +27,9 @@ def rate(spec: TrainSpec, step: int) -> float:
     return start * decay
 
 
-def on_grid(spec: TrainSpec, step: int) -> bool:
-    """True where the forward pass of `step` runs through UE8M0-FP8 weights."""
-    return step >= spec.grid_from * spec.steps
+def on_grid(spec: Supervised, step: int) -> bool:
+    """True where the forward pass of `step` runs through UE8M0-FP8 weights; never where grid_from is 1."""
+    return spec.grid_from < 1 and step >= spec.grid_from * spec.steps
 
 
 def direct_joins(spec: TrainSpec, step: int) -> bool:

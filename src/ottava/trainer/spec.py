@@ -1,4 +1,4 @@
-"""What a supervised run is: the recipe's `train` section. Data only; every process of a run reads the same."""
+"""The recipe's `train` section. Data only; every process of a run reads the same."""
 
 from __future__ import annotations
 
@@ -6,24 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ottava import recipe
-from ottava.document import suggest
 from ottava.recipe import Frozen
-
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-Phase = Literal[
-    "join", "load", "forward", "reduce", "update", "snapshot", "kept", "look",
-    "save:payload", "save:fsync:payload", "save:manifest", "save:fsync:manifest", "save:fsync:folder", "save:rename",
-    "save:fsync:root",
-]  # fmt: skip
-"""What a worker does, in order: it tells its supervisor, and a fault may strike there. save: of a durable state."""
-
-FaultKind = Literal[
-    "sigkill", "sigstop", "sleep", "error", "nan", "spike", "flip", "gradient", "memory", "clock", "full"
-]
-"""Faults that a worker commits against itself; `supervisor.drill` has others that come from outside."""
+from ottava.trainer.supervised import Fraction, Positive, Supervised
 
 
 class Shape(Frozen):
@@ -78,22 +62,43 @@ class Shape(Frozen):
         }
 
 
-class Optimiser(Frozen):
-    """Muon for matrices, AdamW for the rest. Rates are peaks; warm-up in steps, decay from a share of the run."""
+class Dense(Frozen):
+    """A dense architecture with grouped-query attention, as students have it: Qwen3's or Llama's."""
 
-    muon: float = 0.02
-    muon_momentum: float = 0.95
-    muon_decay: float = 1.0
-    adam: float = 3e-3
-    embedding: float = 2.1e-2
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip: float = 1.0
-    warmup: Positive = 20
-    decay_from: Fraction = 0.6
-    floor: Fraction = 0.02
-    router_bias: Annotated[float, Field(ge=0, description="step of the router's correction bias")] = 1e-3
+    family: Literal["qwen3", "llama"]
+    hidden: Positive
+    width: Annotated[int, Field(ge=1, description="of the feed-forward layers")]
+    layers: Positive = 2
+    heads: Positive = 4
+    kv_heads: Positive = 2
+
+    @model_validator(mode="after")
+    def _whole(self) -> Dense:
+        if self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
+            raise ValueError("hidden must be a multiple of twice the heads, and heads one of kv_heads")
+        return self
+
+    def config(self, vocabulary: int) -> dict[str, Any]:
+        """The content of `config.json` for a vocabulary of so many ids."""
+        return {
+            "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[self.family]],
+            "model_type": self.family,
+            "vocab_size": vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.hidden // self.heads,
+            "attention_bias": False,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": 2,
+            "dtype": "bfloat16",
+        }
 
 
 class Curriculum(Frozen):
@@ -112,140 +117,28 @@ class Direct(Frozen):
     one_step: Fraction = 0.8
 
 
-class Fault(Frozen):
-    """A fault to inject: the run must survive it, or stop with the right words. It comes once, unless it is sticky.
+class Harvest(Frozen):
+    """What a teacher is asked: `asks` problems with answers; of each the first right one of `samples` replies is kept.
+    temperature 0: greedy."""
 
-    at_step: strikes in the step that follows this many kept ones, or right after the last of them (phase kept); a fault
-    in join or load strikes at the first start from there on, a full disk at the first save. rank: the chip, by its
-    number in the pool. pool: None means whichever runs then. bits: how many are flipped. seconds: how long it sleeps,
-    or how far its clock jumps. sticky: it stays with the chip, step after step.
-    """
-
-    pool: str | None = None
-    at_step: Annotated[int, Field(ge=0)] = 1
-    rank: Annotated[int, Field(ge=0)] = 0
-    kind: FaultKind = "sigkill"
-    phase: Phase = "kept"
-    target: Literal["weights", "momentum", "first", "second", "bias"] = "weights"
-    bits: Positive = 1
-    seconds: float = 3600.0
-    sticky: bool = False
+    asks: Positive = 4800
+    samples: Positive = 1
+    temperature: Annotated[float, Field(ge=0)] = 0.0
 
 
-class Audit(Frozen):
-    """Sampled recomputation against silent corruption. share: of the steps on which every worker's gradient is
-    computed again by another worker, bit for bit; 0 turns it off. seed: which steps, beside the run's own seed."""
+class FineTuning(Supervised):
+    """What supervised fine-tuning on both modes needs, whatever the model."""
 
-    share: Fraction = 0.02
-    seed: Annotated[int, Field(ge=0)] = 0
-
-
-class Spike(Frozen):
-    """A loss this many nats above that of guessing is a spike; so is one this many nats, and this many spreads, above
-    the median of the last `window` of its kind (chains of the same length)."""
-
-    nats: Annotated[float, Field(gt=0)] = 2.0
-    spreads: Annotated[float, Field(gt=0)] = 8.0
-    window: Annotated[int, Field(ge=4)] = 16
-
-
-class Drift(Frozen):
-    """How the fallback's drift is judged: steps after the hand-off, and perturbed replicas for the envelope."""
-
-    window: Positive = 24
-    replicas: Annotated[int, Field(ge=3)] = 5
-
-
-class GoNoGo(Frozen):
-    """Checkpoints at which the run is held against a baseline by a sequential test (`verify.sequential`).
-
-    The score of an example is the mean cross-entropy of its reply's tokens, in nats, at most `bound`; an example is a
-    test problem with the task's own trace. The run is to be no worse than the baseline by more than `margin`.
-    """
-
-    baseline: Annotated[
-        str, Field(min_length=1, description="a model's folder in any layout, a stage's artifact, or a run's folder")
-    ]
-    every: Annotated[Positive | None, Field(description="look after every so many steps")] = None
-    at: Annotated[tuple[Positive, ...], Field(description="or after these steps")] = ()
-    examples: Annotated[int, Field(ge=1, le=4096, description="held-out examples of a look")] = 100
-    margin: Annotated[float, Field(ge=0, description="nats per token of the reply")] = 0.1
-    alpha: Annotated[
-        float, Field(gt=0, lt=1, description="largest probability of stopping a run that never was beyond the margin")
-    ] = 0.05
-    bound: Annotated[float, Field(gt=0, description="nats per token; a higher loss counts as this")] = 4.0
-    reused: Annotated[bool, Field(description="the looks share their examples instead of having new ones")] = False
-    on_stop: Literal["stop", "warn"] = "stop"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> GoNoGo:
-        if (self.every is None) == (not self.at):
-            raise ValueError("say when to look: either `every` so many steps, or `at` which steps")
-        if list(self.at) != sorted(set(self.at)):
-            raise ValueError("`at` names steps in ascending order, each once")
-        if self.margin >= self.bound:
-            raise ValueError(f"the margin ({self.margin:g}) must be below the bound of the loss ({self.bound:g})")
-        return self
-
-
-class TrainSpec(recipe.Spec):
-    """Supervised fine-tuning on both modes, under the supervisor, ending on the grid."""
-
-    shape: Shape = Shape()
-    optimiser: Optimiser = Optimiser()
     curriculum: Curriculum = Curriculum()
     direct: Direct = Direct()
-    steps: Positive = 900
     batch: Annotated[int, Field(ge=1, description="thinking examples per virtual shard")] = 16
-    virtual_shards: Annotated[int, Field(ge=1, description="slices of the global batch; a power of two")] = 2
-    grid_from: Annotated[
-        float, Field(ge=0, le=1, description="share of the run from which weights lie on the grid")
-    ] = 0.85
-    fault: Fault | None = None
-    audit: Audit = Audit()
-    spike: Spike = Spike()
-    restarts: Annotated[int, Field(ge=0, description="restarts on one pool before the run falls back")] = 0
-    hang_s: Annotated[
-        float, Field(gt=0, description="seconds without a step that count as a hang while step times are unknown")
-    ] = 60.0
-    hang_least_s: Annotated[
-        float, Field(gt=0, description="later 3 times the 99th percentile of the steps' times, but no less than this")
-    ] = 10.0
-    leave_stragglers: Annotated[
-        bool, Field(description="go on without a worker that is far slower than the others; else only say so")
-    ] = False
-    checkpoint_every: Positive = 100
+
+
+class TrainSpec(FineTuning):
+    """Supervised fine-tuning on both modes, ending on the grid."""
+
+    shape: Shape | Dense = Shape()
+    harvest: Annotated[
+        Harvest | None, Field(description="learn from the model so far's own right replies, not from the cold start")
+    ] = None
     min_thinking: Annotated[Fraction, Field(description="the verdict is no below this thinking accuracy")] = 0.0
-    drift: Drift = Drift()
-    go_no_go: GoNoGo | None = None
-
-    def misfit(self, fleet: recipe.Fleet) -> tuple[tuple[str, ...], str, str] | None:
-        if self.fault is None:
-            return None
-        names = [pool.name for pool in fleet.pools]
-        if self.fault.pool not in (None, *names):
-            what = f"the fault is planned on the pool {self.fault.pool!r}, which the fleet has not"
-            return ("fault", "pool"), what, suggest(self.fault.pool or "", names)
-        most = max(pool.workers for pool in fleet.pools if self.fault.pool in (None, pool.name))
-        if self.fault.rank >= most:
-            what = f"the fault is planned on rank {self.fault.rank}, and no such worker will be there"
-            return ("fault", "rank"), what, f"ranks are 0 to {min(most, self.virtual_shards) - 1}"
-        return None
-
-    @property
-    def looks(self) -> tuple[int, ...]:
-        """The steps after which the run is held against its baseline, ascending."""
-        if self.go_no_go is None:
-            return ()
-        every = self.go_no_go.every
-        return self.go_no_go.at if every is None else tuple(range(every, self.steps + 1, every))
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainSpec:
-        if self.virtual_shards & (self.virtual_shards - 1):
-            raise ValueError("virtual_shards must be a power of two")
-        if self.fault is not None and self.fault.at_step + self.drift.window >= self.steps:
-            raise ValueError("fault.at_step + drift.window must lie before the last step")
-        if self.go_no_go is not None and (not self.looks or self.looks[-1] > self.steps):
-            raise ValueError(f"go_no_go looks after the last step, which is {self.steps}")
-        return self

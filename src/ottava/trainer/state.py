@@ -167,18 +167,22 @@ def _layout(slots: tuple[Slot, ...]) -> bytes:
     return hashlib.sha256(repr([(s.name, s.kind, s.start, s.shape) for s in slots]).encode()).digest()
 
 
-def kind_of(name: str, dims: int) -> str:
+def kind_of(name: str, dims: int, matrices: str = "muon") -> str:
     """Muon for hidden matrices; AdamW for norms, head and router; AdamW at its own rate for embeddings."""
     if "embed" in name:
         return "embedding"
-    return "muon" if dims >= 2 and "lm_head" not in name and not name.endswith("mlp.gate.weight") else "adam"
+    return matrices if dims >= 2 and "lm_head" not in name and not name.endswith("mlp.gate.weight") else "adam"
 
 
-def create(model: nn.Module, device: torch.device | str = "cpu") -> State:
-    """A state on `device` with the model's present weights and zero moments."""
+def create(model: nn.Module, device: torch.device | str = "cpu", matrices: str = "muon") -> State:
+    """A state on `device` of the weights that are trained (requires_grad), with zero moments.
+
+    matrices: who updates them."""
     order = {"muon": 0, "adam": 1, "embedding": 2}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     named = sorted(
-        ((name, p, kind_of(name, p.dim())) for name, p in model.named_parameters()), key=lambda item: order[item[2]]
+        ((name, p, kind_of(name, p.dim(), matrices)) for name, p in trained),
+        key=lambda item: order[item[2]],
     )
     slots, bounds, position = [], {}, 0
     for kind in order:

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ import torch.distributed as dist
 
 from ottava import link, platforms
 from ottava.errors import CheckpointError, OttavaError, TrainingFailed
-from ottava.models.chat import Chat
 from ottava.platforms.base import FaultClass, Platform
-from ottava.trainer import audit, data, envelope, guard, reduce, schedule, snapshot
+from ottava.trainer import audit, envelope, guard, reduce, snapshot
 from ottava.trainer.faults import Injector
 from ottava.trainer.guard import Alarm, Group
 from ottava.trainer.looks import Looker
 from ottava.trainer.loop import Report, Trainer
 from ottava.trainer.saver import STATE, Saver
-from ottava.trainer.spec import Fault, TrainSpec
+from ottava.trainer.start import config_of, make_trainer
+from ottava.trainer.supervised import Fault
 
 
 def join(platform: Platform) -> Group:
@@ -38,22 +38,13 @@ def join(platform: Platform) -> Group:
     return group
 
 
-def make_trainer(args: Mapping[str, Any]) -> Trainer:
-    """A trainer on this worker's device from plain data: spec, seed, data and chat folders, platform."""
-    spec = TrainSpec.model_validate(args["spec"])
-    chat = Chat.load(Path(args["chat"]))
-    vocabulary = chat.tokenizer.get_vocab_size()
-    read = data.load(Path(args["data"]), chat)
-    return Trainer(spec, int(args["seed"]), read, vocabulary, platforms.asked(args).own())
-
-
 def numerics_class(trainer: Trainer) -> str:
     """The hash of loss and gradients of a canonical shard: workers with equal hashes compute equal bits.
 
-    Shard 0 of the present step on the initial weights: call before a state is loaded.
+    On the initial weights: call before a state is loaded.
     """
     trainer.refresh()
-    return audit.hashed(trainer.shard(0))
+    return audit.hashed(trainer.canonical())
 
 
 def run(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +66,7 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         worker = Worker(args, group, line, Injector(faults, chip, args["pool"], line.say))
         return worker.run()
     except Alarm as alarm:
-        step = -1 if worker is None else worker.trainer.state.step
+        step = alarm.step if alarm.step is not None else -1 if worker is None else worker.trainer.state.step
         line.alarm(alarm.kind, step, alarm.message, ranks=list(alarm.ranks))
         raise TrainingFailed(f"{alarm.kind}: {alarm.message}", where=f"pool {args['pool']}") from alarm
     except OttavaError as error:
@@ -99,10 +90,10 @@ class Worker:
 
     def __init__(self, args: Mapping[str, Any], group: Group, line: link.Link, faults: Injector):
         self.args, self.group, self.line, self.faults = args, group, line, faults
-        self.trainer = make_trainer(args)
+        self.trainer = make_trainer(args, line.check)
         self.spec, self.seed = self.trainer.spec, self.trainer.seed
         self.shards = reduce.owned(self.spec.virtual_shards, group.rank, group.world)
-        self.recent: dict[int, deque[float]] = {}
+        self.recent: dict[Hashable, deque[float]] = {}
         for step, loss in args.get("recent", ()):
             self._like(step).append(loss)
         self.guessing = math.log(self.trainer.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
@@ -142,6 +133,9 @@ class Worker:
                 _restore(self.trainer, start, self.args["run"])
             except CheckpointError as error:  # whole a moment ago: the next start looks at it again, and before it
                 raise Alarm("error", f"the state could not be loaded: {error.what}") from error
+        began = self.trainer.gate()
+        if began is not None and self.group.rank == 0:
+            self.line.say("gate", **began)
         self.digest = state.digest()
         path = Path(self.args["memory"]) / os.environ.get(link.NODE, "node0") / f"rank{self.group.rank}.snap"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,12 +163,16 @@ class Worker:
         trainer, step, begun = self.trainer, self.trainer.state.step, time.monotonic()
         if self.group.world == 1 and step > 0 and trainer.state.digest() != self.digest:
             raise Alarm("corrupt", f"the state after step {step} changed in memory", [0])
+        if trainer.objective.begins(step):
+            self._enter("rollout")
+            trainer.refresh()
+            trainer.prepare(self.shards, self.group.gather)
         self._enter("forward")
         trainer.refresh()
         own = trainer.contribution(self.shards)
         computed = time.monotonic() - begun
-        self.faults.contribution(own, step)
-        sound, mine = bool(own.sum().isfinite()), trainer.losses(own)
+        self.faults.contribution(own, step, len(trainer.objective.columns))
+        sound, mine = bool(own.sum().isfinite()), trainer.sums(own)
         audited = audit.due(self.spec.audit.share, self.seed, step, self.spec.audit.seed)
         hashed = audit.hashed(own) if audited else ""
         self._enter("reduce")
@@ -202,22 +200,22 @@ class Worker:
         self.line.phase = "verdict"
         self.line.clearance(step)
 
-    def _check_losses(self, total: Any, norm: float, sound: bool, mine: tuple[float, float]) -> None:
+    def _check_losses(self, total: Any, norm: float, sound: bool, mine: Mapping[str, float]) -> None:
         """Before the update: are the numbers numbers, is the loss like those before? Others are asked only if not."""
-        losses, step = self.trainer.losses(total), self.trainer.state.step + 1
+        sums, step = self.trainer.sums(total), self.trainer.state.step + 1
+        judged = self.trainer.objective.columns[0]
         try:
-            guard.check_finite([*losses, norm], [sound], f"step {step}")
-            guard.check_spike(losses[0], self._like(step), self.spec.spike, f"step {step}", self.guessing)
+            guard.check_finite([*sums.values(), norm], [sound], f"step {step}")
+            guard.check_spike(sums[judged], self._like(step), self.spec.spike, f"step {step}", self.guessing)
         except Alarm as alarm:
-            everyone = self.group.gather([sound, mine[0]])
-            guard.check_finite([*losses, norm], [good for good, _ in everyone], f"step {step}")
+            everyone = self.group.gather([sound, mine[judged]])
+            guard.check_finite([*sums.values(), norm], [good for good, _ in everyone], f"step {step}")
             raise Alarm(alarm.kind, alarm.message, guard.outliers([loss for _, loss in everyone])) from None
-        self._like(step).append(losses[0])
+        self._like(step).append(sums[judged])
 
     def _like(self, step: int) -> deque[float]:
-        """The last losses of steps whose chains were as long as those of this one."""
-        length = schedule.thinking_length(self.spec, self.seed, step - 1, sorted(self.trainer.data.thinking))
-        return self.recent.setdefault(length, deque(maxlen=self.spec.spike.window))
+        """The last losses of steps of this one's kind."""
+        return self.recent.setdefault(self.trainer.objective.kind(step - 1), deque(maxlen=self.spec.spike.window))
 
     def _keep(self, report: Report, audited: bool) -> None:
         """Compare the new state with the other workers' and keep it. What differs is not kept."""
@@ -297,28 +295,34 @@ def _restore(trainer: Trainer, start: Mapping[str, Any], run: str) -> None:
 def export(args: Mapping[str, Any]) -> dict[str, Any]:
     """Write the model of a state file as a BF16 folder on the grid, and the latent weights beside it.
 
-    args: spec, seed, data, chat, state, model (folder with the tokenizer), latent (file).
+    Adapters are merged: then the folder holds their sum with the matrices as it is, in F32 where BF16 would round it.
+    args: spec, seed, data, chat, state, model (folder with the tokenizer), latent (a file, or None). Returns
+    {parameters: of the whole model, trained: of them, or of the adapters; step}.
     """
     from ottava.checkpoint.safetensors import write
-    from ottava.models.published import published, stored
+    from ottava.models.lora import merged
+    from ottava.models.published import published, stored, unrounded
 
     platforms.asked(args).open()
     trainer = make_trainer(args)
     trainer.state.restore(snapshot.load(Path(args["state"])))
     trainer.refresh()
-    trainer.put_on_grid()
+    adapted = trainer.spec.lora is not None
+    if not adapted:
+        trainer.put_on_grid()
     model = Path(args["model"])
-    config = trainer.spec.shape.config(int(trainer.model.get_input_embeddings().num_embeddings))  # type: ignore[operator]
+    config = config_of(args, trainer) | ({"dtype": "float32"} if adapted else {})
     (model / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    write(model / "model.safetensors", ((name, stored(item)) for name, item in published(trainer.model).items()))
-    latent = ((slot.name, slot.view(trainer.state.weights).contiguous()) for slot in trainer.state.slots)
-    write(Path(args["latent"]), latent)
-    return {"parameters": sum(slot.size for slot in trainer.state.slots), "step": trainer.state.step}
+    spelt = unrounded if adapted else stored
+    with merged(trainer.model) as whole:
+        write(model / "model.safetensors", ((name, spelt(item)) for name, item in published(whole).items()))
+        parameters = sum(parameter.numel() for parameter in whole.parameters())
+    if args.get("latent"):
+        latent = ((slot.name, slot.view(trainer.state.weights).contiguous()) for slot in trainer.state.slots)
+        write(Path(args["latent"]), latent)
+    trained = sum(slot.size for slot in trainer.state.slots)
+    return {"parameters": parameters, "trained": trained, "step": trainer.state.step}
 
 
 def _event(report: Report) -> dict[str, Any]:
-    direct = {} if report.direct is None else {"direct_loss": round(report.direct, 6)}
-    return {
-        "loss": round(report.thinking, 6), **direct,
-        "norm": round(report.norm, 5), "on_grid": report.on_grid,
-    }  # fmt: skip
+    return {**report.told, "norm": round(report.norm, 5), "on_grid": report.on_grid}

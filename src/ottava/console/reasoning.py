@@ -1,0 +1,318 @@
+"""What a report tells of reinforcement, of the students and of a comparison of algorithms.
+
+Every difference stands with its interval and with what it was taken over. One run has one seed: what a gain is over
+seeds, a run cannot tell, and its report does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ottava.console.history import REINFORCED
+from ottava.console.rows import Content, artifact, row
+from ottava.console.source import MODES, Source, entry, move
+from ottava.console.words import bracket, interval, listed, percent, plural, points, range_of, scientific
+from ottava.tasks.statistics import paired_interval, wilson
+
+KEEPS = 0.98  # of the teacher's accuracy, for a student to count as having kept it
+STUDENT = ("name", "arch", "params", "thinking", "control", "low", "high", "kept", "n", "stands_for", "pool")
+ASKED = ("asked", "right", "checked", "steps_right", "steps_right_share")
+ALGORITHM = ("name", "gain", "low", "high", "seeds", "default")
+
+
+# --- the object --------------------------------------------------------------------------------------------------
+
+
+def content(source: Source) -> dict[str, Any]:
+    """The report's keys reinforce, students, traces and algorithms; null where their stage has not finished."""
+    distilled, compared = source.summary("distill"), source.summary("compare") or {}
+    return {
+        "reinforce": _reinforce(source),
+        "students": distilled and [{key: one.get(key) for key in STUDENT} for one in distilled["students"]],
+        "traces": distilled and _traces(distilled),
+        "algorithms": _algorithms(compared.get("algorithms")),
+    }
+
+
+def _reinforce(source: Source) -> dict[str, Any] | None:
+    stage = next((name for name in reversed(REINFORCED) if source.summary(name)), "")
+    summary = source.summary(stage)
+    if summary is None:
+        return None
+    spec, proof = source.asked["stages"][stage], source.file(stage, "proof.json") or {}
+    drawn = source.history.generations
+    gain = summary["reinforce"]
+    return {
+        **{key: gain[key] for key in ("before", "after", "low", "high", "n")},
+        "stage": stage,
+        "mode": spec.get("mode", "thinking"),
+        "modes": _modes(source, stage),
+        "algorithm": (spec.get("policy") or {}).get("loss"),
+        "steps": summary.get("steps"),
+        "generations": len(drawn),
+        "gap": sum(one.gap for one in drawn) / len(drawn) if drawn else None,
+        "gap_max": max((one.gap_max for one in drawn), default=None),
+        "pool": summary.get("pool"),
+        "on_grid_from_step": summary.get("on_grid_from_step"),
+        "fallback": move(summary.get("fallback")),
+        **source.faults(stage, f"{stage}-replay"),
+        "final_state": proof.get("final"),
+        "replayed_state": proof.get("replay"),
+        "replay_identical": proof.get("replay_identical"),
+    }
+
+
+def _modes(source: Source, stage: str) -> dict[str, Any]:
+    """By mode: the accuracy before and after, and the paired interval of their difference."""
+    files = [source.file(stage, name) or {} for name in ("before.json", "evaluation.json")]
+    found: dict[str, Any] = {}
+    for mode in MODES:
+        before, after = (file.get(mode) for file in files)
+        if before is None or after is None:
+            continue
+        pairs = list(zip(before["right"], after["right"], strict=True))
+        low, high = paired_interval(sum(a > b for b, a in pairs), sum(a < b for b, a in pairs), len(pairs))
+        found[mode] = {"before": entry(before), "after": entry(after), "low": low, "high": high}
+    return found
+
+
+def _traces(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher's own accuracy, how much it was asked, and the share of its right answers whose steps are right."""
+    counts = {key: summary["traces"].get(key) for key in ASKED}
+    low, high = wilson(counts["steps_right"], counts["checked"]) if counts["checked"] else (None, None)
+    return {"teacher": summary["teacher"], **counts, "low": low, "high": high}
+
+
+def _algorithms(rows: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    return None if rows is None else [{key: one.get(key) for key in ALGORITHM} for one in rows]
+
+
+# --- claims ------------------------------------------------------------------------------------------------------
+
+
+def claims(found: Content) -> Iterator[dict[str, Any]]:
+    """Rows of the evidence."""
+    for part in (_gained, _agreed, _taught, _traced, _compared):
+        yield from part(found)
+
+
+def _gained(found: Content) -> Iterator[dict[str, Any]]:
+    gain = found["reinforce"]
+    if gain is None:
+        return
+    where, mode = artifact(found, gain["stage"]), gain["mode"]
+    files = f"json.load(open(f'{where}/{{f}}.json'))['{mode}']['right'] for f in ('before', 'evaluation')"
+    span = f"from {percent(gain['before'])} to {percent(gain['after'])}"
+    said = f"{span}: {points(gain['after'] - gain['before'])} points (95%: {range_of(gain)})"
+    if gain["low"] > 0 or gain["high"] < 0:
+        claim, holds = f"Reinforcement raises {_mode(mode)} {said}", gain["low"] > 0
+    else:
+        claim, holds = f"Nothing shows that reinforcement changes {_mode(mode)}, {said}", None
+    yield row(
+        "measured",
+        claim,
+        f"the model before the first step and the model after the last, on the same {gain['n']} test problems that "
+        "training never saw, greedy decoding, paired score interval; one seed",
+        holds,
+        f'python -c "import json; from ottava.tasks.statistics import paired; print(paired(*({files})))"',
+    )
+
+
+def _mode(mode: str) -> str:
+    return {"thinking": "thinking", "direct": "answering directly"}[mode]
+
+
+def _agreed(found: Content) -> Iterator[dict[str, Any]]:
+    drawn = found["reinforce"]
+    if drawn is None or drawn["gap_max"] is None:
+        return
+    yield row(
+        "measured",
+        f"Sampler and learner agree on every token to within {scientific(drawn['gap_max'])} nats",
+        "log-probability of each sampled token, in the groups that were learned from, by the engine that drew it and "
+        f"by the learner before its update; {plural(drawn['generations'], 'generation')}, "
+        f"{scientific(drawn['gap'])} on average; held against no bound",
+        None,
+        f'grep \'"phase": *"{drawn["stage"]}"\' journal.jsonl '
+        "| grep -o '\"gap_max\": *[^,}]*' | sort -t: -gk2 | tail -1",
+    )
+
+
+def keeping(students: Sequence[Mapping[str, Any]], teacher: float) -> int:
+    """How many students have at least KEEPS of the teacher's thinking accuracy."""
+    return sum(one["thinking"] >= KEEPS * teacher - 1e-9 for one in students)
+
+
+def ahead(students: Sequence[Mapping[str, Any]]) -> int:
+    """How many students are above their controls, by the whole interval of the difference."""
+    return sum(one["low"] > 0 for one in students)
+
+
+def kept(found: Content) -> str | None:
+    """How many students keep KEEPS of the teacher, in words."""
+    students = found["students"]
+    return f"{keeping(students, found['traces']['teacher'])} of {len(students)}" if students else None
+
+
+def _of(count: int, students: Sequence[Mapping[str, Any]]) -> str:
+    return f"{count} of {plural(len(students), 'student')}"
+
+
+def _taught(found: Content) -> Iterator[dict[str, Any]]:
+    students = found["students"]
+    if not students:
+        return
+    teacher, check = found["traces"]["teacher"], f"cat {artifact(found, 'distill')}/students.json"
+    same = f"the same {students[0]['n']} test problems for all and for the teacher, greedy decoding; one seed"
+    kept = listed([f"{one['name']} {percent(one['thinking'])}" for one in students])
+    yield row(
+        "measured",
+        f"{_of(keeping(students, teacher), students)} keep at least {KEEPS:.0%} of the teacher's {percent(teacher)} "
+        "thinking",
+        f"{same}; {kept}, as measured, without an interval of the share",
+        None,
+        check,
+    )
+    beside = listed([f"{one['name']} {points(one['thinking'] - one['control'])} ({range_of(one)})" for one in students])
+    less = sum(one["high"] < 0 for one in students)
+    yield row(
+        "measured",
+        f"{_of(ahead(students), students)} solve more thinking than their controls"
+        + (f", and {less} less" if less else ""),
+        "a control is the same student from the same first weights, with as many examples in as many steps, on the "
+        "cold-start traces in the place of the teacher's; student minus control on the same problems, in points "
+        f"(paired 95%, each by itself): {beside}; one seed",
+        None,
+        check,
+    )
+    shapes = f"dense models with {_sizes(students)} parameters"
+    yield row(
+        "rehearsal",
+        f"{plural(len(students), 'small student')} stand in for published ones",
+        f"{shapes}: {_places(students)}; nothing is shown of the published models",
+    )
+
+
+def _sizes(students: Sequence[Mapping[str, Any]]) -> str:
+    sizes = [one["params"] for one in students]
+    return f"{min(sizes):,} to {max(sizes):,}"
+
+
+def _places(students: Sequence[Mapping[str, Any]]) -> str:
+    return listed([f"{one['name']} for {one['stands_for']}" for one in students if one["stands_for"]])
+
+
+def _traced(found: Content) -> Iterator[dict[str, Any]]:
+    traces = found["traces"]
+    if traces is None or not traces["checked"]:
+        return
+    yield row(
+        "measured",
+        f"Of the teacher's traces with a right answer, {percent(_share(traces))} have right steps "
+        f"(95%: {interval(traces)})",
+        f"{traces['asked']:,} problems asked, {traces['right']:,} answered rightly, {traces['checked']:,} traces "
+        "checked step by step, Wilson interval; the students learn from every right answer, whatever its steps",
+        None,
+        f"grep -o '\"steps_right\": *[a-z]*' {artifact(found, 'distill')}/traces/cold_start.jsonl | sort | uniq -c",
+    )
+
+
+def _share(traces: Mapping[str, Any]) -> float | None:
+    return traces["steps_right"] / traces["checked"] if traces["checked"] else None
+
+
+def _compared(found: Content) -> Iterator[dict[str, Any]]:
+    rows = found["algorithms"]
+    if not rows:
+        return
+    default = next((one for one in rows if one["default"]), None)
+    claim = f"{len(rows)} algorithms were compared" + (f"; {default['name']} is the default" if default else "")
+    each = [
+        f"{one['name']} {points(one['gain'])} ({range_of(one)}, {plural(one['seeds'], 'seed')})"
+        for one in sorted(rows, key=lambda one: -one["gain"])
+    ]
+    yield row(
+        "measured",
+        claim,
+        f"gain in thinking accuracy, in points (95% over seeds): {listed(each)}",
+        None,
+        f"cat {artifact(found, 'compare')}/manifest.json",
+    )
+
+
+# --- sentences ---------------------------------------------------------------------------------------------------
+
+
+def story(found: Content) -> Iterator[str]:
+    """Sentences of the verdict."""
+    gain, students = found["reinforce"], found["students"]
+    if gain is not None:
+        yield (
+            f"Reinforcement took its {_mode(gain['mode'])} from {percent(gain['before'])} to {percent(gain['after'])} "
+            f"of the same {gain['n']} problems: "
+            f"{points(gain['after'] - gain['before'])} points (95%: {range_of(gain)}; one seed)."
+        )
+    if students:
+        teacher = found["traces"]["teacher"]
+        yield (
+            f"{_of(keeping(students, teacher), students)} keep at least {KEEPS:.0%} of the teacher's "
+            f"{percent(teacher)}; {ahead(students)} solve more than their controls, which had no teacher (one seed)."
+        )
+
+
+def stand_ins(found: Content) -> Iterator[str]:
+    """What the students are a rehearsal of."""
+    students = found["students"] or ()
+    if places := _places(students):
+        yield f"The students, dense models with {_sizes(students)} parameters: {places}"
+
+
+# --- the terminal ------------------------------------------------------------------------------------------------
+
+
+def reinforce_lines(found: Content) -> Iterator[str]:
+    """The gain, and what proves that it can be had again."""
+    gain = found["reinforce"]
+    if gain is None:
+        return
+    for mode, both in gain["modes"].items():
+        before, after = both["before"], both["after"]
+        yield (
+            f"{mode.replace('_one_step', ', 1 step').replace('_', ' '):<16}{percent(before['value']):>6} -> "
+            f"{percent(after['value']):<6}  {points(after['value'] - before['value']):>5} points "
+            f"{bracket(both)}  n {after['n']}"
+        )
+    same = "identical" if gain["replay_identical"] else "DIFFERENT"
+    yield f"{gain['algorithm']}, {plural(gain['steps'], 'step')}, {plural(gain['generations'], 'generation')}; one seed"
+    yield f"replay from the records   {same}"
+    if gain["gap_max"] is not None:
+        yield f"sampler against learner   within {scientific(gain['gap_max'])} nats a token"
+
+
+def student_lines(found: Content) -> Iterator[str]:
+    """Each student beside its control, and what the traces are worth."""
+    students, traces = found["students"], found["traces"]
+    if not students:
+        return
+    teacher = traces["teacher"]
+    yield (
+        f"{keeping(students, teacher)} of {len(students)} keep {KEEPS:.0%} of the teacher's {percent(teacher)}; n "
+        f"{students[0]['n']} each, one seed"
+    )
+    for one in students:
+        yield (
+            f"{one['name']:<9}{one['params']:>9,}  {percent(one['thinking']):>6}  control "
+            f"{percent(one['control']):>6}  {points(one['thinking'] - one['control']):>5} {bracket(one)}"
+        )
+    steps = f"; steps right in {percent(_share(traces))} [{interval(traces).replace(' to ', ', ')}]"
+    yield f"traces: {traces['right']:,} right of {traces['asked']:,} asked{steps if traces['checked'] else ''}"
+
+
+def algorithm_lines(found: Content) -> Iterator[str]:
+    """Each algorithm's gain over seeds."""
+    for one in found["algorithms"] or ():
+        yield (
+            f"{one['name']:<10}{points(one['gain']):>6} points {bracket(one)}  "
+            f"{plural(one['seeds'], 'seed')}{'  default' if one['default'] else ''}"
+        )

@@ -1,0 +1,127 @@
+"""A teacher's own solutions that were found right: rejection sampling, as R1 made its second training set.
+
+A right answer does not prove right steps; where the task knows its traces, the share of right ones is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ottava import platforms, tasks
+from ottava.artifact import Artifact, write_json
+from ottava.context import Context
+from ottava.engine.evaluate import well_formed
+from ottava.engine.rollout import InProcess, Sampling
+from ottava.errors import DataError
+from ottava.labels.hygiene import require_disjoint
+from ottava.models.chat import Chat
+from ottava.models.load import load
+from ottava.tasks import Problem, Task
+from ottava.tasks.base import problem_of, read_lines, row, write_lines
+from ottava.tasks.verify import grade
+from ottava.trainer.spec import Harvest
+
+BATCH = 256
+
+
+def collect(asked: Harvest, teacher: Artifact, label: Artifact, ctx: Context, out: Path) -> dict[str, Any]:
+    """Fill the folder `out` with a data set as the label artifact's is, with the teacher's traces in the place of the
+    cold start's: {asked, right, checked, steps_right, steps_right_share}.
+
+    Asked once: what is in the stage's work folder is not asked again. Raises DataError where the teacher is right in
+    nothing, or a problem is of the test set.
+    """
+    parts, counted = ctx.work / "harvest", ctx.work / "harvest" / "counts.json"
+    if not counted.exists():
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        write_json(counted, _collected(asked, teacher, label, ctx, parts))
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(parts / "cold_start.jsonl", out / "cold_start.jsonl")
+    shutil.copyfile(label.file("answers.jsonl"), out / "answers.jsonl")
+    found: dict[str, Any] = json.loads(counted.read_text())
+    return found
+
+
+def _collected(asked: Harvest, teacher: Artifact, label: Artifact, ctx: Context, parts: Path) -> dict[str, Any]:
+    task = tasks.get(label.manifest["spec"]["task"])
+    args = {
+        **asked.model_dump(), "model": str(teacher.file("model")), "data": str(label.path), "task": task.NAME,
+        "seed": ctx.seed, "out": str(parts), "platform": ctx.pool.platform,
+    }  # fmt: skip
+    told = ctx.call("ottava.labels.harvest:ask", args, workers=ctx.pool.workers)
+    counts: dict[str, Any] = {name: sum(one[name] for one in told) for name in told[0]}
+    if not counts["right"]:
+        raise DataError(
+            f"the teacher has no right answer to {counts['asked']} problems: there is nothing to learn from",
+            fix="a teacher that was trained for longer, or more harvest.samples at a temperature above 0",
+        )
+    lines = [line for part in sorted(parts.glob("part-*.jsonl")) for line in read_lines(part)]
+    tests = [problem_of(line) for name in ("test", "test_one_step") for line in read_lines(label.file(f"{name}.jsonl"))]
+    require_disjoint([problem_of(line) for line in lines], tests, task.family)
+    write_lines(parts / "cold_start.jsonl", sorted(lines, key=lambda line: int(line["number"])))
+    return {**counts, "steps_right_share": _share(counts["steps_right"], counts["checked"])}
+
+
+def _share(part: int, whole: int) -> float | None:
+    return round(part / whole, 4) if whole else None
+
+
+def ask(args: Mapping[str, Any]) -> dict[str, int]:
+    """Ask a model this worker's part of the problems, and write what was right as `part-RANK.jsonl`, in order.
+
+    args: model and data (folders), task, asks (how many problems with several steps), samples, temperature, seed,
+    out (a folder), platform. Returns asked, right, checked and steps_right: of the `checked` right answers, so many
+    have right steps.
+    """
+    device = platforms.asked(args).open()
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    folder, task = Path(args["model"]), tasks.get(args["task"])
+    everything = (problem_of(line) for line in read_lines(Path(args["data"]) / "answers.jsonl"))
+    asked = [problem for problem in everything if problem.steps > 1][: args["asks"]]
+    own = list(enumerate(asked))[rank::world]
+    chat, engine = Chat.load(folder), InProcess(load(folder).to(device))
+    lines, checked, sound = [], 0, 0
+    for start in range(0, len(own), BATCH):
+        chunk = own[start : start + BATCH]
+        for (number, problem), found in zip(chunk, _solutions(engine, chat, task, chunk, args), strict=True):
+            if found is None:
+                continue
+            trace, answer = found
+            check = getattr(task, "check_trace", None)
+            wrong = check(problem, trace) if check is not None else None
+            checked, sound = checked + (wrong is not None), sound + (wrong == [])
+            said = {"evidence": {"verified": True, "steps_right": None if wrong is None else not wrong}}
+            lines.append(row(task.NAME, problem, trace=trace, sources=["teacher"], number=number, said=answer, **said))
+    write_lines(Path(args["out"]) / f"part-{rank}.jsonl", lines)
+    return {"asked": len(own), "right": len(lines), "checked": checked, "steps_right": sound}
+
+
+def _solutions(
+    engine: InProcess, chat: Chat, task: Task, chunk: Sequence[tuple[int, Problem]], args: Mapping[str, Any]
+) -> list[tuple[str, str] | None]:
+    """(trace, content) of the first reply to each problem that is well formed and right; None where none is."""
+    prompts = chat.prompts([task.prompt(problem) for _, problem in chunk], thinking=True)
+    found: list[tuple[str, str] | None] = [None] * len(chunk)
+    how = Sampling(2 * max(map(len, prompts)) + 16, chat.stop_ids, args["temperature"])
+    for sample in range(args["samples"]):
+        left = [index for index, one in enumerate(found) if one is None]
+        if not left:
+            break
+        numbers = [sample * args["asks"] + chunk[index][0] for index in left]
+        drawn = engine.generate([prompts[index] for index in left], how, args["seed"], numbers)
+        for index, ids in zip(left, drawn.ids(), strict=True):
+            found[index] = _right(chat, task, chunk[index][1], ids)
+    return found
+
+
+def _right(chat: Chat, task: Task, problem: Problem, ids: list[int]) -> tuple[str, str] | None:
+    if not well_formed(chat, ids, thinking=True):
+        return None
+    trace, content = chat.split(ids, thinking=True)
+    return (trace or "", content) if grade(task, problem, content).right else None

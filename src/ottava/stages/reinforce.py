@@ -1,0 +1,81 @@
+"""Reinforcement from verified answers, under the supervisor: the model so far learns from its own right replies.
+
+What came in is evaluated before the first step, on the problems that the result is evaluated on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from ottava import tasks
+from ottava.artifact import Artifact, write_json
+from ottava.checkpoint.source import OF_ITS_WEIGHTS
+from ottava.context import Context
+from ottava.errors import DataError
+from ottava.supervisor import loop
+from ottava.supervisor import proof as proofs
+from ottava.tasks import verify
+from ottava.tasks.base import problem_of, read_lines
+from ottava.tasks.statistics import paired_interval
+from ottava.trainer.rl_spec import ReinforceSpec
+
+VERSION = "1"
+INPUTS = ("@model", "@label")
+MODEL = True
+CARE = frozenset(loop.CARE - {"drift"})
+Spec = ReinforceSpec
+
+
+def run(spec: ReinforceSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
+    """Evaluate, reinforce, prove, export, evaluate again."""
+    label, came = inputs["label"], inputs["model"].file("model")
+    model = ctx.out / "model"
+    shutil.copytree(came, model, ignore=shutil.ignore_patterns(*OF_ITS_WEIGHTS))
+    max_new = spec.rollout.max_new if spec.mode == "direct" else None
+    _trusted(label, ctx)
+    before = proofs.evaluate(ctx, came, label, ctx.pool, max_new)
+    write_json(ctx.out / "before.json", {**before, "pool": ctx.pool.name})
+    base = {
+        "spec": spec.model_dump(mode="json"), "seed": ctx.seed, "data": str(label.path), "chat": str(came),
+        "objective": "grpo", "start_model": str(came), "content": [label.digest, inputs["model"].digest],
+    }  # fmt: skip
+    carried = proofs.carry(ctx, spec, base, proofs.phases(ctx.stage))
+    shutil.copytree(ctx.work / ctx.stage / "rollouts", ctx.out / "rollouts")  # what was learnt from: the evidence
+    ctx.progress(0.97, "evaluation")
+    exported = proofs.export(ctx, base, carried, model)
+    after = proofs.evaluations(ctx, model, label, carried.last, max_new)
+    summary = {
+        **proofs.summary(spec, carried),
+        "parameters": exported["parameters"],
+        "trained": exported["trained"],
+        "accuracy": proofs.figures(after),
+        "reinforce": {**gain(before[spec.mode], after[spec.mode]), "mode": spec.mode},
+    }
+    reason = _reason(spec, carried.proof, after)
+    return ctx.commit({**summary, **({"reason": reason} if reason else {})}, verdict=reason is None)
+
+
+def _trusted(label: Artifact, ctx: Context) -> None:
+    """Raise DataError where the verifier's verdicts teach nothing."""
+    ctx.progress(0.0, "trying the verifier")
+    task = tasks.get(label.manifest["spec"]["task"])
+    asked = [problem_of(line) for line in read_lines(label.file("answers.jsonl"))]
+    wrong = verify.canary(task, asked[:: max(1, len(asked) // verify.TRIED)])
+    if wrong:
+        raise DataError(f"the verifier of the task {task.NAME!r} must not be learnt from: {'; '.join(wrong)}")
+
+
+def gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """{before, after, low, high: the paired 95% interval of the difference, n}, of the same problems."""
+    pairs = list(zip(before["right"], after["right"], strict=True))
+    low, high = paired_interval(sum(b < a for b, a in pairs), sum(b > a for b, a in pairs), len(pairs))
+    return {"before": before["value"], "after": after["value"], "low": low, "high": high, "n": len(pairs)}
+
+
+def _reason(spec: ReinforceSpec, proof: Mapping[str, Any], accuracy: Mapping[str, Any]) -> str | None:
+    """Why the verdict is no; None where it is yes."""
+    solved = accuracy[spec.mode]["value"]
+    low = f"{spec.mode} solves {solved:.1%}, and min_thinking is {spec.min_thinking:.1%}"
+    return proofs.reason(proof) or (low if solved < spec.min_thinking else None)

@@ -1,0 +1,150 @@
+"""The recipe's `reinforce` section."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ottava.recipe import Frozen
+from ottava.trainer.supervised import Drift, Fraction, Optimiser, Positive, Supervised
+
+Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"scaling": "none"},
+    "dapo": {"clip_high": 0.28, "resample": 3, "overlong": 0.2},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"cap": 5.0},
+}
+"""What each algorithm was published with; a recipe's own words come before it.
+
+dr_grpo: arXiv 2503.20783, sec. 3.2. dapo: 2503.14476, sec. 4.1 (clip .28; a cache of 4,096 in 20,480 tokens is the
+share .2; it draws until no group is flat, here `resample` times). gspo: 2507.18071, sec. 5.1. cispo: the cap is
+ScaleRL's, 2510.13786. How a loss is averaged over tokens is part of the loss: `trainer.losses`.
+"""
+
+
+class CorrectionSpec(Frozen):
+    """How replies of an engine that is not the learner count: `trainer.losses.Correction`."""
+
+    mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "sequence_mask"
+    low: Annotated[float, Field(ge=0, le=1)] = 0.0
+    high: Annotated[float, Field(ge=1)] = 3.0
+    counted: Annotated[bool, Field(description="rejected ids stay in what the loss is divided by")] = True
+
+
+class PolicySpec(Frozen):
+    """Which loss, and its numbers: `trainer.losses.Policy`. What is not said has the loss's own defaults (PRESETS)."""
+
+    loss: Loss = "grpo"
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    clip_high: Annotated[float, Field(ge=0)] = 0.2
+    cap: Annotated[float, Field(gt=0)] = 5.0
+    two_sided: float | None = None
+    beta: Annotated[float, Field(ge=0, description="weight of the KL to the model that came in")] = 0.0
+    unbiased: Annotated[bool, Field(description="DeepSeek-V3.2's estimate of that KL instead of Schulman's k3")] = True
+    off_policy_delta: Annotated[
+        float | None, Field(ge=0, description="replies not to be made likelier that drifted by more nats an id: out")
+    ] = None
+    scaling: Annotated[
+        Literal["group", "batch", "none"], Field(description="what a reward's distance from its group's mean is over")
+    ] = "group"
+    resample: Annotated[
+        int, Field(ge=0, description="rounds of further draws in place of groups whose verdicts are all equal")
+    ] = 0
+    overlong: Annotated[
+        Fraction, Field(description="over this last share of max_new a reward falls, by 1 at the end")
+    ] = 0.0
+    filter_overlong: Annotated[bool, Field(description="nobody learns from replies that were cut off")] = False
+    keep_mask: Annotated[bool, Field(description="with top_p, the learner renormalises over the ids kept then")] = True
+    keep_routing: Annotated[bool, Field(description="ids go to the experts that the engine sent them to")] = False
+    correction: CorrectionSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published(cls, said: Any) -> Any:
+        return {**PRESETS.get(str(said.get("loss")), {}), **said} if isinstance(said, dict) else said
+
+
+class EngineSpec(Frozen):
+    """An engine of its own that draws the replies: see `engine.remote`."""
+
+    url: Annotated[str, Field(pattern="^https?://", description="without /v1")]
+    folder: Annotated[str, Field(min_length=1, description="where weights are handed over, seen by both sides")]
+    layout: Literal["bf16", "e8m0"] = "bf16"
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="what the engine computes in")] = "bfloat16"
+
+
+class RolloutSpec(Frozen):
+    """What a generation draws. prompts: of each virtual shard; group: replies to each."""
+
+    prompts: Positive = 16
+    group: Annotated[int, Field(ge=2)] = 8
+    temperature: Annotated[float, Field(gt=0)] = 1.5
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new: Positive = 48
+    updates: Annotated[int, Field(ge=1, description="passes over a generation's replies")] = 2
+    minibatches: Annotated[int, Field(ge=1, description="parts of a pass, one update each")] = 1
+    engine: Annotated[EngineSpec | None, Field(description="who draws, where it is not the learner itself")] = None
+
+
+class PolicyOptimiser(Optimiser):
+    """AdamW for everything, at a small constant rate; routers are frozen.
+
+    router_bias above 0 is an ablation: it then moves between generations, by the loads of the last update's replies.
+    """
+
+    matrices: Literal["muon", "adam"] = "adam"
+    adam: float = 5e-4
+    embedding: float = 5e-4
+    warmup: Positive = 1
+    decay_from: Fraction = 1.0
+    router_bias: Annotated[float, Field(ge=0, description="step of the router's correction bias; 0: frozen")] = 0.0
+
+
+class Divergence(Frozen):
+    """How far a student's distribution is from its teacher's: `trainer.divergences.gkd`."""
+
+    beta: Annotated[
+        float, Field(ge=0, le=1, description="1: KL(student, teacher); 0: KL(teacher, student); between: both to a mix")
+    ] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class ReinforceSpec(Supervised):
+    """Reinforcement from verified answers. steps: updates; a generation of rollouts serves `every` of them."""
+
+    optimiser: PolicyOptimiser = PolicyOptimiser()
+    steps: Positive = 300
+    grid_from: Annotated[float, Field(ge=0, le=1)] = 0.0
+    policy: PolicySpec = PolicySpec()
+    rollout: RolloutSpec = RolloutSpec()
+    mode: Annotated[
+        Literal["thinking", "direct"],
+        Field(description="how the questions are asked; direct is all that a model without a thinking switch knows"),
+    ] = "thinking"
+    lengths: Annotated[tuple[Positive, ...], Field(description="steps of the chains that are asked; all alike")] = ()
+    drift: Drift = Drift(window=8)
+    min_thinking: Annotated[Fraction, Field(description="the verdict is no below this accuracy in `mode`")] = 0.0
+
+    @property
+    def every(self) -> int:
+        """Updates of one generation."""
+        return self.rollout.updates * self.rollout.minibatches
+
+    @model_validator(mode="after")
+    def _whole(self) -> ReinforceSpec:
+        if self.rollout.prompts % self.rollout.minibatches:
+            raise ValueError("rollout.minibatches must divide rollout.prompts")
+        if self.rollout.engine is not None and (self.rollout.top_p < 1 or self.grid_from > 0):
+            raise ValueError("rollout.engine needs rollout.top_p: 1 (kept ids are not told) and grid_from: 0")
+        return self
+
+
+class OnPolicySpec(ReinforceSpec):
+    """Distillation on the student's own replies. Verdicts are told and teach nothing; the teacher does, at every id."""
+
+    divergence: Divergence = Divergence()

@@ -1,0 +1,115 @@
+"""A trainer from plain data, as every function that is started by name in a worker gets it.
+
+args, of all kinds of training: spec, seed, chat (the tokenizer's folder), data (a label artifact's files), platform,
+objective (`sft`, `grpo`, `on_policy`), start_model (the folder of the model that it begins from; without it, `sft`
+begins from a fresh one), teacher (the folder of the model that `on_policy` learns from). Where rollouts are kept:
+rollouts (a folder), run (the run's id), seals (what counts no longer, as `supervisor.record` says).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ottava import link, platforms
+from ottava.checkpoint.layouts import read_config
+from ottava.engine.remote import Remote
+from ottava.models import lora
+from ottava.models.chat import Chat
+from ottava.models.load import load
+from ottava.tasks import Problem
+from ottava.tasks.base import problem_of, read_lines, task_of
+from ottava.trainer import data
+from ottava.trainer.grpo import Grpo, Place
+from ottava.trainer.loop import Trainer
+from ottava.trainer.on_policy import OnPolicy
+from ottava.trainer.rl_spec import OnPolicySpec, ReinforceSpec
+from ottava.trainer.sft import Sft, fresh_trainer
+from ottava.trainer.spec import TrainSpec
+from ottava.trainer.supervised import Supervised
+
+SPECS: dict[str, type[Supervised]] = {"sft": TrainSpec, "grpo": ReinforceSpec, "on_policy": OnPolicySpec}
+"""The section of a kind of training, by its objective."""
+
+
+def spec_of(args: Mapping[str, Any]) -> Supervised:
+    """What a run is asked for."""
+    return SPECS[args.get("objective", "sft")].model_validate(args["spec"])
+
+
+def make_trainer(args: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> Trainer:
+    """A trainer on this worker's device. check: raises where this worker may write nothing any more."""
+    make = {"sft": _sft, "grpo": _grpo, "on_policy": _grpo}[args.get("objective", "sft")]
+    return make(args, Chat.load(Path(args["chat"])), check)
+
+
+def config_of(args: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """The content of config.json of the model that is trained."""
+    if "start_model" in args:
+        config = read_config(Path(args["start_model"]))
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+    vocabulary = int(trainer.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    return TrainSpec.model_validate(args["spec"]).shape.config(vocabulary)
+
+
+def _sft(args: Mapping[str, Any], chat: Chat, _: Callable[[], None]) -> Trainer:
+    spec, seed, read = TrainSpec.model_validate(args["spec"]), int(args["seed"]), data.load(Path(args["data"]), chat)
+    device = platforms.asked(args).own()
+    if "start_model" not in args:
+        return fresh_trainer(spec, seed, read, chat.tokenizer.get_vocab_size(), device)
+    return Trainer(spec, seed, _begun(args, spec, seed), Sft(spec, seed, read), device)
+
+
+def _engine(spec: ReinforceSpec, args: Mapping[str, Any]) -> Remote | None:
+    its = spec.rollout.engine
+    if its is None:
+        return None
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[its.dtype]
+    turn = f"{args.get('run')} {os.environ.get(link.EPOCH, '0')}"
+    return Remote(its.url, Path(its.folder), layout=its.layout, dtype=dtype, turn=turn)
+
+
+def _grpo(args: Mapping[str, Any], chat: Chat, check: Callable[[], None]) -> Trainer:
+    spec, seed = spec_of(args), int(args["seed"])
+    assert isinstance(spec, ReinforceSpec)
+    problems: defaultdict[int, list[Problem]] = defaultdict(list)
+    lines = read_lines(Path(args["data"]) / "answers.jsonl")
+    for line in lines:
+        problem = problem_of(line)
+        if problem.steps in spec.lengths or not spec.lengths:
+            problems[problem.steps].append(problem)
+    place = None
+    if "rollouts" in args:
+        seals = [(int(epoch), int(step)) for epoch, step in args.get("seals", ())]
+
+        def usable(epoch: int, step: int) -> bool:
+            return all(epoch > sealed or step <= limit for sealed, limit in seals)
+
+        epoch, again = int(os.environ.get(link.EPOCH, "0")), bool(args.get("replay"))
+        place = Place(Path(args["rollouts"]), epoch, args["run"], args.get("pool", ""), usable, check, again)
+    device, engine = platforms.asked(args).own(), _engine(spec, args)
+
+    def model(name: str) -> nn.Module:
+        return load(Path(args[name])).to(device)
+
+    if isinstance(spec, OnPolicySpec):
+        objective: Grpo = OnPolicy(spec, seed, chat, task_of(lines), problems, place, engine, model("teacher"))
+    else:
+        came = partial(model, "start_model")
+        objective = Grpo(spec, seed, chat, task_of(lines), problems, place, engine, came)
+    return Trainer(spec, seed, _begun(args, spec, seed), objective, device)
+
+
+def _begun(args: Mapping[str, Any], spec: Supervised, seed: int) -> nn.Module:
+    """The model that training begins from, with adapters where only these are to be trained."""
+    model = load(Path(args["start_model"]))
+    if spec.lora is None:
+        return model
+    return lora.adapt(model, spec.lora.rank, spec.lora.alpha, spec.lora.targets, seed)
