@@ -25,6 +25,7 @@ from benchmarks.rollout import VOCABULARY, teacher
 
 PROMPTS, GROUP, REPLY, TEMPERATURE = 32, 8, 22, 1.5
 BLOCK = 2  # steps in one measurement
+RATE = 1e-9  # so small that the model stays what it is, and replies as long as they are on both sides
 
 
 def main() -> None:
@@ -73,7 +74,8 @@ class Ours:
         rollout = {
             "prompts": PROMPTS, "group": GROUP, "updates": 1, "max_new": REPLY, "temperature": TEMPERATURE,
         }  # fmt: skip
-        spec = ReinforceSpec.model_validate({"virtual_shards": 1, "steps": 100_000, "grid_from": 1, "rollout": rollout})
+        plain = {"virtual_shards": 1, "steps": 100_000, "grid_from": 1, "optimiser": {"adam": RATE, "embedding": RATE}}
+        spec = ReinforceSpec.model_validate({**plain, "rollout": rollout})
         self.trainer = make_trainer(
             {
                 "spec": spec.model_dump(mode="json"), "seed": 0, "data": str(folder), "chat": str(model),
@@ -142,7 +144,7 @@ class Theirs:
         config = GRPOConfig(
             output_dir=str(folder / "trl"), max_steps=1_000_000, per_device_train_batch_size=PROMPTS * GROUP,
             num_generations=GROUP, gradient_accumulation_steps=1, steps_per_generation=1, num_iterations=1,
-            max_completion_length=REPLY, temperature=TEMPERATURE, beta=0.0, loss_type="grpo", learning_rate=5e-4,
+            max_completion_length=REPLY, temperature=TEMPERATURE, beta=0.0, loss_type="grpo", learning_rate=RATE,
             lr_scheduler_type="constant", adam_beta2=0.95, max_grad_norm=1.0, use_cpu=True, bf16=False,
             gradient_checkpointing=False, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
