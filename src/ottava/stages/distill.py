@@ -21,7 +21,7 @@ from ottava.labels import harvest
 from ottava.recipe import Frozen, Name
 from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
-from ottava.tasks.statistics import paired_interval
+from ottava.tasks.statistics import paired
 from ottava.trainer.rl_spec import OnPolicySpec
 from ottava.trainer.spec import Dense, FineTuning, Harvest, TrainSpec
 from ottava.trainer.supervised import Fault, Positive, Supervised
@@ -154,8 +154,7 @@ def _folder(ctx: Context, student: Student, arm: str) -> Path:
 def _row(student: Student, found: Mapping[str, Mapping[str, Any]], teacher: float) -> dict[str, Any]:
     """What students.json says of a student. low, high: the paired 95% interval of student minus control."""
     own, control = (found[arm]["thinking"] for arm in ARMS)
-    pairs = list(zip(control["right"], own["right"], strict=True))
-    low, high = paired_interval(sum(c < s for c, s in pairs), sum(c > s for c, s in pairs), len(pairs))
+    both = paired(control["right"], own["right"])
     return {
         "name": student.name,
         "arch": student.shape.config(0)["architectures"][0],
@@ -164,10 +163,10 @@ def _row(student: Student, found: Mapping[str, Mapping[str, Any]], teacher: floa
         "pool": found["student"]["pool"],
         "thinking": own["value"],
         "control": control["value"],
-        "low": low,
-        "high": high,
+        "low": both.low,
+        "high": both.high,
         "kept": round(own["value"] / teacher, 4) if teacher else 0.0,
-        "n": len(pairs),
+        "n": both.n,
         "on_policy": found["on_policy"]["thinking"]["value"] if "on_policy" in found else None,
         "direct": found["student"]["direct"]["value"],
         "control_direct": found["control"]["direct"]["value"],

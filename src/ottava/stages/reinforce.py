@@ -18,7 +18,7 @@ from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
 from ottava.tasks import verify
 from ottava.tasks.base import problem_of, read_lines
-from ottava.tasks.statistics import paired_interval
+from ottava.tasks.statistics import paired
 from ottava.trainer.rl_spec import ReinforceSpec
 
 VERSION = "1"
@@ -69,9 +69,8 @@ def _trusted(label: Artifact, ctx: Context) -> None:
 
 def gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """{before, after, low, high: the paired 95% interval of the difference, n}, of the same problems."""
-    pairs = list(zip(before["right"], after["right"], strict=True))
-    low, high = paired_interval(sum(b < a for b, a in pairs), sum(b > a for b, a in pairs), len(pairs))
-    return {"before": before["value"], "after": after["value"], "low": low, "high": high, "n": len(pairs)}
+    found = paired(before["right"], after["right"])
+    return {"before": before["value"], "after": after["value"], "low": found.low, "high": found.high, "n": found.n}
 
 
 def _reason(spec: ReinforceSpec, proof: Mapping[str, Any], accuracy: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,17 @@ from pydantic import Field, model_validator
 from ottava.recipe import Frozen
 from ottava.trainer.supervised import Fraction, Positive, Supervised
 
+_TINY: dict[str, Any] = {
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "dtype": "bfloat16",
+}
+"""What every tiny model's config.json ends with: the ids are those of `models.chat.write_tiny`."""
+
 
 class Shape(Frozen):
     """A DeepSeek-V3 architecture: MLA attention, first layer dense, then experts with one shared."""
@@ -52,13 +63,7 @@ class Shape(Frozen):
             "qk_nope_head_dim": self.nope_dim,
             "qk_rope_head_dim": self.rope_dim,
             "v_head_dim": self.value_dim,
-            "max_position_embeddings": 128,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "bos_token_id": 2,
-            "dtype": "bfloat16",
+            **_TINY,
         }
 
 
@@ -91,13 +96,7 @@ class Dense(Frozen):
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.hidden // self.heads,
             "attention_bias": False,
-            "max_position_embeddings": 128,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            "bos_token_id": 2,
-            "dtype": "bfloat16",
+            **_TINY,
         }
 
 
