@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path: Path, monkeypa
             went_on += (out.with_name("out.part") / LOG).exists()
             child = in_a_child(lambda out=out: run(source, out, **options))
             time.sleep(rng.uniform(0, limit))
-            if os.waitpid(child, os.WNOHANG) != (0, 0):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                assert status == 0 or out.exists(), "it refused what a kill had left"
                 break
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
@@ -114,6 +117,67 @@ def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path: Path, monkeypa
         shutil.rmtree(out)
     assert kills >= 3
     assert went_on
+
+
+def test_stopped_while_it_gets_its_name(tmp_path: Path) -> None:
+    """The last calls of a conversion, each one the last that happens: no leftover is taken for somebody else's."""
+    source, out = save(tmp_path / "s", model(layers=1)), tmp_path / "out"
+    run(source, tmp_path / "whole")
+    wanted = files_of(tmp_path / "whole")
+    ends = []
+    for last in range(100):
+        left = last
+        real = {name: getattr(os, name) for name in ("fsync", "replace", "unlink")}
+
+        def counted(name: str, *args: Any, real: Mapping[str, Any] = real, **more: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            return real[name](*args, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in real:
+                patch.setattr(os, name, partial(counted, name))
+            try:
+                run(source, out)
+            except KeyboardInterrupt:
+                ends.append("out" if out.exists() else "part")
+            else:
+                break
+        if out.exists():
+            with pytest.raises(CheckpointError, match="not empty"):
+                run(source, out)
+        else:
+            run(source, out)
+        assert files_of(out) == wanted
+        assert names_in(tmp_path) == ["out", "s", "whole"]
+        shutil.rmtree(out)
+    assert {"part", "out"} == set(ends)
+
+
+def test_stopped_while_a_failure_is_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = save(tmp_path / "s", model(layers=1)), tmp_path / "out"
+    assert stopped(source, out, 1, monkeypatch)
+
+    def fail(done: int, total: int) -> None:
+        raise CheckpointError("a fault")
+
+    real, seen = Path.unlink, []
+
+    def once(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name == "out.part" and seen:
+            raise KeyboardInterrupt
+        seen.append(path.name)
+        real(path, missing_ok=missing_ok)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", once)
+        with pytest.raises(KeyboardInterrupt):
+            convert({"source": str(source), "out": str(out)}, fail)
+    assert seen
+    assert LOG in names_in(tmp_path / "out.part")
+    assert run(source, out)["tensors"] == len(model(layers=1))
 
 
 def stopped(source: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[str]:

@@ -3,8 +3,9 @@
 It holds the new files at their full size and a log. A line of the log names a weight whose bytes are on
 disk (they are flushed before the line is written), so a conversion that was killed, or lost its
 machine, goes on with the next weight. The log's first line says what is being converted and to what;
-if that is not the same task, everything starts anew. The log goes last: what is renamed to OUT is
-byte for byte what an undisturbed conversion makes.
+if that is not the same task, everything starts anew. At every moment a log marks the folder as this
+module's. When all is on disk the log gets another name, the folder becomes OUT, and the log goes: what
+stays is byte for byte what an undisturbed conversion makes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,12 +24,15 @@ from ottava.checkpoint.safetensors import INDEX
 from ottava.errors import CheckpointError, ResourceError, from_os_error
 
 LOG = "conversion.log"
+WHOLE = "conversion.whole.log"
+"""The log's name once everything is on disk. In OUT it is what a kill just before the end left."""
+
 SPARE = 16 << 20
 """Bytes left free for the small files."""
 
 HASH_BYTES = 32
 
-_PLAIN = (*COMPANIONS, INDEX, LOG, "config.json", "conversion.json", "rounding.json", "provenance.json")
+_PLAIN = (*COMPANIONS, INDEX, LOG, WHOLE, "config.json", "conversion.json", "rounding.json", "provenance.json")
 OURS = rf"([^/]+\.safetensors|{'|'.join(map(re.escape, _PLAIN))})(\.part)?"
 """The names of the files that an unfinished folder may hold. A folder with others is somebody else's."""
 
@@ -116,13 +119,15 @@ class Part:
         self.files.clear()
 
     def publish(self, out: Path) -> None:
-        """Flush everything, drop the log, and give the folder its name."""
-        (self.folder / LOG).unlink()
+        """Flush everything, give the folder its name, and drop the log."""
         if self._flush:
             for path in (*self.folder.iterdir(), self.folder):
                 fsync(path)
+        os.replace(self.folder / LOG, self.folder / WHOLE)
         os.replace(self.folder, out)
+        (out / WHOLE).unlink()
         if self._flush:
+            fsync(out)
             fsync(out.parent)
 
     def _resume(self, first: bytes, files: Mapping[str, tuple[bytes, int]]) -> bool:
@@ -181,7 +186,7 @@ def part_of(out: Path, *, flush: bool = True) -> Iterator[Part]:
     except Exception as error:
         told = from_os_error(error, f"writing {out.name}") if isinstance(error, OSError) else error
         if not (part.resumed and isinstance(told, ResourceError)):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         if told is not error:
             raise told from error
         raise
@@ -190,11 +195,16 @@ def part_of(out: Path, *, flush: bool = True) -> Iterator[Part]:
 
 
 def check_free(out: Path) -> None:
-    """Raise CheckpointError where `out` holds something already, or is no name that a folder can be given."""
+    """Raise CheckpointError where `out` holds something already, or is no name that a folder can be given.
+
+    The log that a kill left in a complete `out` goes on the way.
+    """
     if out.is_symlink() or not Path(os.path.abspath(out)).name:
         raise CheckpointError("the output must be a folder of its own, no link", where=out, fix="name another")
     if out.exists() and not out.is_dir():
         raise CheckpointError("a file is where the output folder would be", where=out, fix="name another folder")
+    if (out / WHOLE).is_file() and _is_part(out):
+        (out / WHOLE).unlink(missing_ok=True)
     if out.exists() and any(out.iterdir()):
         raise CheckpointError("the output folder is not empty", where=out, fix="delete it or name another")
 
@@ -224,7 +234,15 @@ def _is_part(folder: Path) -> bool:
     names = [path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
     if len(names) < len(list(folder.iterdir())) or not all(re.fullmatch(OURS, name) for name in names):
         return False
-    return not names or (LOG in names and _first_line(folder / LOG))
+    return not names or any(log in names and _first_line(folder / log) for log in (LOG, WHOLE))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder of this module's, its log last: whatever a kill leaves can be known for what it is."""
+    with suppress(OSError):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name in (LOG, WHOLE)):
+            path.unlink()
+        folder.rmdir()
 
 
 def _first_line(log: Path) -> bool:
