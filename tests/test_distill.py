@@ -44,8 +44,9 @@ def test_what_is_kept_is_right(begun: Path, dataset: Path, tmp_path: Path, monke
         assert chains.check_answer(problem, line["said"])
         assert problem.steps > 1
         sound += not chains.check_trace(problem, line["trace"])
-        assert line["evidence"]["steps_right"] == (not chains.check_trace(problem, line["trace"]))
+        assert (line["evidence"]["steps"] == "right") == (not chains.check_trace(problem, line["trace"]))
     assert (told["checked"], told["steps_right"]) == (len(lines), sound)
+    assert told["steps_respelt"] == sum(line["evidence"]["steps"] == "respelt" for line in lines)
 
 
 @pytest.mark.parametrize("more", [{}, {"samples": 3, "temperature": 1.0}])

@@ -53,7 +53,14 @@ STUDENTS = [
     student("llama-m", 588, 588, -0.02, 0.02, 72408),
     student("llama-l", 599, 420, 0.26, 0.34, 138000),
 ]
-TRACES = {"asked": 600, "right": 599, "checked": 599, "steps_right": 407, "steps_right_share": 0.6795}
+TRACES = {
+    "asked": 600,
+    "right": 599,
+    "checked": 599,
+    "steps_right": 407,
+    "steps_respelt": 150,
+    "steps_right_share": 0.6795,
+}
 ALGORITHMS = [
     {"name": "grpo", "gain": 0.083, "low": 0.06, "high": 0.106, "seeds": 5, "default": True},
     {"name": "gspo", "gain": -0.004, "low": -0.02, "high": 0.012, "seeds": 5, "default": False},
@@ -72,7 +79,9 @@ MORE_FILES: dict[str, dict[str, Any]] = {
     "reinforce": {"before.json": BEFORE, "evaluation.json": {**AFTER, "pools": {"nvidia": AFTER}}, "proof.json": PROOF},
     "distill": {
         "students.json": STUDENTS,
-        "traces/cold_start.jsonl": "".join(f'{{"steps_right": {str(n < 407).lower()}}}\n' for n in range(599)),
+        "traces/cold_start.jsonl": "".join(
+            f'{{"steps": "{"right" if n < 407 else "respelt" if n < 557 else "wrong"}"}}\n' for n in range(599)
+        ),
     },
 }
 
@@ -240,7 +249,8 @@ def test_each_claim_has_its_level_and_its_numbers(reasoned: Made) -> None:
     assert "qwen-xs -1.7 (-3.0 to -0.2)" in beside["how"]
     (steps,) = claims(content, "right steps")
     assert steps["claim"] == (
-        "Of the teacher's traces with a right answer, 67.9% have right steps (95%: 64.1% to 71.6%)"
+        "Of the teacher's traces with a right answer, 67.9% have right steps (95%: 64.1% to 71.6%); "
+        "25.0% more do the same steps in another writing"
     )
     (places,) = claims(content, "stand in for published ones")
     assert places["level"] == "rehearsal"
@@ -254,7 +264,7 @@ def test_the_commands_show_what_is_claimed(reasoned: Made) -> None:
     assert check("rollouts that were recorded").split() == ["5e" * 32] * 2
     assert check("Sampler and learner").split() == ['"gap_max":', "6.2e-06"]
     assert json.loads(check("keep at least")) == STUDENTS
-    assert '407 "steps_right": true' in check("right steps")
+    assert check("right steps").split("\n")[:2] == ['    150 "steps": "respelt"', '    407 "steps": "right"']
 
 
 @pytest.mark.parametrize(
@@ -366,8 +376,11 @@ def test_headlines_of_the_stages() -> None:
     assert terminal.headline("reinforce", MORE["reinforce"]).startswith("thinking 91.7% -> 99.8% (+8.2 points [+")
     assert terminal.headline("reinforce", MORE["reinforce"]).endswith("], n 600)")
     said = "2 of 4 students keep 98% of the teacher"
-    assert terminal.headline("distill", MORE["distill"]) == f"{said}; steps right in 68% of its traces"
-    unchecked = {**MORE["distill"], "traces": {**TRACES, "checked": 0, "steps_right": 0, "steps_right_share": None}}
+    assert terminal.headline("distill", MORE["distill"]) == f"{said}; steps right in 68% of its traces, respelt in 25%"
+    unchecked = {
+        **MORE["distill"],
+        "traces": {**TRACES, "checked": 0, "steps_right": 0, "steps_respelt": 0, "steps_right_share": None},
+    }
     assert terminal.headline("distill", unchecked) == said
 
 

@@ -74,6 +74,28 @@ def test_a_changed_step_is_found_and_only_that_one(problem: Problem, data: st.Da
     assert chains.check_trace(problem, " ".join(tokens)) == [max(0, (at - 1) // 3)]
 
 
+@given(problems(), st.data())
+def test_an_equivalent_trace_has_twins_of_the_operations_and_nothing_else(
+    problem: Problem, data: st.DataObject
+) -> None:
+    """The oracle: a trace is equivalent if it is the gold trace of a question of the same family."""
+    gold = chains.trace(problem).split(" ")
+    twins = [
+        data.draw(st.sampled_from([o for o in chains.OPERATIONS if _same(o, operation)])) for operation in gold[2::3]
+    ]
+    gold[2::3] = twins
+    assert chains.equivalent(problem, " ".join(gold))
+    at = data.draw(st.integers(0, len(gold) - 1))
+    gold[at] = data.draw(st.sampled_from([t for t in [*chains.vocabulary(), ""] if t != gold[at]]))
+    still = at % 3 == 2 and gold[at] in chains.OPERATIONS and _same(gold[at], twins[at // 3])
+    assert chains.equivalent(problem, " ".join(gold)) == still
+    assert not chains.equivalent(problem, " ".join(gold[:-1]))
+
+
+def _same(one: str, other: str) -> bool:
+    return all(chains.apply(digit, one) == chains.apply(digit, other) for digit in range(10))
+
+
 @given(problems(), st.text(alphabet="0123456789abc+-* =", max_size=30))
 def test_only_the_gold_text_passes(problem: Problem, text: str) -> None:
     gold = chains.trace(problem)

@@ -17,7 +17,7 @@ from ottava.tasks.statistics import paired_interval, wilson
 
 KEEPS = 0.98  # of the teacher's accuracy, for a student to count as having kept it
 STUDENT = ("name", "arch", "params", "thinking", "control", "low", "high", "kept", "n", "stands_for", "pool")
-ASKED = ("asked", "right", "checked", "steps_right", "steps_right_share")
+ASKED = ("asked", "right", "checked", "steps_right", "steps_respelt", "steps_right_share")
 ALGORITHM = ("name", "gain", "low", "high", "seeds", "default")
 
 
@@ -210,11 +210,12 @@ def _traced(found: Content) -> Iterator[dict[str, Any]]:
     yield row(
         "measured",
         f"Of the teacher's traces with a right answer, {percent(_share(traces))} have right steps "
-        f"(95%: {interval(traces)})",
+        f"(95%: {interval(traces)}); {percent(traces['steps_respelt'] / traces['checked'])} more do the same steps in "
+        "another writing",
         f"{traces['asked']:,} problems asked, {traces['right']:,} answered rightly, {traces['checked']:,} traces "
         "checked step by step, Wilson interval; the students learn from every right answer, whatever its steps",
         None,
-        f"grep -o '\"steps_right\": *[a-z]*' {artifact(found, 'distill')}/traces/cold_start.jsonl | sort | uniq -c",
+        f'grep -o \'"steps": *"[a-z]*"\' {artifact(found, "distill")}/traces/cold_start.jsonl | sort | uniq -c',
     )
 
 

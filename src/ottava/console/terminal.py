@@ -199,7 +199,8 @@ def _distill(summary: Mapping[str, Any]) -> str:
     kept = f"{keeping(students, summary['teacher'])} of {len(students)} students keep {KEEPS:.0%} of the teacher"
     if not traces["checked"]:
         return kept
-    return f"{kept}; steps right in {traces['steps_right'] / traces['checked']:.0%} of its traces"
+    right, respelt = (traces[name] / traces["checked"] for name in ("steps_right", "steps_respelt"))
+    return f"{kept}; steps right in {right:.0%} of its traces, respelt in {respelt:.0%}"
 
 
 def _serve(summary: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """A teacher's own solutions that were found right: rejection sampling, as R1 made its second training set.
 
-A right answer does not prove right steps; where the task knows its traces, the share of right ones is counted.
+A right answer does not prove right steps; where the task knows its traces, the right ones are counted, and those that
+do the same steps in another writing.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from ottava import platforms, tasks
 from ottava.artifact import Artifact, write_json
@@ -22,7 +24,7 @@ from ottava.labels.hygiene import require_disjoint
 from ottava.models.chat import Chat
 from ottava.models.load import load
 from ottava.tasks import Problem, Task
-from ottava.tasks.base import problem_of, read_lines, row, write_lines
+from ottava.tasks.base import Traced, problem_of, read_lines, row, write_lines
 from ottava.tasks.verify import grade
 from ottava.trainer.spec import Harvest
 
@@ -31,7 +33,7 @@ BATCH = 256
 
 def collect(asked: Harvest, teacher: Artifact, label: Artifact, ctx: Context, out: Path) -> dict[str, Any]:
     """Fill the folder `out` with a data set as the label artifact's is, with the teacher's traces in the place of the
-    cold start's: {asked, right, checked, steps_right, steps_right_share}.
+    cold start's: {asked, right, checked, steps_right, steps_respelt, steps_right_share}.
 
     Asked once: what is in the stage's work folder is not asked again. Raises DataError where the teacher is right in
     nothing, or a problem is of the test set.
@@ -76,8 +78,8 @@ def ask(args: Mapping[str, Any]) -> dict[str, int]:
     """Ask a model this worker's part of the problems, and write what was right as `part-RANK.jsonl`, in order.
 
     args: model and data (folders), task, asks (how many problems with several steps), samples, temperature, seed,
-    out (a folder), platform. Returns asked, right, checked and steps_right: of the `checked` right answers, so many
-    have right steps.
+    out (a folder), platform. Returns asked, right, checked, steps_right and steps_respelt: of the `checked` right
+    answers, so many have right steps, and so many more are right but for how their steps are written.
     """
     device = platforms.asked(args).open()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -86,20 +88,34 @@ def ask(args: Mapping[str, Any]) -> dict[str, int]:
     asked = [problem for problem in everything if problem.steps > 1][: args["asks"]]
     own = list(enumerate(asked))[rank::world]
     chat, engine = Chat.load(folder), InProcess(load(folder).to(device))
-    lines, checked, sound = [], 0, 0
+    lines, steps = [], Counter[str]()
     for start in range(0, len(own), BATCH):
         chunk = own[start : start + BATCH]
         for (number, problem), found in zip(chunk, _solutions(engine, chat, task, chunk, args), strict=True):
             if found is None:
                 continue
             trace, answer = found
-            check = getattr(task, "check_trace", None)
-            wrong = check(problem, trace) if check is not None else None
-            checked, sound = checked + (wrong is not None), sound + (wrong == [])
-            said = {"evidence": {"verified": True, "steps_right": None if wrong is None else not wrong}}
-            lines.append(row(task.NAME, problem, trace=trace, sources=["teacher"], number=number, said=answer, **said))
+            kind = _steps(task, problem, trace)
+            steps[kind] += 1
+            evidence = {"verified": True, "steps": kind}
+            lines.append(
+                row(task.NAME, problem, trace=trace, sources=["teacher"], number=number, said=answer, evidence=evidence)
+            )
     write_lines(Path(args["out"]) / f"part-{rank}.jsonl", lines)
-    return {"asked": len(own), "right": len(lines), "checked": checked, "steps_right": sound}
+    return {
+        "asked": len(own), "right": len(lines), "checked": len(lines) - steps["unknown"],
+        "steps_right": steps["right"], "steps_respelt": steps["respelt"],
+    }  # fmt: skip
+
+
+def _steps(task: Task, problem: Problem, trace: str) -> Literal["right", "respelt", "wrong", "unknown"]:
+    """What the steps of a trace with a right answer are, as far as the task can tell."""
+    if not hasattr(task, "check_trace"):
+        return "unknown"
+    knows = cast(Traced, task)
+    if not knows.check_trace(problem, trace):
+        return "right"
+    return "respelt" if knows.equivalent(problem, trace) else "wrong"
 
 
 def _solutions(

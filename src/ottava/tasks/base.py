@@ -110,6 +110,9 @@ class Traced(Task, Protocol):
     def check_trace(self, problem: Problem, trace: str) -> list[int]:
         """The indices of the wrong steps, from 0; empty where the trace is right."""
 
+    def equivalent(self, problem: Problem, trace: str) -> bool:
+        """Whether the steps are right but for how they are written. True of a right trace."""
+
 
 def names(*, traced: bool = False) -> list[str]:
     """How the names of the tasks that there are are written. traced: of those that are known to have traces."""

@@ -109,6 +109,17 @@ def check_trace(problem: Problem, trace: str) -> list[int]:
     return sorted(wrong)
 
 
+def equivalent(problem: Problem, trace: str) -> bool:
+    """Whether `trace` has the right values after operations that are the question's modulo 10 (+7 for -3)."""
+    start, operations = parse(problem.question)
+    gold, have = write_trace(start, operations, values(problem.question)).split(" "), trace.split(" ")
+    written = have[2::3]
+    if len(have) != len(gold) or not set(written) <= set(OPERATIONS):
+        return False
+    have[2::3] = operations if list(map(_residue, written)) == list(map(_residue, operations)) else written
+    return have == gold
+
+
 def well_formed(problem: Problem, trace: str, answer: str) -> bool:
     """Whether the trace has the shape of one: all steps in order, known tokens, ending in `answer`.
 
@@ -195,6 +206,7 @@ class Fresh:
     canonical, family = staticmethod(canonical), staticmethod(family)
     vocabulary, trace = staticmethod(vocabulary), staticmethod(trace)
     well_formed, check_trace = staticmethod(well_formed), staticmethod(check_trace)
+    equivalent = staticmethod(equivalent)
     prompt, check_answer = staticmethod(prompt), staticmethod(check_answer)
 
 
