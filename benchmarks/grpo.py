@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from benchmarks.common import options, show, throughput
 from benchmarks.rollout import VOCABULARY, teacher
+from benchmarks.turns import Turns
 
 PROMPTS, GROUP, REPLY, TEMPERATURE = 32, 8, 22, 1.5
 BLOCK = 2  # steps in one measurement
@@ -104,33 +104,21 @@ class Ours:
 
 
 class Theirs:
-    """GRPOTrainer in a thread of its own, which runs BLOCK steps when it is asked to, and else waits."""
+    """TRL's GRPOTrainer on the same model and prompts."""
 
     def __init__(self, folder: Path):
         from datasets import Dataset
         from tokenizers import Tokenizer
         from tokenizers.models import WordLevel
         from tokenizers.pre_tokenizers import WhitespaceSplit
-        from transformers import PreTrainedTokenizerFast, TrainerCallback
+        from transformers import PreTrainedTokenizerFast
         from trl import GRPOConfig, GRPOTrainer
 
         from ottava.models.chat import Chat
         from ottava.models.load import load
         from ottava.tasks.base import problem_of, read_lines
 
-        self._go, self._done, self._over = threading.Semaphore(0), threading.Semaphore(0), False
-        self._error: BaseException | None = None
         self.ids = self.replies = 0
-        turns = self
-
-        class Turns(TrainerCallback):  # type: ignore[misc]
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-                if state.global_step % BLOCK == 0:
-                    turns._done.release()
-                    turns._go.acquire()
-                control.should_training_stop = turns._over
-                return control
-
         chat = Chat.load(folder / "model")
         words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
         words.pre_tokenizer = WhitespaceSplit()
@@ -138,7 +126,7 @@ class Theirs:
         prompts = [" ".join(f"w{number}" for number in ids) for ids in chat.prompts(asked, thinking=True)]
 
         def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-            turns.ids, turns.replies = turns.ids + sum(map(len, completion_ids)), turns.replies + len(completion_ids)
+            self.ids, self.replies = self.ids + sum(map(len, completion_ids)), self.replies + len(completion_ids)
             return [parity(ids) for ids in completion_ids]
 
         config = GRPOConfig(
@@ -149,48 +137,22 @@ class Theirs:
             gradient_checkpointing=False, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
         stop = f"w{chat.stop_ids[0]}"
-        self._trainer = GRPOTrainer(
+        trainer = GRPOTrainer(
             load(folder / "model").train(), reward, config,
             train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token=stop),
-            callbacks=[Turns()],
         )  # fmt: skip
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        self._go.acquire()
-        try:
-            self._trainer.train()
-        except BaseException as error:
-            self._error = error
-        self._done.release()
+        self._turns = Turns(trainer, BLOCK)
+        self.end = self._turns.end
 
     @property
     def mean(self) -> float:
         return self.ids / self.replies
 
     def block(self) -> float:
-        """Seconds an id. The thread that waits costs nothing."""
-        import torch
-
-        if not self._thread.is_alive():
-            self._thread.start()
-        pinned = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)  # what our trainer pins would cost TRL's most of its speed
-        begun, before = time.process_time(), self.ids
-        self._go.release()
-        self._done.acquire()
-        seconds = time.process_time() - begun
-        torch.use_deterministic_algorithms(pinned)
-        if self._error is not None:
-            raise self._error
+        """Seconds an id."""
+        before, seconds = self.ids, self._turns.block()
         return seconds / (self.ids - before)
-
-    def end(self) -> None:
-        """Stop it."""
-        self._over = True
-        self._go.release()
-        self._thread.join()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ottava.models.build import fresh
 from ottava.models.load import load
 from ottava.tasks import Problem
 from ottava.trainer import groups, records, snapshot
+from ottava.trainer.advantages import advantages, overlong
 from ottava.trainer.rl_spec import PRESETS, PolicySpec, ReinforceSpec
 from ottava.trainer.routing import replay
 from ottava.trainer.spec import Shape
@@ -187,10 +188,26 @@ def test_rewards_fall_towards_the_longest_reply(begun: Path, dataset: Path, tmp_
     for *_, path in records.listed(tmp_path):
         record = records.read(path, "r")
         for length, reward in zip(record.rollouts.reply_lengths.tolist(), record.rewards.tolist(), strict=True):
-            less = min(0.0, (12 - length) / 12)
+            less = min(0.0, (12 - length) / 12) / 2
             assert reward in (pytest.approx(less), pytest.approx(1 + less))
             long += less < 0
     assert long > 0, "some replies are longer than half of max_new"
+
+
+def test_length_weighs_as_much_beside_being_right_as_in_dapo(begun: Path, dataset: Path, tmp_path: Path) -> None:
+    """There right and wrong are 1 and -1 (arXiv 2503.14476, eq. 7, 13), here 1 and 0: the advantages are the same."""
+    World(base(begun, dataset, small(policy={"overlong": 0.5}), tmp_path), 1).step()
+    lengths = torch.cat([records.read(path, "r").rollouts.reply_lengths for *_, path in records.listed(tmp_path)])
+    rewards = torch.cat([records.read(path, "r").rewards for *_, path in records.listed(tmp_path)])
+    less = overlong(lengths, 24, 12)
+    right = (rewards - less / 2).round()
+    published = advantages((2 * right - 1 + less).view(-1, 4)).values
+    assert (right == 1).any()
+    assert (right == 0).any()
+    assert published.abs().max() > 0.5
+    assert torch.allclose(advantages(rewards.view(-1, 4)).values, published, atol=1e-2), (
+        "but for what is added to spreads"
+    )
 
 
 def test_replies_that_were_cut_off_can_be_left_out(begun: Path, dataset: Path) -> None:

@@ -18,7 +18,8 @@ from ottava.journal import Journal, read
 from ottava.models.load import load
 from ottava.recipe import Pool
 from ottava.supervisor.loop import Run, supervise
-from ottava.trainer import records, reduce, snapshot
+from ottava.trainer import grpo, mismatch, records, reduce, snapshot
+from ottava.trainer.advantages import advantages
 from ottava.trainer.grpo import Grpo
 from ottava.trainer.guard import Alarm
 from ottava.trainer.rl_spec import ReinforceSpec
@@ -109,6 +110,23 @@ def test_a_restart_changes_nothing(
         worker.state.restore(snapshot.Snapshot(kept.step, kept.layout, bytes(kept.payload)))
     assert again.run(STEPS) == whole[0]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_what_a_minibatch_is_worth_is_found_once(begun: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by each of the four shards, and not again in the second pass over the same replies."""
+    counted, found = [], advantages
+
+    def counting(rewards: torch.Tensor, *how: Any) -> Any:
+        counted.append(tuple(rewards.shape))
+        return found(rewards, *how)
+
+    monkeypatch.setattr(grpo, "advantages", counting)
+    world = World(base(begun, dataset, spec(rollout={"minibatches": 2})), 1)
+    for _ in range(4):
+        world.step()
+    assert counted.count((4 * 2, 4)) == 2, "two minibatches of two groups of each shard"
+    world.step()
+    assert counted.count((4 * 2, 4)) == 3, "other replies"
 
 
 def test_replies_that_are_gone_send_the_run_back(begun: Path, dataset: Path, tmp_path: Path) -> None:
@@ -215,6 +233,8 @@ def test_the_gate_tells_its_floor_and_the_watch_stays_still(begun: Path, dataset
     assert 0 < told["gap_max"] <= 8 * told["floor_high"] < 1e-3
     world.run(STEPS)
     assert world.report.told["gap_max"] <= 8 * told["floor_high"]
+    assert world.report.told["gap_bound"] == 8 * told["floor_high"], "of replies that were drawn above temperature 1"
+    assert mismatch.HIGH == 8, "as the report says"
 
 
 def test_a_gate_changes_no_bit(begun: Path, dataset: Path, tmp_path: Path, whole: tuple[str, Path]) -> None:

@@ -22,7 +22,7 @@ from ottava.models.build import fresh, from_config
 from ottava.models.load import load
 from ottava.models.published import published, stored, unrounded
 from ottava.recipe import load_recipe
-from ottava.stages import problems
+from ottava.stages import problems, reinforce
 from ottava.stages import start as begin
 from ottava.tasks.base import generator, task_of
 from ottava.trainer import reduce, snapshot
@@ -408,6 +408,23 @@ def test_problems_whose_verifier_says_yes_to_everything_are_refused(
     with pytest.raises(DataError, match="must not be trusted"):
         problems.run(problems_spec(), {}, Publishing(tmp_path))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_verifier_is_tried_once_for_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whom the problems were made, or else by the stage that is to learn from it."""
+    from ottava.artifact import Artifact
+    from ottava.tasks import chains
+
+    ctx: Any = Publishing(tmp_path)
+    problems.run(problems_spec(), {}, ctx)
+    spec, files = problems_spec().model_dump(mode="json"), {"answers.jsonl": {}}
+    tried = Artifact(tmp_path, {"stage": "problems", "spec": spec, "files": files, "summary": ctx.summary})
+    untried = Artifact(tmp_path, {**tried.manifest, "stage": "label", "summary": {}})
+    reinforce._trusted(untried, ctx)
+    monkeypatch.setattr(chains, "check_answer", lambda problem, text: True)
+    reinforce._trusted(tried, ctx)
+    with pytest.raises(DataError, match="must not be learnt from"):
+        reinforce._trusted(untried, ctx)
 
 
 def test_a_leak_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

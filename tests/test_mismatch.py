@@ -29,7 +29,6 @@ from ottava.engine.remote import Remote
 from ottava.engine.rollout import Engine, InProcess, Sampling
 from ottava.errors import CheckpointError, DataError, PlatformError
 from ottava.fp8.codec import project
-from ottava.models.build import from_config
 from ottava.models.load import load
 from ottava.models.published import matrices, published
 from ottava.recipe import Pool
@@ -39,7 +38,7 @@ from ottava.trainer.guard import Alarm
 from ottava.trainer.mismatch import Floor, Gap, Said
 from tests.engines import survey
 from tests.test_engine import END
-from tests.test_rollout import VARIANTS
+from tests.test_rollout import VARIANTS, random_model
 
 PROMPTS = [[3, 7, 8, 9 + row, 10, 11, 12] for row in range(24)]
 MLA = "mla"
@@ -48,18 +47,12 @@ MLA = "mla"
 @cache
 def made(name: str, seed: int = 0) -> nn.Module:
     """A random model on the grid."""
-    model = from_config(VARIANTS[name])
-    torch.manual_seed(seed)
+    model: nn.Module = random_model(name, seed)
     with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            if "norm" in key or "bias" in key:
-                tensor.normal_(1.0 if "norm" in key else 0.0, 0.2)
-            else:
-                tensor.normal_(0, 1.0 if "embed" in key or "head" in key else 1.5 / tensor.shape[-1] ** 0.5)
         for key, parameter in model.named_parameters():
             view, storage = matrices(key, parameter.data)
             view.copy_(project(view) if storage == "fp8" else view.bfloat16())
-    return model.eval()
+    return model
 
 
 @cache

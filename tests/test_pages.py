@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from ottava import stages
+from ottava.recipe import load_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (
@@ -15,6 +19,14 @@ SAID = (
     "Commands on this page need the project's environment: `source .venv/bin/activate` once, or `.venv/bin/` before "
     "each of them."
 )
+
+
+def test_the_recipe_with_an_engine_of_its_own_loads(tmp_path: Path) -> None:
+    (snippet,) = re.findall(r"(?s)```yaml\n(.*?)```", (DOCS / "reasoning.md").read_text())
+    (tmp_path / "engine.yaml").write_text(snippet)
+    its: Any = load_recipe(tmp_path / "engine.yaml", stages.specs()).stages["reinforce"]
+    assert (its.rollout.engine.layout, its.rollout.engine.dtype) == ("bf16", "bfloat16")
+    assert its.rollout.engine.url == "http://127.0.0.1:8000"
 
 
 @pytest.mark.parametrize("page", PAGES)

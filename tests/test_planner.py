@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ottava import recipe
+from ottava import stages as house
 from ottava.artifact import Artifact
 from ottava.context import Context
 from ottava.errors import LauncherGone, OttavaError, PlatformError, RecipeError, ResourceError
@@ -253,7 +254,8 @@ def stages(**pinned: str) -> dict[str, recipe.Spec]:
 
 def speed(isa: str = "AVX512", factor: float = 1.0, step: float = 0.05, parameters: float = 137_600) -> plan.Speed:
     gflops = plan.Spec().reference_gflops[isa] / factor
-    return plan.Speed(gflops, isa, step, 600, 640.0, parameters, active_parameters=100_736, flops_per_token=604_416)
+    parts = {"train": (plan.Part("steps", 600, step),)}
+    return plan.Speed(gflops, isa, parts, 600, 640.0, parameters, active_parameters=100_736, flops_per_token=604_416)
 
 
 def make(spec: plan.Spec = DEFAULT, pinned: Mapping[str, str] = {}, **speeds: plan.Speed) -> dict[str, Any]:
@@ -385,9 +387,10 @@ class Launcher:
             return [{"together_gflops": 100.0 + rank, "instruction_set": isa} for rank in range(workers)]
         assert target == STEPS
         assert args["spec"]["steps"] == 600
-        answer = {"tokens_per_s": 10_000.0, "tokens_per_step": 640.0, "parameters": 137_600}
-        answer |= {"active_parameters": 100_736, "flops_per_token": 604_416}
-        return [{**answer, "step_seconds": 0.05 + 0.01 * rank} for rank in range(workers)]
+        answer = {"tokens_per_s": 10_000.0, "tokens_per_step": 640.0, "parameters": 137_600, "steps": 600}
+        answer |= {"active_parameters": 100_736, "flops_per_token": 604_416, "busy_seconds": 0.0}
+        parts = [[("steps", 600, 0.05 + 0.01 * rank), ("starts", 3, None)] for rank in range(workers)]
+        return [{**answer, "parts": each} for each in parts]
 
 
 def run_plan(tmp_path: Path, launcher: Launcher, fleet: Fleet = LAPTOP, **kinds: recipe.Spec) -> Artifact:
@@ -421,7 +424,10 @@ def test_the_stage_measures_each_pool_and_writes_the_plan(tmp_path: Path) -> Non
     asked = {(pool, workers) for target, pool, workers in launcher.asked if target != reach.PRESENCE}
     assert asked == {("ascend", 2), ("nvidia", 2)}
     train = next(stage for stage in result["stages"] if stage["name"] == "train")
-    assert train["seconds"] == pytest.approx(600 * 0.06)  # the slowest worker sets the pace
+    start = result["measured"]["ascend"]["start_seconds"]
+    assert 0 < start < 5
+    assert train["seconds"] == pytest.approx(600 * 0.06 + 3 * start, abs=2e-3)  # the slowest worker sets the pace
+    assert train["basis"].startswith("measured: 600 steps of 60 ms, 3 starts of ")
     assert result["measured"]["ascend"]["gflops"] == 100.0
     work = result["reference"]["works"]["train"]
     assert (work["parameters"], work["tokens"], work["flops"]) == (100_736, 600 * 640, 604_416 * 600 * 640)
@@ -437,6 +443,42 @@ def test_a_recipe_without_training_is_planned_from_budgets(tmp_path: Path) -> No
     assert {target for target, *_ in launcher.asked} == {reach.PRESENCE, MATMUL}
     assert result["stages"][0]["seconds"] == pytest.approx(5 * 155 / 100)
     assert set(result["reference"]["works"]) == {"at_scale"}
+
+
+def tiny() -> dict[str, recipe.Spec]:
+    return dict(recipe.load_recipe(FLEETS.parent / "recipes" / "tiny.yaml", house.specs()).stages)
+
+
+def test_a_stage_is_more_than_its_steps() -> None:
+    """Counted by hand for recipes/tiny.yaml: what is started, answered and stepped, on two workers of two pools."""
+    from ottava.trainer import probe
+    from ottava.trainer.spec import TrainSpec
+
+    whole = tiny()
+    assert plan._tests(whole) == 600
+    asked = plan._students(whole)
+    assert asked is not None
+    assert (len(asked["specs"]), asked["asks"]) == (6, 4800)
+    train = whole["train"].model_dump(mode="json")
+    small = {**train, "shape": {**train["shape"], "experts": 2}, "batch": 2, "virtual_shards": 1}
+    told = {
+        name: count
+        for name, count, _ in probe.throughput({"spec": small, "repeats": 1, "tests": 600, "pools": 2})["parts"]
+    }
+    assert told == {
+        "steps, a run and its replay": 2 * 650,
+        "steps by one worker, the drift": 24 * (3 + 5),  # one worker: five replicas one after the other
+        "starts of the drift": 4 + 5,
+        "starts": 2 * 2 + 1 + 2,  # a run and its replay on two pools each, an export, two evaluations
+        "answers": 2 * 600,
+    }
+    calm = TrainSpec.model_validate({**small, "fault": None})
+    assert probe._drift(calm, 0, 1, 0.1) == []
+    asked["specs"] = [{**spec, "batch": 2, "virtual_shards": 1} for spec in asked["specs"]]
+    found = probe.students({**asked, "repeats": 1, "tests": 600, "teacher_answer_seconds": 0.001})["parts"]
+    assert {name: count for name, count, _ in found} == {
+        "steps": 12 * 500, "answers": 12 * 600, "answers of the teacher": 4800, "starts": 1 + 36,
+    }  # fmt: skip
 
 
 def test_the_stages_do_not_import_torch() -> None:

@@ -17,6 +17,7 @@ from ottava import stages as house
 from ottava.console import dots, reasoning, report, source, terminal, words
 from ottava.console.charts import Move
 from ottava.console.history import Generation, generations
+from ottava.errors import ArtifactError
 from ottava.tasks.statistics import paired, wilson
 from tests.test_report import ACCURACY, FALLBACK, FILES, HOSTILE, SECONDS, SUMMARIES, Made, claims, entry, page
 
@@ -24,6 +25,7 @@ STAGES = ("qualify", "label", "train", "reinforce", "distill", "convert", "verif
 N, EVERY, GENERATIONS = 600, 2, 40
 WRONG_BEFORE, WRONG_AFTER = range(50), range(599, 600)  # 50 wrong before; all of them are right after, and one is not
 GAPS = {"reinforce": 6.2e-6, "reinforce-replay": 0.5}
+TOLD: dict[str, float] = {}  # more that every step tells
 
 
 def evaluated(wrong: range) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def generation_events(made: Made, phase: str, count: int = GENERATIONS, pools: t
         about = {"generation": number, "reward": 0.5 + 0.4 * number / GENERATIONS, "mixed": 0.333}
         for update in range(EVERY):
             gap = GAPS[phase] if number == 7 else 1e-6
-            step = {"step": EVERY * number + update + 1, "loss": -0.001, "gap": 2e-7, "gap_max": gap}
+            step = {"step": EVERY * number + update + 1, "loss": -0.001, "gap": 2e-7, "gap_max": gap, **TOLD}
             made.event("train.step", phase=phase, pool=pool, **about, **step)
 
 
@@ -220,6 +222,17 @@ def test_no_other_model_stands_for_an_altered_one(reasoned: Made) -> None:
     report.write(reasoned.folder)
 
 
+def test_answers_that_cannot_be_paired_are_records_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {**BEFORE, "thinking": {**BEFORE["thinking"], "right": BEFORE["thinking"]["right"][1:]}}
+    monkeypatch.setitem(FILES, "reinforce", {**MORE_FILES["reinforce"], "before.json": short})
+    made = walk(Made(tmp_path / "run", STAGES), *STAGES)
+    with pytest.raises(ArtifactError, match="cannot be read") as error:
+        report.build(made.folder)
+    assert error.value.where == str(made.folder.resolve())
+
+
 # --- claims ------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +278,25 @@ def test_the_commands_show_what_is_claimed(reasoned: Made) -> None:
     assert check("Sampler and learner").split() == ['"gap_max":', "6.2e-06"]
     assert json.loads(check("keep at least")) == STUDENTS
     assert check("right steps").split("\n")[:2] == ['    150 "steps": "respelt"', '    407 "steps": "right"']
+
+
+@pytest.mark.parametrize(("bound", "holds"), [(7e-6, True), (6e-6, False)])
+def test_the_largest_gap_is_held_against_what_rounding_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: float, holds: bool
+) -> None:
+    """Every generation against what was told with it; where one was told nothing, nothing is claimed of the whole."""
+    made = Made(tmp_path / "run", STAGES[:4])
+    monkeypatch.setitem(TOLD, "gap_bound", bound)
+    walk(made, *STAGES[:4])
+    content = report.build(made.folder)
+    assert (content["reinforce"]["gap_bound"], content["reinforce"]["gap_within"]) == (bound, holds)
+    (gap,) = claims(content, "Sampler and learner")
+    assert gap["holds"] is holds
+    assert f"held against {words.scientific(bound)} nats, 8 times" in gap["how"]
+    said = f"within 6.2e-6 nats a token, {words.scientific(bound)} allowed"
+    assert said in " ".join(report.text(content).split())
+    drawn = [Generation(n, 0.5, 0.5, 1e-7, 1e-6, "a", n, bound) for n, bound in enumerate((1e-5, None))]
+    assert reasoning._bounded(drawn) == {"gap_bound": None, "gap_within": None}
 
 
 @pytest.mark.parametrize(

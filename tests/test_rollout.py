@@ -67,22 +67,28 @@ VARIANTS: dict[str, dict[str, Any]] = FAMILIES | {
 }
 
 
-@cache
-def built(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model whose values float32 and float64 both hold; norms and biases are random too."""
+def random_model(name: str, seed: int = 0) -> Any:
+    """A model of VARIANTS whose every value is random, norms and biases too: at first none would tell a fault."""
     model = from_config(VARIANTS[name])
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if "norm" in key or "bias" in key:
                 tensor.normal_(1.0 if "norm" in key else 0.0, 0.2)
             else:
                 tensor.normal_(0, 1.0 if "embed" in key or "head" in key else 1.5 / tensor.shape[-1] ** 0.5)
+    return model.eval()
+
+
+@cache
+def built(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model whose values float32 and float64 both hold."""
+    model = random_model(name)
     if dtype == torch.float64:
         model = model.double()
         if hasattr(model.config, "n_routed_experts"):
-            model.set_experts_implementation("eager")  # type: ignore[operator]
-    return model.eval()
+            model.set_experts_implementation("eager")
+    return model
 
 
 class Wide(TorchFunctionMode):

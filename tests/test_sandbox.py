@@ -119,7 +119,18 @@ def test_results_that_are_forged_on_the_pipe_must_still_be_right(judge: Judge) -
     assert judge(forged).kind == "wrong"
     assert judge(forged.replace("1}", "[[[}")).kind == "wrong"
     deep = """{"value": ' + b'[' * 5000 + b']' * 5000 + b'}\\n"""
-    assert judge(forged.replace('{"value": 1}\\n', deep)).why in ("unreadable value", "ended early")
+    assert judge(forged.replace('{"value": 1}\\n', deep)).why == "unreadable value"
+
+
+@pytest.mark.parametrize("code", [None, 0, -9])
+def test_a_forged_line_is_what_it_is_however_the_process_ended(code: int | None) -> None:
+    """Which of the two is known first is up to the machine, and must not decide the verdict."""
+    ends = {None: "ended early", 0: "ended early", -9: "killed by SIGKILL"}
+    for line, why in ((b"[[[\n", "unreadable value"), (b'{"value": 4}\n{"va', ends[code]), (b"", ends[code])):
+        pipes = {"results": bytearray(line), "stderr": bytearray()}
+        ended = sandbox._Ended(pipes, walls=Walls(True, True, True), code=code)
+        verdict = sandbox._values(ended, DOUBLE, SHORT)
+        assert (verdict.kind, verdict.why) == ("wrong", why)
 
 
 def test_the_expected_values_are_not_inside(judge: Judge) -> None:

@@ -13,13 +13,13 @@ import importlib.util
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import throughput
+from benchmarks.turns import Turns
 
 LENGTH = 64  # positions of an example that the model computes
 EXAMPLES = 256
@@ -75,7 +75,7 @@ def steps(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Theirs:
-    """SFTTrainer in a thread of its own, which runs BLOCK steps when it is asked to, and else waits."""
+    """TRL's SFTTrainer on the same initial model and tokens."""
 
     def __init__(self, spec: Any, tokens: Any, vocabulary: int, folder: str):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # one process: it need not wrap its model
@@ -83,22 +83,10 @@ class Theirs:
         from datasets import Dataset
         from tokenizers import Tokenizer
         from tokenizers.models import WordLevel
-        from transformers import PreTrainedTokenizerFast, TrainerCallback
+        from transformers import PreTrainedTokenizerFast
         from trl import SFTConfig, SFTTrainer
 
         from ottava.models.build import from_config, initialise
-
-        self._go, self._done, self._steps, self._over = threading.Semaphore(0), threading.Semaphore(0), 0, False
-        turns = self
-
-        class Turns(TrainerCallback):  # type: ignore[misc]
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-                turns._steps = state.global_step
-                if state.global_step % BLOCK == 0:
-                    turns._done.release()
-                    turns._go.acquire()
-                control.should_training_stop = turns._over
-                return control
 
         model = from_config(spec.shape.config(vocabulary)).train()
         initialise(model, 0)
@@ -115,40 +103,15 @@ class Theirs:
             model, config,
             train_dataset=Dataset.from_list([{"input_ids": row, "labels": row} for row in tokens.tolist()]),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1"),
-            callbacks=[Turns()],
         )  # fmt: skip
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._error: BaseException | None = None
-
-    def _run(self) -> None:
-        self._go.acquire()
-        try:
-            self._trainer.train()
-        except BaseException as error:
-            self._error = error
-        self._done.release()
+        self._turns = Turns(self._trainer, BLOCK)
 
     def block(self) -> float:
-        """Seconds a step, over BLOCK of them. The thread that waits costs nothing."""
-        import torch
-
-        if not self._thread.is_alive():
-            self._thread.start()
-        pinned = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)  # what our trainer pins would cost TRL's most of its speed
-        begun = time.process_time()
-        self._go.release()
-        self._done.acquire()
-        seconds = (time.process_time() - begun) / BLOCK
-        torch.use_deterministic_algorithms(pinned)
-        if self._error is not None:
-            raise self._error
-        return seconds
+        """Seconds a step, over BLOCK of them."""
+        return self._turns.block() / BLOCK
 
     def end(self, tokens: int) -> None:
         """Stop it. tokens: a step's, which it must have trained on: a baseline that did less would be faster."""
-        self._over = True
-        self._go.release()
-        self._thread.join()
+        self._turns.end()
         done = self._trainer._total_train_tokens
-        assert done == tokens * self._steps, (done, tokens, self._steps)
+        assert done == tokens * self._turns.steps, (done, tokens, self._turns.steps)

@@ -46,7 +46,8 @@ class Generation:
     """One generation of rollouts, numbered as in the journal, and the updates that learned from it.
 
     reward: the mean of its replies; mixed: the share of its groups with unequal rewards, the ones that teach; gap_max:
-    the largest difference of a token's log-probability by sampler and learner, in nats, as `gap` is their mean.
+    the largest difference of a token's log-probability by sampler and learner, in nats, as `gap` is their mean; bound:
+    what gap_max was held against, or None.
     """
 
     number: int
@@ -56,6 +57,7 @@ class Generation:
     gap_max: float
     pool: str
     last_step: int
+    bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -228,8 +230,9 @@ def generations(steps: Iterable[Event]) -> list[Generation]:
     last_round = mine[-1]["phase"] if mine else None
     whole = (e for e in mine if e["phase"] == last_round and all(isinstance(e.get(part), NUMBER) for part in parts))
     last = {e["generation"]: e for e in whole}
+    bounds = {n: e.get("gap_bound") if isinstance(e.get("gap_bound"), NUMBER) else None for n, e in last.items()}
     return [
-        Generation(n, e["reward"], e["mixed"], e["gap"], e["gap_max"], e["pool"], e["step"])
+        Generation(n, e["reward"], e["mixed"], e["gap"], e["gap_max"], e["pool"], e["step"], bounds[n])
         for n, e in sorted(last.items())
     ]
 

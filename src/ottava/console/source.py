@@ -17,7 +17,7 @@ from typing import Any
 from ottava import artifact, journal
 from ottava.artifact import Artifact
 from ottava.console.history import History, history
-from ottava.errors import ArtifactError, OttavaError, from_os_error
+from ottava.errors import ArtifactError, DataError, OttavaError, from_os_error
 
 FIGURES = ("value", "n", "low", "high", "correct", "by_steps")
 MOVE = (
@@ -75,7 +75,7 @@ def readable(path: Path) -> Iterator[None]:
     """Records that are not as a run writes them become an ArtifactError that names `path`."""
     try:
         yield
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, DataError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"the run's records cannot be read: {error!r}", where=path, fix="run the recipe again, in another --out"
         ) from error

@@ -7,8 +7,9 @@ puts them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, computed_field
@@ -23,8 +24,9 @@ from ottava.planner.cost import Estimate
 from ottava.planner.schedule import Job, Placement, makespan, schedule
 from ottava.recipe import Fleet, Frozen, Pool
 
-VERSION = "2"
+VERSION = "3"
 INPUTS: tuple[str, ...] = ()
+PROBE = "ottava.trainer.probe"
 
 
 class Rule(Frozen):
@@ -120,20 +122,31 @@ class Spec(recipe.Spec):
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What was measured on a pool. gflops: its slowest worker's; step_seconds: of training, None without a train stage.
+class Part:
+    """What a stage does `count` times, and the seconds of one, measured."""
 
-    steps: those the train stage will do; tokens_per_step: of all workers; parameters: total and active.
+    what: str
+    count: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured on a pool. gflops: its slowest worker's; parts: of the stages that are measured, by name.
+
+    steps: those the train stage will do; tokens_per_step: of all workers; parameters: total and active; start_seconds:
+    from asking for a group of workers to their first step.
     """
 
     gflops: float
     instruction_set: str
-    step_seconds: float | None = None
+    parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
     steps: int = 0
     tokens_per_step: float = 0.0
     parameters: float | None = None
     active_parameters: float = 0.0
     flops_per_token: float = 0.0
+    start_seconds: float | None = None
 
 
 def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
@@ -170,7 +183,7 @@ def _measure(spec: Spec, stages: Mapping[str, recipe.Spec], ctx: Context) -> tup
         ctx.progress(number / len(ctx.fleet.pools), f"measuring {pool.name}")
         reason = reach.missing(ctx, pool)
         if reason is None:
-            speeds[pool.name] = _measure_pool(spec, stages.get("train"), pool, ctx)
+            speeds[pool.name] = _measure_pool(spec, stages, pool, ctx)
         else:
             missing[pool.name] = reason
             ctx.progress((number + 1) / len(ctx.fleet.pools), f"{pool.name} is left out: {reason}")
@@ -179,27 +192,60 @@ def _measure(spec: Spec, stages: Mapping[str, recipe.Spec], ctx: Context) -> tup
     return speeds, missing
 
 
-def _measure_pool(spec: Spec, train: recipe.Spec | None, pool: Pool, ctx: Context) -> Speed:
-    """A short matmul loop, and a few steps of the model to be trained where there is one."""
+def _measure_pool(spec: Spec, stages: Mapping[str, recipe.Spec], pool: Pool, ctx: Context) -> Speed:
+    """A short matmul loop, and a little of what the stages that train consist of, where there are any."""
     args = {"platform": pool.platform, "seconds": spec.probe_s, "repeats": 3}
     loops = reach.ask(ctx, pool, "ottava.platforms.probe:throughput", args)
     gflops, instruction_set = min(r["together_gflops"] for r in loops), str(loops[0]["instruction_set"])
+    train = stages.get("train")
     if train is None:
         return Speed(gflops, instruction_set)
-    model = {"platform": pool.platform, "spec": train.model_dump(mode="json")}
+    common = {"platform": pool.platform, "tests": _tests(stages), "pools": len(ctx.fleet.pools)}
     workers = min(pool.workers, getattr(train, "virtual_shards", pool.workers))  # as many as will train
-    probes = reach.ask(ctx, pool, "ottava.trainer.probe:throughput", model, workers)
-    probe = probes[0]
+    begun = time.monotonic()
+    probes = reach.ask(ctx, pool, f"{PROBE}:throughput", {**common, "spec": train.model_dump(mode="json")}, workers)
+    start = time.monotonic() - begun - max(r["busy_seconds"] for r in probes)
+    parts = {"train": _slowest(probes, start)}
+    if (students := _students(stages)) is not None:
+        asked = {**common, **students, "teacher_answer_seconds": max(r["answer_seconds"] for r in probes)}
+        parts["distill"] = _slowest(reach.ask(ctx, pool, f"{PROBE}:students", asked, workers), start)
     return Speed(
         gflops,
         instruction_set,
-        step_seconds=max(r["step_seconds"] for r in probes),
-        steps=int(probe.get("steps", getattr(train, "steps", 0))),
-        tokens_per_step=probe["tokens_per_step"],
-        parameters=probe["parameters"],
-        active_parameters=probe["active_parameters"],
-        flops_per_token=probe["flops_per_token"],
+        parts=parts,
+        steps=int(probes[0]["steps"]),
+        tokens_per_step=probes[0]["tokens_per_step"],
+        parameters=probes[0]["parameters"],
+        active_parameters=probes[0]["active_parameters"],
+        flops_per_token=probes[0]["flops_per_token"],
+        start_seconds=start,
     )
+
+
+def _slowest(probes: Sequence[Mapping[str, Any]], start: float) -> tuple[Part, ...]:
+    """The parts of a stage as the slowest worker measured them: it sets the pace."""
+    told = [
+        tuple(Part(what, count, start if seconds is None else seconds) for what, count, seconds in probe["parts"])
+        for probe in probes
+    ]
+    return max(told, key=lambda parts: sum(part.count * part.seconds for part in parts))
+
+
+def _tests(stages: Mapping[str, recipe.Spec]) -> int:
+    """Problems of the test set that evaluations ask in all modes."""
+    asked: Any = stages.get("problems") or stages.get("label")
+    levels = getattr(asked, "levels", getattr(asked, "lengths", ()))
+    return len(levels) * int(getattr(asked, "test", getattr(asked, "test_per_length", 0)))
+
+
+def _students(stages: Mapping[str, recipe.Spec]) -> dict[str, Any] | None:
+    """How students are trained, and what their teacher is asked; None where there are none, or what is not measured is
+    in it."""
+    distill: Any = stages.get("distill")
+    if distill is None or distill.on_policy is not None:
+        return None
+    specs = [distill.training(student).model_dump(mode="json") for student in distill.students]
+    return {"specs": specs, "asks": distill.harvest.asks * distill.harvest.samples}
 
 
 def make(
@@ -246,7 +292,7 @@ def make(
             for p in placements
             if p.occupies(pool)
         ],
-        "measured": {pool: vars(speed) for pool, speed in speeds.items()},
+        "measured": {pool: asdict(speed) for pool, speed in speeds.items()},
         "unavailable": dict(missing),
     }
 
@@ -254,11 +300,13 @@ def make(
 def predict(spec: Spec, name: str, stage: recipe.Spec, speed: Speed) -> tuple[Estimate, str]:
     """A stage's wall seconds on a pool and what they rest on.
 
-    Only training is measured. What other stages have is a budget: a ceiling, so the low end is 0.
+    Only stages that train are measured. What others have is a budget: a ceiling, so the low end is 0.
     """
-    if name == "train" and speed.step_seconds is not None and speed.steps:
-        estimate = cost.measured_seconds(speed.steps, speed.step_seconds)
-        return estimate, f"{speed.steps} steps of {1000 * speed.step_seconds:.1f} ms, measured"
+    parts = [part for part in speed.parts.get(name, ()) if part.count]
+    if parts:
+        estimate = cost.measured_seconds(1, sum(part.count * part.seconds for part in parts))
+        said = ", ".join(f"{part.count:,.0f} {part.what} of {1000 * part.seconds:.3g} ms" for part in parts)
+        return estimate, f"measured: {said}"
     expected = spec.reference_gflops.get(speed.instruction_set)
     if expected is None:
         return cost.ceiling_seconds(stage.budget_s, 1.0), "its budget: a ceiling, not a prediction"

@@ -87,5 +87,6 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
             "duplicates_removed": removed.exact + removed.near,
             "contaminated_removed": removed.contaminated,
             "disjoint": True,
+            "verifier_tried": True,
         }
     )

@@ -42,6 +42,8 @@ from ottava.trainer.schedule import rng
 
 PROMPTS = 41  # the random stream that chooses the questions
 _NO_FLOOR = Floor(math.inf, math.inf, 0.0)  # of what is measured without a gate
+SPREAD = 2.0
+"""How far right is above wrong where DAPO's punishment for length goes down to -1: 1 and -1 there, 1 and 0 here."""
 CANONICAL = 2  # questions of the shard by which numerics classes are told apart
 
 
@@ -59,13 +61,25 @@ class Place:
     replay: bool = False
 
 
+@dataclass(frozen=True)
+class _Worth:
+    """What a minibatch is worth, told by all shards' rewards together. By shard, values: [groups, replies], the
+    advantages; flat: [groups]."""
+
+    values: Mapping[int, Tensor]
+    flat: Mapping[int, Tensor]
+    scale: Scale
+
+
 @dataclass
 class _Generation:
-    """What is known of the present one. records: those that were needed here; facts: of every shard."""
+    """What is known of the present one. records: those that were needed here; facts: of every shard; worth: of the
+    minibatches so far."""
 
     number: int = -1
     records: dict[int, Record] = field(default_factory=dict)
     facts: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    worth: dict[int, _Worth] = field(default_factory=dict)
 
 
 class Grpo(Objective):
@@ -135,20 +149,15 @@ class Grpo(Objective):
 
     def settle(self, step: int, facts: Sequence[Mapping[str, Any]]) -> None:
         self._now.facts = {int(shard): its for worker in facts for shard, its in worker.items()}
+        self._now.worth.clear()
         if self._place is not None and not self._place.replay:
             mismatch.watch(self._floor, _gap(self._now.facts.values()), f"generation {self._now.number}")
 
     def loss(self, model: nn.Module, step: int, number: int) -> tuple[Tensor, Tensor]:
         record, part = self._record(number), step % self.spec.every % self.spec.rollout.minibatches
-        rewards = {shard: torch.tensor(its["rewards"]) for shard, its in sorted(self._now.facts.items())}
-        chosen = {shard: _part(reward, part, self.spec) for shard, reward in rewards.items()}
-        found = advantages(torch.cat(list(chosen.values())), self.spec.policy.scaling)
-        before = sum(len(groups) for shard, groups in chosen.items() if shard < number)
-        own = slice(before, before + len(chosen[number]))
-        tokens = sum(its["tokens"][part] for its in self._now.facts.values())
-        scale = Scale(sum(groups.numel() for groups in chosen.values()), tokens, self.spec.rollout.max_new)
-        first = step % self.spec.every == 0
-        return self._loss(model, record, _rows(part, self.spec), found.values[own], found.flat[own], scale, first)
+        worth, first = self._worth(part), step % self.spec.every == 0
+        values, flat = worth.values[number], worth.flat[number]
+        return self._loss(model, record, _rows(part, self.spec), values, flat, worth.scale, first)
 
     def canonical(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """A few replies, every second one praised: their ids, log-probabilities and gradient are compared."""
@@ -176,7 +185,9 @@ class Grpo(Objective):
         }
 
     def _about(self) -> dict[str, float]:
-        return _about(self._now.facts.values())
+        """gap_bound: above it a difference between sampler and learner stops the run; absent where none is measured."""
+        bound = {"gap_bound": self._floor.most} if math.isfinite(self._floor.most) else {}
+        return _about(self._now.facts.values()) | bound
 
     def kind(self, step: int) -> None:
         return None
@@ -184,6 +195,20 @@ class Grpo(Objective):
     def balances(self, step: int) -> bool:
         """Where routers are not frozen, only between generations: replies are of one policy until their last update."""
         return (step + 1) % self.spec.every == 0
+
+    def _worth(self, part: int) -> _Worth:
+        """Of a minibatch, found at its first shard."""
+        if part not in self._now.worth:
+            facts = dict(sorted(self._now.facts.items()))
+            chosen = [_part(torch.tensor(its["rewards"]), part, self.spec) for its in facts.values()]
+            found, counts = advantages(torch.cat(chosen), self.spec.policy.scaling), [len(groups) for groups in chosen]
+            tokens = sum(its["tokens"][part] for its in facts.values())
+            scale = Scale(sum(groups.numel() for groups in chosen), tokens, self.spec.rollout.max_new)
+            values, flat = (
+                dict(zip(facts, torch.split(whole, counts), strict=True)) for whole in (found.values, found.flat)
+            )
+            self._now.worth[part] = _Worth(values, flat, scale)
+        return self._now.worth[part]
 
     # ------------------------------------------------------------ records
 
@@ -297,9 +322,8 @@ class Grpo(Objective):
         longest, share = self.spec.rollout.max_new, self.spec.policy.overlong
         if not share:
             return drawn.verdicts
-        return drawn.verdicts + overlong(drawn.rollouts.reply_lengths, longest, round(share * longest)).view(
-            drawn.verdicts.shape
-        )
+        less = overlong(drawn.rollouts.reply_lengths, longest, round(share * longest)).view(drawn.verdicts.shape)
+        return drawn.verdicts + less / SPREAD
 
     def _taught(self, flat: Tensor) -> Tensor:
         """Which rows go through the learner [N], from which groups are flat: those too where a KL term pulls at them,

@@ -19,11 +19,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
     "cispo": {"cap": 5.0},
 }
-"""What each algorithm was published with; a recipe's own words come before it.
+"""What each algorithm was published with; a recipe's own words come before it. Where ours differs, it says so.
 
-dr_grpo: arXiv 2503.20783, sec. 3.2. dapo: 2503.14476, sec. 4.1 (clip .28; a cache of 4,096 in 20,480 tokens is the
-share .2; it draws until no group is flat, here `resample` times). gspo: 2507.18071, sec. 5.1. cispo: the cap is
-ScaleRL's, 2510.13786. How a loss is averaged over tokens is part of the loss: `trainer.losses`.
+grpo: TRL's defaults; DeepSeekMath (arXiv 2402.03300) had a KL term with beta .04 and R1 (2501.12948) one with .001.
+dr_grpo: 2503.20783, sec. 3.2, which changes the scaling and the averaging and no other number; beta 0 as there.
+dapo: 2503.14476, sec. 4.1: clip .2 and .28; a cache of 4,096 in 20,480 tokens is the share .2. The paper draws until no
+group is flat, verl's recipe stops the run after 10 rounds without, and here what is flat after `resample` further ones
+stays in. Filtering of overlong replies is off, as in verl's reproduction; TRL's documentation turns it on.
+gspo: 2507.18071, sec. 5.1: 3e-4 and 4e-4, of four updates to a generation (rollout.minibatches: 4); beta 0.
+cispo: MiniMax-M1 (2506.13585) tells no cap; 5 is ScaleRL's (2510.13786), which also scales by the batch (scaling:
+batch, as TRL's documentation has it); here the scaling is the group's, as in MiniMax-M1.
+How a loss is averaged over tokens is part of the loss: `trainer.losses`.
 """
 
 
@@ -56,7 +62,7 @@ class PolicySpec(Frozen):
         int, Field(ge=0, description="rounds of further draws in place of groups whose verdicts are all equal")
     ] = 0
     overlong: Annotated[
-        Fraction, Field(description="over this last share of max_new a reward falls, by 1 at the end")
+        Fraction, Field(description="over this last share of max_new a reward falls, by 0.5 at the end: DAPO's 1 of 2")
     ] = 0.0
     filter_overlong: Annotated[bool, Field(description="nobody learns from replies that were cut off")] = False
     keep_mask: Annotated[bool, Field(description="with top_p, the learner renormalises over the ids kept then")] = True
