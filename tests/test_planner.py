@@ -458,7 +458,7 @@ def test_a_stage_is_more_than_its_steps() -> None:
     assert plan._tests(whole) == 600
     asked = plan._students(whole)
     assert asked is not None
-    assert (len(asked["specs"]), asked["asks"]) == (6, 4800)
+    assert (len(asked["specs"]), asked["asks"]) == (6, 600)
     train = whole["train"].model_dump(mode="json")
     small = {**train, "shape": {**train["shape"], "experts": 2}, "batch": 2, "virtual_shards": 1}
     told = {
@@ -477,7 +477,7 @@ def test_a_stage_is_more_than_its_steps() -> None:
     asked["specs"] = [{**spec, "batch": 2, "virtual_shards": 1} for spec in asked["specs"]]
     found = probe.students({**asked, "repeats": 1, "tests": 600, "teacher_answer_seconds": 0.001})["parts"]
     assert {name: count for name, count, _ in found} == {
-        "steps": 12 * 500, "answers": 12 * 600, "answers of the teacher": 4800, "starts": 1 + 36,
+        "steps": 12 * 500, "answers": 12 * 600, "answers of the teacher": 600, "starts": 1 + 36,
     }  # fmt: skip
 
 
