@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ottava import stages
-from ottava.artifact import Artifact
-from ottava.errors import DataError
+from ottava.artifact import Artifact, commit, write_json
+from ottava.context import Context
+from ottava.errors import DataError, RecipeError
+from ottava.journal import Journal, read
 from ottava.labels import harvest
 from ottava.models.load import load
+from ottava.recipe import Fleet, Pool, load_recipe
 from ottava.stages import distill
 from ottava.tasks import chains
 from ottava.tasks.base import problem_of, read_lines, row, write_lines
+from ottava.trainer import records
 from ottava.trainer.sft import fresh_trainer
 from ottava.trainer.spec import Dense, Harvest, TrainSpec
 
@@ -179,3 +184,71 @@ def test_the_row_of_a_student_holds_a_paired_interval() -> None:
 
 def test_a_model_that_was_exported_can_be_a_teacher(begun: Path) -> None:
     assert sum(p.numel() for p in load(begun).parameters()) == 137600
+
+
+TWO = [{"name": "pairs", "shape": {"family": "qwen3", "hidden": 32, "width": 48}, "tokenizer": "pairs"}]
+
+
+def test_a_student_with_a_tokenizer_of_its_own(begun: Path, dataset: Path, tmp_path: Path, launcher: Any) -> None:
+    """The whole stage: its own words in traces, evaluation, exported files and on its own replies; so its control."""
+    from ottava.models.chat import Chat, write_tiny
+
+    label, teacher = tmp_path / "label", tmp_path / "teacher"
+    shutil.copytree(dataset, label, ignore=shutil.ignore_patterns("chat"))
+    shutil.copytree(begun, teacher / "model")
+    write_json(teacher / "evaluation.json", {"thinking": {"value": 0.9}})
+    inputs = {
+        "label": commit(label, tmp_path / "a" / "label", stage="label", spec={"task": "chains"}, summary={}),
+        "model": commit(teacher, tmp_path / "a" / "teacher", stage="reinforce", summary={}),
+    }
+    spec = distill.Spec.model_validate(
+        {
+            "steps": 8, "batch": 4, "direct": {"begin": 0.5, "batch": 4}, "harvest": {"asks": 60}, "students": TWO,
+            "drift": {"window": 2},
+            "on_policy": {
+                "steps": 2, "lengths": [2], "rollout": {"prompts": 2, "group": 2, "max_new": 24},
+                "divergence": {"kind": "alm"},
+            },
+        }
+    )  # fmt: skip
+    pool, work = Pool(name="a", workers=2), tmp_path / "work"
+    for name in ("out", "work"):
+        (work / name).mkdir(parents=True)
+    ctx = Context(
+        "distill", 3, "test", Fleet(name="one", pools=(pool,)), pool, (), {}, work / "out", work / "work",
+        Journal(work / "journal.jsonl"), launcher, tmp_path / "done", {"stage": "distill"},
+    )  # fmt: skip
+    done = distill.run(spec, inputs, ctx)
+    (row,) = done.json("students.json")
+    assert (row["tokenizer"], row["n"]) == ("pairs", 30)
+    assert row["on_policy"] is not None
+    write_tiny(tmp_path / "own", chains.vocabulary(), "pairs")
+    for arm in ("student", "control", "on-policy"):
+        folder = done.file(f"students/pairs/{arm}")
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+            assert (folder / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
+        assert json.loads((folder / "config.json").read_text())["vocab_size"] == 212
+        assert load(folder).get_input_embeddings().num_embeddings == 212  # type: ignore[operator]
+        assert Chat.load(folder).decode(Chat.load(folder).encode("7 a +5 2")) == "7 a +5 2"
+    events = [event for event in read(work / "journal.jsonl") if event["event"] == "train.step"]
+    told = [event for event in events if event["phase"] == "on-policy:pairs"]
+    assert len(told) == 2
+    assert all(0 <= event["covered"] <= 1 for event in told)
+    assert len(records.listed(work / "work" / "on-policy-pairs" / "rollouts")) == 2
+
+
+def test_a_divergence_of_ids_between_two_tokenizers_is_refused(tmp_path: Path) -> None:
+    """When the recipe is read, with its place, the student's name and what would mend it."""
+    fleet = Path(__file__).parent.parent / "fleets" / "laptop.yaml"
+    (tmp_path / "laptop.yaml").write_text(fleet.read_text())
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"name": "r", "fleet": "laptop", "stages": {"distill": {"students": TWO}}}))
+    load_recipe(recipe, stages.specs())
+    load_recipe(recipe, stages.specs(), ["distill.on_policy.divergence.kind=uld"])
+    with pytest.raises(RecipeError, match=r"student 'pairs' has a tokenizer of its own.*kind: alm") as error:
+        load_recipe(recipe, stages.specs(), ["distill.on_policy.steps=100"])
+    assert error.value.exit_code == 2
+    with pytest.raises(RecipeError, match="beta is gkd's"):
+        load_recipe(
+            recipe, stages.specs(), ["distill.on_policy.divergence.kind=uld", "distill.on_policy.divergence.beta=0.5"]
+        )

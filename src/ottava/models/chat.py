@@ -13,11 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ottava.checkpoint.safetensors import check_folder
 from ottava.errors import CheckpointError, DataError, from_os_error
@@ -43,6 +43,10 @@ TINY_TEMPLATE = """\
 """
 
 Message = Mapping[str, Any]
+
+Cut = Literal["words", "characters", "pairs"]
+"""How a tiny tokenizer cuts its task's text. words: a word is a token, and the space between two is none. characters:
+every character is one, the space too. pairs: a word with the space before it, and a letter with the word behind it."""
 
 
 @dataclass(frozen=True)
@@ -203,19 +207,18 @@ class Detokeniser:
         return self._chat.decode([*self._context, *self._new])[len(self._chat.decode(self._context)) :]
 
 
-def write_tiny(folder: Path | str, vocabulary: Sequence[str]) -> None:
+def write_tiny(folder: Path | str, vocabulary: Sequence[str], cut: Cut = "words") -> None:
     """Write the tiny chain model's tokenizer, template and generation settings into `folder`.
 
-    vocabulary: the task's words; their ids follow the six special tokens. A word is a token; there is
-    no unknown token, so an unknown word is refused. Raises DataError on words that cannot be told apart.
+    vocabulary: the task's words; ids of tokens follow the six special ones. There is no unknown token, so text that
+    cannot be written is refused. Raises DataError on words that cannot be told apart.
     """
     words = [*TINY_SPECIAL, *vocabulary]
     bad = [word for i, word in enumerate(words) if word.split() != [word] or word in words[:i]]
     if bad:
         raise DataError(f"{bad[0]!r} cannot be a word of the vocabulary: empty, with a space, or twice there")
     folder = Path(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = _by_words(words) if cut == "words" else _by_characters(vocabulary, _merges(vocabulary, cut))
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in TINY_SPECIAL])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -232,6 +235,33 @@ def write_tiny(folder: Path | str, vocabulary: Sequence[str]) -> None:
         (folder / "generation_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     except OSError as error:
         raise from_os_error(error, "writing the tokenizer") from error
+
+
+def _by_words(words: Sequence[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def _by_characters(vocabulary: Sequence[str], merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    """Byte-pair encoding over the characters of the words and the space."""
+    tokens = [*TINY_SPECIAL, " ", *sorted(set("".join(vocabulary))), *("".join(merge) for merge in merges)]
+    numbers = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.BPE(vocab=numbers, merges=list(merges), unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _merges(vocabulary: Sequence[str], cut: Cut) -> list[tuple[str, str]]:
+    """What is put together, in this order: words, a space and the word behind it, a letter and the longer word."""
+    if cut == "characters":
+        return []
+    words = [(word[:end], word[end]) for word in vocabulary for end in range(1, len(word))]
+    spaced = [(" ", word) for word in vocabulary]
+    letters = [word for word in vocabulary if word.isalpha()]
+    longer = [word for word in vocabulary if len(word) > 1]
+    paired = [(f" {letter}", f" {word}") for letter in letters for word in longer]
+    return list(dict.fromkeys([*words, *spaced, *paired]))
 
 
 def _json(path: Path, default: dict[str, Any]) -> dict[str, Any]:

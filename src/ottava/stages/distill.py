@@ -2,7 +2,7 @@
 
 The control is the same student from the same first weights, with as many examples in as many steps, on the label
 artifact's cold-start traces instead of the teacher's. Both see the same problems with answers. What a student has over
-its control, it has from the teacher.
+its control, it has from the teacher. A student may have a tokenizer of its own: traces are text.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ottava.artifact import Artifact, write_json
 from ottava.checkpoint.source import OF_ITS_WEIGHTS
 from ottava.context import Context
 from ottava.labels import harvest
+from ottava.models.chat import write_tiny
 from ottava.recipe import Frozen, Name
 from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
@@ -37,6 +38,10 @@ class Student(Frozen):
 
     name: Name
     shape: Dense
+    tokenizer: Annotated[
+        Literal["characters", "pairs"] | None,
+        Field(description="how its own tokenizer cuts the task's text; without it, the teacher's tokenizer"),
+    ] = None
     stands_for: str = ""
 
 
@@ -69,6 +74,17 @@ class Spec(FineTuning):
         if len({student.name for student in students}) < len(students):
             raise ValueError("two students have the same name")
         return students
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Spec:
+        own = next((student for student in self.students if student.tokenizer is not None), None)
+        if own is not None and self.on_policy is not None and self.on_policy.divergence.kind == "gkd":
+            raise ValueError(
+                f"the student {own.name!r} has a tokenizer of its own ({own.tokenizer}), and on_policy.divergence "
+                "compares the two id by id: set on_policy.divergence to {kind: alm} or {kind: uld}, or take its "
+                "tokenizer out"
+            )
+        return self
 
     def training(self, student: Student) -> TrainSpec:
         """How one student, or its control, is trained."""
@@ -106,11 +122,12 @@ def _learn(
     spec: Spec, student: Student, arm: str, data: Path, inputs: Mapping[str, Artifact], ctx: Context
 ) -> dict[str, Any]:
     """Train one model under supervision, export and evaluate it."""
-    label, came = inputs["label"], inputs["model"].file("model")
+    label = inputs["label"]
     training = spec.training(student)
     teacher = inputs["model"].digest if arm == "student" else None
     base = {
-        "spec": training.model_dump(mode="json"), "seed": ctx.seed, "data": str(data), "chat": str(came),
+        "spec": training.model_dump(mode="json"), "seed": ctx.seed, "data": str(data),
+        "chat": str(_chat(student, inputs, ctx)),
         "content": [label.digest, teacher, spec.harvest.model_dump(mode="json")],
     }  # fmt: skip
     first = student is spec.students[0] and arm == "student"
@@ -122,7 +139,7 @@ def _go_on(spec: OnPolicySpec, student: Student, inputs: Mapping[str, Artifact],
     label, teacher = inputs["label"], inputs["model"]
     base = {
         "spec": spec.model_dump(mode="json"), "seed": ctx.seed, "data": str(label.path), "objective": "on_policy",
-        "chat": str(teacher.file("model")), "start_model": str(_folder(ctx, student, "student")),
+        "chat": str(_chat(student, inputs, ctx)), "start_model": str(_folder(ctx, student, "student")),
         "teacher": str(teacher.file("model")), "content": [label.digest, teacher.digest],
     }  # fmt: skip
     return _trained(spec, base, student, "on-policy", label, ctx, spec.fault)
@@ -147,6 +164,15 @@ def _trained(
     return {**accuracy, "parameters": exported["parameters"], "pool": last.name}
 
 
+def _chat(student: Student, inputs: Mapping[str, Artifact], ctx: Context) -> Path:
+    """A folder with the student's tokenizer and template: its own, or its teacher's."""
+    if student.tokenizer is None:
+        return inputs["model"].file("model")
+    folder = ctx.work / "tokenizers" / student.tokenizer
+    write_tiny(folder, inputs["label"].json("vocabulary.json"), student.tokenizer)
+    return folder
+
+
 def _folder(ctx: Context, student: Student, arm: str) -> Path:
     return ctx.out / "students" / student.name / arm
 
@@ -159,6 +185,7 @@ def _row(student: Student, found: Mapping[str, Mapping[str, Any]], teacher: floa
         "name": student.name,
         "arch": student.shape.config(0)["architectures"][0],
         "stands_for": student.stands_for,
+        "tokenizer": student.tokenizer,
         "params": found["student"]["parameters"],
         "pool": found["student"]["pool"],
         "thinking": own["value"],

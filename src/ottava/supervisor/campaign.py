@@ -13,7 +13,7 @@ from typing import Any
 from ottava.artifact import Artifact, held, make_folder, write_json
 from ottava.document import suggest
 from ottava.errors import DataError, PoolMissing, RecipeError
-from ottava.models.chat import write_tiny
+from ottava.models.chat import Cut, write_tiny
 from ottava.recipe import Recipe, Spec
 from ottava.supervisor import drill
 from ottava.supervisor.drill import Drill
@@ -90,7 +90,7 @@ def run(
     """
     chat = folder / "chat"
     chat.mkdir(parents=True, exist_ok=True)
-    write_tiny(chat, label.json("vocabulary.json"))
+    write_tiny(chat, label.json("vocabulary.json"), _cut(recipe.stages[stage]))
     base: dict[str, Any] = {"seed": recipe.seed, "data": str(label.path), "chat": str(chat)}
     outcomes: list[Outcome] = []
     with LocalLauncher() as launcher:
@@ -116,6 +116,12 @@ def _section(section: Spec) -> Supervised:
     found = section if training is None else training(section.students[0])  # type: ignore[attr-defined]
     assert isinstance(found, Supervised)
     return found
+
+
+def _cut(section: Spec) -> Cut:
+    """How the tokenizer of what is trained in a stage cuts text."""
+    students = getattr(section, "students", ())
+    return (students[0].tokenizer if students else None) or "words"
 
 
 BEGUN = TrainSpec(steps=160, grid_from=0.9, direct=Direct(weight=0.0))

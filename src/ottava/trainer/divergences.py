@@ -10,6 +10,8 @@ the contributions of shards add. The teacher gets no gradient.
     reverse_kl   the sampled token's l_S - l_T, on the student's own replies. Thinking Machines, On-Policy
                  Distillation, 2025; Qwen3, arXiv 2505.09388.
     uld          sum over ranks of |sorted p_S - sorted p_T|: vocabularies that share nothing. ULD, arXiv 2402.12030.
+    uld_aligned  the same at the last token of each chunk that covers the same bytes, after the chunk's other tokens:
+                 p(earlier tokens) p(. | them) on both sides. TRL's GOLD (uld_token_merge_strategy "bayesian").
     alm          binary KL of the likelihoods of chunks that cover the same bytes. ALM, arXiv 2503.20083 (f = KL,
                  without its debiasing of outcomes).
 """
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ottava.engine.logprobs import log_probs
 from ottava.errors import DataError, RecipeError
 
 
@@ -88,13 +91,54 @@ def uld(
     """
     sizes = torch.minimum(student_mask.sum(1), teacher_mask.sum(1))
     ours, theirs = (
-        _log_softmax(logits[_first(mask, sizes)], temperature).exp().sort(-1, descending=True).values
+        _log_softmax(logits[_first(mask, sizes)], temperature).exp()
         for logits, mask in ((student, student_mask), (teacher.detach(), teacher_mask))
     )
+    distance = _ranked_distance(ours, theirs)
+    return (distance / sizes.repeat_interleave(sizes)).sum() / max(rows, 1)
+
+
+def uld_aligned(
+    student: Tensor,
+    teacher: Tensor,
+    student_ids: Tensor,
+    teacher_ids: Tensor,
+    chunks: Sequence[Sequence[Chunk]],
+    rows: int,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`uld` where both sides have said the same: of chunks of `align`, a sequence a row.
+
+    student: logits [N, T, V], teacher: [N, T', V'], with the ids that they predict, int64 [N, T] and [N, T']; rows: of
+    the whole update. A row counts the mean over its chunks, one without any 0. With one token a chunk on both sides
+    this is `uld`. A scalar; the gradient goes through the chunk's earlier tokens, too.
+    """
+    assert len(student) == len(teacher) == len(chunks), "one sequence of chunks a row"
+    sizes = torch.tensor([len(row) for row in chunks], device=student.device)
+    ours, theirs = (
+        _merged(logits, ids, [[getattr(chunk, side) for chunk in row] for row in chunks], temperature)
+        for logits, ids, side in ((student, student_ids, "student"), (teacher.detach(), teacher_ids, "teacher"))
+    )
+    distance = _ranked_distance(ours, theirs)
+    return (distance / sizes.repeat_interleave(sizes)).sum() / max(rows, 1)
+
+
+def _merged(logits: Tensor, ids: Tensor, slices: Sequence[Sequence[slice]], temperature: float) -> Tensor:
+    """[C, V]: the probabilities of a slice's tokens before the last, times those of what may come last."""
+    said = log_probs(logits, ids, temperature)
+    earlier = _sums(said, [[slice(part.start, part.stop - 1) for part in row] for row in slices])
+    places = [(number, part.stop - 1) for number, row in enumerate(slices) for part in row]
+    row, column = torch.tensor(places, dtype=torch.int64, device=logits.device).view(-1, 2).unbind(1)
+    return (_log_softmax(logits[row, column], temperature) + earlier.unsqueeze(1)).exp()
+
+
+def _ranked_distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Per position, the L1 distance of [C, V] from [C, V'], each in descending order, the shorter one with zeros."""
+    ours, theirs = (value.sort(dim=-1, descending=True, stable=True).values for value in (ours, theirs))
     width = max(ours.shape[-1], theirs.shape[-1])
     ours, theirs = (F.pad(value, (0, width - value.shape[-1])) for value in (ours, theirs))
-    distance = (ours - theirs).abs().sum(-1)
-    return (distance / sizes.repeat_interleave(sizes)).sum() / max(rows, 1)
+    return (ours - theirs).abs().sum(-1)
 
 
 @dataclass(frozen=True)

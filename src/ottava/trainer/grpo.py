@@ -89,6 +89,7 @@ class Grpo(Objective):
     """
 
     columns: tuple[str, ...] = ("policy_loss", *losses.COLUMNS)
+    unit = "tokens"  # which of the counts in a shard's facts a mean over an update's tokens is over
 
     def __init__(
         self,
@@ -202,7 +203,7 @@ class Grpo(Objective):
             facts = dict(sorted(self._now.facts.items()))
             chosen = [_part(torch.tensor(its["rewards"]), part, self.spec) for its in facts.values()]
             found, counts = advantages(torch.cat(chosen), self.spec.policy.scaling), [len(groups) for groups in chosen]
-            tokens = sum(its["tokens"][part] for its in facts.values())
+            tokens = sum(its[self.unit][part] for its in facts.values())
             scale = Scale(sum(groups.numel() for groups in chosen), tokens, self.spec.rollout.max_new)
             values, flat = (
                 dict(zip(facts, torch.split(whole, counts), strict=True)) for whole in (found.values, found.flat)
@@ -276,7 +277,7 @@ class Grpo(Objective):
         taught = self._taught(advantages(rewards).flat)
         old, gap = self._old(model, rollouts, taught)
         reference = None if self._reference is None else self._referred(rollouts, taught)
-        facts = self._facts(rollouts, rewards, taught, old) | {
+        facts = self._facts(drawn, rewards, taught, old) | {
             "rows": drawn.rows, "ids": drawn.ids, "scored": drawn.scored, "right": drawn.right,
             "compared": gap.count, "gap_sum": gap.total, "gap_max": gap.largest, "beyond": gap.beyond, "ties": gap.ties,
         }  # fmt: skip
@@ -285,16 +286,21 @@ class Grpo(Objective):
         step, flat = number * spec.every, rewards.reshape(-1)
         return Record(run, number, shard, step, policy, pool, rollouts, old, flat, questions, facts, reference)
 
-    def _facts(self, rollouts: Rollouts, rewards: Tensor, taught: Tensor, old: Tensor) -> dict[str, Any]:
+    def _facts(self, drawn: Groups, rewards: Tensor, taught: Tensor, old: Tensor) -> dict[str, Any]:
         """What the other workers, and readers, must know of a shard's replies."""
+        rollouts = drawn.rollouts
         scored = torch.where(rollouts.drawn() & taught[:, None], old, rollouts.logprobs)
         counted, _ = self._counted(rollouts, torch.arange(len(taught)), scored)
-        tokens = counted.sum(1).view(-1, rewards.shape[1])
         return {
             "rewards": rewards.tolist(),
-            "tokens": [int(_part(tokens, part, self.spec).sum()) for part in range(self.spec.rollout.minibatches)],
+            "tokens": self._by_part(counted.sum(1)),
             "stopped": int((rollouts.finish == STOP).sum()),
         }
+
+    def _by_part(self, counts: Tensor) -> list[int]:
+        """The sums of each minibatch, of what is counted by row: [N]."""
+        grouped = counts.view(-1, self.spec.rollout.group)
+        return [int(_part(grouped, part, self.spec).sum()) for part in range(self.spec.rollout.minibatches)]
 
     def _old(self, model: nn.Module, rollouts: Rollouts, taught: Tensor) -> tuple[Tensor, Gap]:
         """The learner's own log-probabilities [N, T], 0 where nobody learns from a row and none was compared, and how

@@ -112,12 +112,22 @@ class PolicyOptimiser(Optimiser):
 
 
 class Divergence(Frozen):
-    """How far a student's distribution is from its teacher's: `trainer.divergences.gkd`."""
+    """How far a student's distribution is from its teacher's: see `trainer.divergences`.
 
+    gkd needs one vocabulary; uld and alm compare what two tokenizers make of one text.
+    """
+
+    kind: Literal["gkd", "uld", "alm"] = "gkd"
     beta: Annotated[
         float, Field(ge=0, le=1, description="1: KL(student, teacher); 0: KL(teacher, student); between: both to a mix")
     ] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _its_own(self) -> Divergence:
+        if self.kind != "gkd" and self.beta != 1.0:
+            raise ValueError(f"beta is gkd's; {self.kind} has none")
+        return self
 
 
 class ReinforceSpec(Supervised):

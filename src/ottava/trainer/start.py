@@ -100,7 +100,8 @@ def _grpo(args: Mapping[str, Any], chat: Chat, check: Callable[[], None]) -> Tra
         return load(Path(args[name])).to(device)
 
     if isinstance(spec, OnPolicySpec):
-        objective: Grpo = OnPolicy(spec, seed, chat, task_of(lines), problems, place, engine, model("teacher"))
+        reader = None if spec.divergence.kind == "gkd" else Chat.load(Path(args["teacher"]))
+        objective: Grpo = OnPolicy(spec, seed, chat, task_of(lines), problems, place, engine, model("teacher"), reader)
     else:
         came = partial(model, "start_model")
         objective = Grpo(spec, seed, chat, task_of(lines), problems, place, engine, came)
