@@ -80,6 +80,7 @@ def test_memory_is_in_bytes_and_grows_with_use(platform: Platform) -> None:
         if grown[-1] > (1 << 28) - (1 << 26):
             break
     assert max(grown) > (1 << 28) - (1 << 26)  # the system keeps its count in batches
+    assert platform.peak_memory() >= 1 << 28, "also once it is given back"
 
 
 def test_pinned_numerics_repeat_bit_for_bit_and_draw_nothing(platform: Platform) -> None:
@@ -177,7 +178,8 @@ def test_host_and_device_tensors_both_find_a_backend(any_platform: Platform) -> 
 def test_a_missing_device_is_a_clear_error(any_platform: Platform) -> None:
     if any_platform.available()[0]:
         pytest.skip(f"{any_platform.name} is here")
-    for use in (any_platform.device, any_platform.pin_numerics, any_platform.memory, any_platform.synchronize):
+    its = any_platform
+    for use in (its.device, its.pin_numerics, its.memory, its.peak_memory, its.synchronize):
         with pytest.raises(PlatformError, match="cannot be used here"):
             use()
     with pytest.raises(PlatformError, match="cannot be used here"):

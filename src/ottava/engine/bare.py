@@ -5,7 +5,8 @@ So DeepSeek-V3's attention is computed in the latent space that it caches (the "
 arXiv 2405.04434, section 2.1.2), grouped queries share their key head's product, and few experts are one matrix.
 
 The weights are the model's own parameters, read anew at each `start`: there is no copy that could be stale, and no
-two weights are multiplied in advance, because a product of two matrices on the grid is not on the grid.
+two weights are multiplied in advance, because a product of two matrices on the grid is not on the grid. Layers that
+multiply FP8 codes (`models.precision`) do so here too, but for the latent's, whose product with kv_b is absorbed.
 
 A row's column in the cache is its position. Prompts of unequal length are padded on the right: what the padding left
 in a column is overwritten before a row ever looks at it.
@@ -21,6 +22,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ottava.fp8.training import ScaledLinear
 
 FEW_EXPERTS = 16
 """Up to so many experts, computing all of them for every token is faster than sorting tokens by expert."""
@@ -66,7 +69,7 @@ def decoder(model: nn.Module) -> Bare | None:
         return None
     layers = _layers(model)
     if family == "deepseek_v3":
-        if any(type(layer.self_attn.kv_b_proj) is not nn.Linear for layer in layers):
+        if any(type(layer.self_attn.kv_b_proj) not in (nn.Linear, ScaledLinear) for layer in layers):
             return None
         return Bare(model, [_Latent(layer.self_attn, config) for layer in layers])
     if any(getattr(layer.self_attn, "sliding_window", None) is not None for layer in layers):
@@ -172,7 +175,7 @@ class Bare:
         weights, ids = _routed(mlp.gate, flat)
         self._routes.append(ids.view(rows, new, -1))
         experts = mlp.experts
-        if experts.num_experts <= FEW_EXPERTS:
+        if experts.num_experts <= FEW_EXPERTS and not hasattr(experts, "prepared"):
             shares = weights.new_zeros(len(flat), experts.num_experts).scatter_(1, ids, weights)
             y = _all_experts(experts, flat, shares.to(flat.dtype))
         else:

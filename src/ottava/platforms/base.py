@@ -90,6 +90,10 @@ class Platform(ABC):
         """(used, total) bytes of a device. Raises PlatformError where it is missing."""
 
     @abstractmethod
+    def peak_memory(self) -> int:
+        """The most bytes that this process's tensors have had on its device so far; of a CPU, the whole process."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Return once everything started on this process's device is done."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,9 @@ class Cpu(Platform):
         total, free = (1024 * int(facts[key].split()[0]) for key in ("MemTotal", "MemAvailable"))
         used, limit = _control_group()
         return (used, limit) if limit < total else (total - free, total)
+
+    def peak_memory(self) -> int:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def synchronize(self) -> None:
         """Nothing to wait for: CPU operations are done when they return."""

@@ -51,6 +51,11 @@ class Cuda(Platform):
         free, total = torch.cuda.mem_get_info(self.device(index))
         return total - free, total
 
+    def peak_memory(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.own())
+
     def synchronize(self) -> None:
         import torch
 

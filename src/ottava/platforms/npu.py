@@ -62,6 +62,10 @@ class Npu(Platform):
         free, total = _torch_npu().npu.mem_get_info(device)
         return int(total - free), int(total)
 
+    def peak_memory(self) -> int:
+        device = self.own()
+        return int(_torch_npu().npu.max_memory_allocated(device))
+
     def synchronize(self) -> None:
         device = self.device(worker_index() % max(1, self.count()))
         _torch_npu().npu.synchronize(device)

@@ -218,7 +218,7 @@ class Attempt:
                 self.stretch.on[kind](message)
             elif kind == "alarm":
                 self.alarms.append(message)
-            elif kind in ("injected", "unsaved", "saved", "rejected", "gate"):
+            elif kind in ("injected", "unsaved", "saved", "rejected", "gate", "precision"):
                 if kind.endswith("saved"):
                     self.unsaved = self.unsaved + 1 if kind == "unsaved" else 0
                 fields = {k: v for k, v in message.items() if k not in ("say", "t", "epoch")}

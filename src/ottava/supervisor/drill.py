@@ -80,7 +80,8 @@ def spec_for(spec: Trained, steps: int = STEPS) -> Trained:
         "steps": steps, "fault": None, "virtual_shards": CHIPS, "checkpoint_every": EVERY, "hang_s": 20.0,
         "leave_stragglers": True,
         "hang_least_s": LEAST_HANG_S, "audit": {"share": SHARE}, "spike": {**spec.spike.model_dump(), "window": WINDOW},
-        "drift": {**spec.drift.model_dump(), "window": 2}, "grid_from": 0.75, "go_no_go": None,
+        "drift": {**spec.drift.model_dump(), "window": 2}, "go_no_go": None,
+        "grid_from": 0.0 if spec.precision == "fp8" else 0.75,
     }  # fmt: skip
     if isinstance(spec, ReinforceSpec):
         few = {"prompts": 4, "group": 4, "updates": UPDATES, "minibatches": 1, "max_new": 24}

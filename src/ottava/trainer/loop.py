@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ottava.fp8.codec import project
+from ottava.models import precision
 from ottava.models.published import matrices
 from ottava.trainer import optimiser, schedule, state
 from ottava.trainer.objective import Objective
@@ -38,8 +39,9 @@ class Report:
 class Trainer:
     """A model whose parameters are views of one flat array, and the state that they come from.
 
-    forward [P]: what the passes run through: the latent weights, or their projection on the grid. All of it lies on
-    `device`; draws and initial weights are made on the host, so that they are the same for every device.
+    forward [P]: what the passes run through: the latent weights, or their projection on the grid, in the type of the
+    precision that is asked for. All of it lies on `device`; draws and initial weights are made on the host, so that
+    they are the same for every device. products: how the passes multiply (`models.precision.products`).
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Trainer:
         self.device = torch.device(device)
         self.model = model.train().to(self.device)
         self.state: State = state.create(self.model, self.device, spec.optimiser.matrices)
-        self.forward = state.aligned(self.state.weights.numel(), self.device)
+        dtype = precision.dtype_of(spec.precision)
+        self.forward = state.aligned(self.state.weights.numel(), self.device, dtype)
+        self.products = precision.products(spec.precision, self.device)
         parameters = dict(self.model.named_parameters())
         for slot in self.state.slots:
             parameters[slot.name].data = slot.view(self.forward)
@@ -61,6 +65,8 @@ class Trainer:
         self._counts = [torch.zeros(len(bias), device=self.device) for bias in self._biases]
         self._watch_routers()
         self._projections = [(slot, *matrices(slot.name, slot.view(self.forward))) for slot in self.state.slots]
+        if spec.precision == "fp8":
+            precision.scale_products(self.model)
 
     @property
     def width(self) -> int:
@@ -72,12 +78,16 @@ class Trainer:
         self.forward.copy_(self.state.weights)
         if schedule.on_grid(self.spec, self.state.step):
             self.put_on_grid()
+        if self.spec.precision == "fp8":
+            precision.hold(self.model)
 
     def put_on_grid(self) -> None:
-        """Round the forward weights to what the master stores: E4M3 + UE8M0, or BF16."""
-        for _, view, storage in self._projections:
-            if storage == "fp8":
+        """Round the forward weights to what the master stores: E4M3 + UE8M0, or BF16. Call `refresh` before."""
+        for slot, view, storage in self._projections:
+            if storage == "fp8" and view.dtype == torch.float32:
                 project(view, out=view)
+            elif storage == "fp8":  # from the latent weights, so that they are rounded once; BF16 holds all of the grid
+                view.copy_(project(matrices(slot.name, slot.view(self.state.weights))[0]))
             elif storage == "bf16":
                 view.copy_(view.to(torch.bfloat16))
 
@@ -96,7 +106,7 @@ class Trainer:
         loss, columns = compute()
         learns = loss.requires_grad  # a shard may have nothing to learn from
         gradients = torch.autograd.grad(loss, self._parameters) if learns else map(torch.zeros_like, self._parameters)
-        parts = [part for g, gap in zip(gradients, self._gaps, strict=True) for part in (g.reshape(-1), gap)]
+        parts = [p for g, gap in zip(gradients, self._gaps, strict=True) for p in (g.reshape(-1).float(), gap)]
         return torch.cat([*parts, *self._counts, columns])
 
     def gate(self) -> Mapping[str, Any] | None:

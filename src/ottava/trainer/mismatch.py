@@ -199,6 +199,8 @@ def measure(model: nn.Module, sequences: Sequence[Sequence[int]], dtype: torch.d
     if bool(exact.margin.isfinite().any()):
         tie = TIE * _high((narrow.margin - exact.margin).abs()[exact.mine & exact.margin.isfinite()])
     clear = exact.mine & (torch.minimum(*(side.margin for side in sides)) > tie)
+    if not bool(clear.any()):  # as where experts are chosen from coarse numbers, layer upon layer
+        clear = exact.mine
     apart = (narrow.logprobs.double() - exact.logprobs.double()).abs()[clear]
     return Floor(float(apart.mean()) if len(apart) else 0.0, _high(apart), tie)
 

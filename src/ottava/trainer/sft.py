@@ -60,5 +60,5 @@ def _loss(model: nn.Module, examples: Examples) -> Tensor:
     """Sum of cross-entropies over the reply's tokens."""
     width, device = examples.targets.shape[1], next(model.parameters()).device
     tokens, targets = examples.tokens[:, :width].to(device), examples.targets.reshape(-1).to(device)
-    logits = model(input_ids=tokens, use_cache=False).logits
+    logits = model(input_ids=tokens, use_cache=False).logits.float()
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, ignore_index=IGNORE, reduction="sum")

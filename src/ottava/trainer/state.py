@@ -207,10 +207,10 @@ def create(model: nn.Module, device: torch.device | str = "cpu", matrices: str =
     return state
 
 
-def aligned(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """A zero float32 array of `size` whose first element lies on a 64-byte boundary."""
-    raw = torch.zeros(size + ALIGN, device=device)
-    offset = (-raw.data_ptr() % (4 * ALIGN)) // 4
+def aligned(size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """A zero array of `size` whose first element lies on a 64-byte boundary."""
+    raw = torch.zeros(size + 4 * ALIGN // dtype.itemsize, device=device, dtype=dtype)
+    offset = (-raw.data_ptr() % (4 * ALIGN)) // dtype.itemsize
     return raw[offset : offset + size]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ottava import recipe
 from ottava.document import suggest
 from ottava.recipe import Frozen
+
+Precision = Literal["float32", "bf16", "fp8"]
+"""What shards are computed in: `models.precision`."""
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -145,6 +148,10 @@ class Supervised(recipe.Spec):
     grid_from: Annotated[
         float, Field(ge=0, le=1, description="share of the run from which weights lie on the grid")
     ] = 0.85
+    precision: Annotated[
+        Precision,
+        Field(description="of forward and backward passes; fp8 is on the grid from the first step (grid_from: 0)"),
+    ] = "float32"
     fault: Fault | None = None
     audit: Audit = Audit()
     spike: Spike = Spike()
@@ -183,8 +190,18 @@ class Supervised(recipe.Spec):
         every = self.go_no_go.every
         return self.go_no_go.at if every is None else tuple(range(every, self.steps + 1, every))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_the_first_step(cls, said: Any) -> Any:
+        on_grid = isinstance(said, dict) and said.get("precision") == "fp8"
+        return {"grid_from": 0.0, **said} if on_grid else said
+
     @model_validator(mode="after")
     def _consistent(self) -> Supervised:
+        if self.precision == "fp8" and self.grid_from > 0:
+            raise ValueError("precision: fp8 multiplies the grid's codes from the first step: leave grid_from out")
+        if self.precision != "float32" and self.lora is not None:
+            raise ValueError("adapters (lora) are trained in float32: leave precision out")
         if self.virtual_shards & (self.virtual_shards - 1):
             raise ValueError("virtual_shards must be a power of two")
         if self.lora is not None and self.grid_from < 1:

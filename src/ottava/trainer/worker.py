@@ -136,6 +136,8 @@ class Worker:
         began = self.trainer.gate()
         if began is not None and self.group.rank == 0:
             self.line.say("gate", **began)
+        if self.spec.precision != "float32" and self.group.rank == 0:
+            self.line.say("precision", precision=self.spec.precision, products=self.trainer.products)
         self.digest = state.digest()
         path = Path(self.args["memory"]) / os.environ.get(link.NODE, "node0") / f"rank{self.group.rank}.snap"
         path.parent.mkdir(parents=True, exist_ok=True)
