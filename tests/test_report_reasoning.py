@@ -145,7 +145,7 @@ def test_the_object_has_what_was_promised(reasoned: Made) -> None:
     low, high = wilson(407, 599)
     assert content["traces"] == {"teacher": TEACHER, **TRACES, "low": low, "high": high}
     assert content["algorithms"] is None
-    assert content["model"] == {"stage": "reinforce", "parameters": 137600}
+    assert content["model"] == {"stage": "reinforce", "parameters": 137600, "max_new": None}
     json.dumps(content, allow_nan=False)
 
 
@@ -207,7 +207,7 @@ def test_accuracy_and_commands_are_of_the_model_so_far(reasoned: Made) -> None:
 def test_without_reinforcement_the_model_is_that_of_training(tmp_path: Path) -> None:
     made = walk(Made(tmp_path / "run", ("train", "convert", "verify")), "train", "convert", "verify")
     content = report.build(made.folder)
-    assert content["model"] == {"stage": "train", "parameters": 123456}
+    assert content["model"] == {"stage": "train", "parameters": 123456, "max_new": None}
     (row,) = claims(content, "values that were trained")
     assert row["check"] == f"ottava verify artifacts/train-{'a' * 12}/model artifacts/convert-{'a' * 12}/model"
     assert not {"Reinforcement", "Students", "Algorithms"} & set(page(made).text.split())
@@ -462,3 +462,19 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert {"script", "img"}.isdisjoint(name for name, _ in reader.elements)
     assert reader.text.count('<script>alert("x")</script>') >= 6
     assert "\x1b" not in report.text(report.build(made.folder))
+
+
+def test_a_model_without_a_thinking_switch_has_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A published model that was reinforced: one mode, and replies as long as the recipe says."""
+    only = {"direct": AFTER["direct"], "max_new": 32}
+    files = {**MORE_FILES["reinforce"], "before.json": {"direct": BEFORE["direct"]}}
+    monkeypatch.setitem(FILES, "reinforce", {**files, "evaluation.json": {**only, "pools": {"cpu": only}}})
+    summary = {"reinforce": {"accuracy": {"direct": AFTER["direct"]}}}
+    made = walk(Made(tmp_path / "run", ("label", "reinforce")), "label", "reinforce", changed=summary)
+    report.write(made.folder)
+    page, content = (made.folder / "report.html").read_text(), report.build(made.folder)
+    assert "<dt>Direct</dt>" in page
+    assert "<dt>Thinking</dt>" not in page
+    assert content["accuracy"]["thinking"] is None
+    (solved,) = claims(content, "Answering directly, the model solves")
+    assert "'max_new': 32" in solved["check"]

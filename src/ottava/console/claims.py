@@ -254,7 +254,9 @@ def _answered(content: Content) -> Iterator[dict[str, Any]]:
 
 
 def _evaluate(content: Content, folder: str) -> str:
-    args = f"{{'model': '{folder}', 'data': '{artifact(content, 'label')}', 'task': 'chains'}}"
+    tests = artifact(content, "label") or artifact(content, "problems")
+    longest = (content["model"] or {}).get("max_new")
+    args = {"model": folder, "data": tests, **({"max_new": longest} if longest else {})}
     return f'python -c "from ottava.engine.evaluate import evaluate_folder; print(evaluate_folder({args}))"'
 
 

@@ -191,10 +191,13 @@ def _training(source: Source) -> dict[str, Any] | None:
 
 
 def _model(source: Source) -> dict[str, Any] | None:
-    """The model so far: the stage that made it last, and its parameters."""
+    """The model so far: the stage that made it last, its parameters, and how many ids its evaluated replies may have
+    where the recipe says."""
     if source.model not in source.artifacts:
         return None
-    return {"stage": source.model, "parameters": source.artifacts[source.model].summary.get("parameters")}
+    evaluated = source.file(source.model, "evaluation.json") or {}
+    parameters = source.artifacts[source.model].summary.get("parameters")
+    return {"stage": source.model, "parameters": parameters, "max_new": evaluated.get("max_new")}
 
 
 def _by_pool(source: Source) -> dict[str, Any] | None:
