@@ -222,9 +222,12 @@ def test_a_floor_is_measured_also_where_every_choice_of_experts_is_near_a_tie(mo
     with torch.no_grad():
         model.lm_head.weight.normal_()  # type: ignore[union-attr]
     sequences = mismatch.probes(model, [])
-    plain = mismatch.measure(model, sequences, torch.bfloat16)
+    monkeypatch.setattr(mismatch, "TIE", 0.0)
+    everywhere = mismatch.measure(model, sequences, torch.bfloat16)
     monkeypatch.setattr(mismatch, "TIE", 1e9)
-    assert mismatch.measure(model, sequences, torch.bfloat16).high >= plain.high > 0
+    nowhere_clear = mismatch.measure(model, sequences, torch.bfloat16)
+    assert (nowhere_clear.mean, nowhere_clear.high) == (everywhere.mean, everywhere.high)
+    assert everywhere.high > everywhere.mean > 0
 
 
 # ------------------------------------------------------------ the recipe for a GPU

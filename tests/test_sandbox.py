@@ -109,7 +109,7 @@ def test_results_that_are_forged_on_the_pipe_must_still_be_right(judge: Judge) -
     """A program finds the pipe and writes lines itself; not knowing what is expected, that helps nobody."""
     forged = """
         import os
-        for fd in range(3, 64):
+        for fd in range(3, 4096):  # it has the number that it had in our process, which may have many
             try:
                 os.write(fd, b'{"value": 1}\\n{"value": true}\\n{"right": true}\\n')
             except OSError:
