@@ -169,6 +169,12 @@ def test_two_students_of_one_name_are_a_mistake() -> None:
         distill.Spec.model_validate({"students": [{**one, "shape": {**one["shape"], "hidden": 30}}]})  # type: ignore[dict-item]
 
 
+@pytest.mark.parametrize("ignored", [{"lora": {}, "grid_from": 1}, {"go_no_go": {"baseline": "x", "every": 10}}])
+def test_what_students_have_no_use_for_is_refused(ignored: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="leave lora and go_no_go out"):
+        distill.Spec.model_validate(ignored)
+
+
 def test_the_row_of_a_student_holds_a_paired_interval() -> None:
     def found(right: list[int]) -> dict[str, Any]:
         value = {"value": sum(right) / len(right), "right": right}

@@ -23,6 +23,7 @@ from ottava.trainer.advantages import advantages
 from ottava.trainer.grpo import Grpo
 from ottava.trainer.guard import Alarm
 from ottava.trainer.rl_spec import ReinforceSpec
+from ottava.trainer.spec import Shape
 from ottava.trainer.start import make_trainer
 from ottava.trainer.supervised import Fault
 from tests.test_mismatch import Server, serving
@@ -311,3 +312,30 @@ def test_a_run_with_a_wrong_engine_stops_and_names_the_tensor(
     told = [event["event"] for event in read(tmp_path / "j")]
     assert "train.step" not in told
     assert told.count("train.fault") == 1, "no chip is to blame, so nothing is started again"
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"policy": {"two_sided": 1.1}}, "two_sided"),
+        ({"policy": {"loss": "cispo", "two_sided": 9.0}}, "two_sided"),
+        (
+            {
+                "policy": {"keep_routing": True},
+                "grid_from": 0,
+                "rollout": {"engine": {"url": "http://h", "folder": "f"}},
+            },
+            "routes",
+        ),
+        ({"optimiser": {"adam": 0.0}}, "greater than 0"),
+        ({"optimiser": {"embedding": -3.0}}, "greater than 0"),
+    ],
+)
+def test_what_could_not_be_carried_out_is_refused_when_the_recipe_is_read(said: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        ReinforceSpec.model_validate(said)
+
+
+def test_no_more_experts_are_active_than_there_are() -> None:
+    with pytest.raises(ValueError, match="9 active experts of 8"):
+        Shape(active_experts=9)

@@ -76,6 +76,12 @@ class Spec(FineTuning):
         return students
 
     @model_validator(mode="after")
+    def _whole(self) -> Spec:
+        if self.lora is not None or self.go_no_go is not None:
+            raise ValueError("students are trained whole and without a baseline: leave lora and go_no_go out")
+        return self
+
+    @model_validator(mode="after")
     def _comparable(self) -> Spec:
         own = next((student for student in self.students if student.tokenizer is not None), None)
         if own is not None and self.on_policy is not None and self.on_policy.divergence.kind == "gkd":

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ottava.recipe import Frozen
-from ottava.trainer.supervised import Drift, Fraction, Optimiser, Positive, Supervised
+from ottava.trainer.supervised import Drift, Fraction, Optimiser, Positive, Rate, Supervised
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 
@@ -74,6 +74,14 @@ class PolicySpec(Frozen):
     def _published(cls, said: Any) -> Any:
         return {**PRESETS.get(str(said.get("loss")), {}), **said} if isinstance(said, dict) else said
 
+    @model_validator(mode="after")
+    def _two_sided(self) -> PolicySpec:
+        if self.two_sided is not None and (self.loss == "cispo" or self.two_sided <= 1 + self.clip_high):
+            raise ValueError(
+                f"two_sided bounds the ratio beyond clip_high: more than {1 + self.clip_high:g}, not cispo"
+            )
+        return self
+
 
 class EngineSpec(Frozen):
     """An engine of its own that draws the replies: see `engine.remote`."""
@@ -104,8 +112,8 @@ class PolicyOptimiser(Optimiser):
     """
 
     matrices: Literal["muon", "adam"] = "adam"
-    adam: float = 5e-4
-    embedding: float = 5e-4
+    adam: Rate = 5e-4
+    embedding: Rate = 5e-4
     warmup: Positive = 1
     decay_from: Fraction = 1.0
     router_bias: Annotated[float, Field(ge=0, description="step of the router's correction bias; 0: frozen")] = 0.0
@@ -157,6 +165,8 @@ class ReinforceSpec(Supervised):
             raise ValueError("rollout.minibatches must divide rollout.prompts")
         if self.rollout.engine is not None and (self.rollout.top_p < 1 or self.grid_from > 0):
             raise ValueError("rollout.engine needs rollout.top_p: 1 (kept ids are not told) and grid_from: 0")
+        if self.rollout.engine is not None and self.policy.keep_routing:
+            raise ValueError("policy.keep_routing needs routes, and rollout.engine tells none: leave one of them out")
         return self
 
 

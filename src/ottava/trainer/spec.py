@@ -36,6 +36,12 @@ class Shape(Frozen):
     rope_dim: Positive = 16
     value_dim: Positive = 16
 
+    @model_validator(mode="after")
+    def _whole(self) -> Shape:
+        if self.active_experts > self.experts:
+            raise ValueError(f"{self.active_experts} active experts of {self.experts}")
+        return self
+
     def config(self, vocabulary: int) -> dict[str, Any]:
         """The content of `config.json` for a vocabulary of so many ids."""
         return {

@@ -15,6 +15,7 @@ Precision = Literal["float32", "bf16", "fp8"]
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, le=100)]
 
 Phase = Literal[
     "join", "load", "rollout", "forward", "reduce", "update", "snapshot", "kept", "look",
@@ -112,11 +113,11 @@ class Optimiser(Frozen):
     """
 
     matrices: Literal["muon", "adam"] = "muon"
-    muon: float = 0.02
+    muon: Rate = 0.02
     muon_momentum: float = 0.95
     muon_decay: float = 1.0
-    adam: float = 3e-3
-    embedding: float = 2.1e-2
+    adam: Rate = 3e-3
+    embedding: Rate = 2.1e-2
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
