@@ -68,14 +68,17 @@ def test_devices_are_counted_and_bounded(platform: Platform) -> None:
 
 def test_memory_is_in_bytes_and_grows_with_use(platform: Platform) -> None:
     grown = []
-    for attempt in range(40 if platform.shared_memory else 1):  # other processes may free memory in the same moment
-        time.sleep(0.1 * bool(attempt))
+    for attempt in range(10 if platform.shared_memory else 1):  # other processes may free memory in the same moment
         before, total = platform.memory(0)
         assert 0 <= before <= total
         assert total > 1 << 28
-        held = torch.ones(1 << 26, device=platform.device())  # 256 MiB
+        held = torch.ones((attempt + 1) << 26, device=platform.device())  # 256 MiB, and more where that was not seen
         platform.synchronize()
-        grown.append(platform.memory(0)[0] - before)
+        for _ in range(20):  # some systems bring their count up to date only now and then
+            grown.append(platform.memory(0)[0] - before)
+            if grown[-1] > (1 << 28) - (1 << 26) or not platform.shared_memory:
+                break
+            time.sleep(0.1)
         del held
         if grown[-1] > (1 << 28) - (1 << 26):
             break
