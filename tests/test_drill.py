@@ -155,6 +155,16 @@ def test_a_full_disk_lasts_or_passes(sticky: bool, count: int, fails: int) -> No
     assert told == list(range(count))
 
 
+def test_a_fault_of_a_save_waits_for_one() -> None:
+    """A state is not saved while the one before still is, so the step that a fault names may have no save."""
+    faults = Injector({0: Fault(at_step=20, kind="error", phase="save:rename")}, 0, "a", lambda *_, **__: None)
+    faults.at("save:rename", 19)
+    faults.at("kept", 24)
+    with pytest.raises(RuntimeError, match="injected"):
+        faults.at("save:rename", 24)
+    faults.at("save:rename", 28)
+
+
 def test_a_wreck_loses_the_newest_states_and_damages_the_next(tmp_path: Path) -> None:
     for step in (4, 7, 8):
         (tmp_path / f"g-{step:09d}-e00001").mkdir()

@@ -72,8 +72,8 @@ class Injector:
     def _due(self, kinds: tuple[str, ...], step: int, phase: str | None = None) -> list[tuple[int, Fault]]:
         found = []
         for number, fault in self._faults.items():
-            lasting = fault.sticky or phase in ("join", "load") or fault.kind == "full"  # which steps are saved varies
-            now = step >= fault.at_step if lasting else step == fault.at_step
+            whenever = phase in ("join", "load") or str(phase).startswith("save:")  # which steps are saved varies
+            now = step >= fault.at_step if fault.sticky or whenever else step == fault.at_step
             if (
                 fault.kind in kinds
                 and now

@@ -34,7 +34,7 @@ class Fault(Frozen):
     """A fault to inject: the run must survive it, or stop with the right words. It comes once, unless it is sticky.
 
     at_step: strikes in the step that follows this many kept ones, or right after the last of them (phase kept); a fault
-    in join or load strikes at the first start from there on, a full disk at the first save. rank: the chip, by its
+    in join or load strikes at the first start from there on, one in a save at the first save. rank: the chip, by its
     number in the pool. pool: None means whichever runs then. bits: how many are flipped. seconds: how long it sleeps,
     or how far its clock jumps. sticky: it stays with the chip, step after step.
     """
