@@ -1,4 +1,4 @@
-"""What the Ray launcher costs beside the launcher of one machine: python -m benchmarks.ray (needs ottava[ray])
+"""What the Ray launcher costs beside the launcher of one machine: python -m benchmarks.ray (needs the extra ray)
 
 start        from opening the launcher to the first worker's end
 spawn        one worker that does nothing, to its result

@@ -68,7 +68,7 @@ def test_without_ray_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(PlatformError, match="ray is not installed") as error, RayLauncher():
         pass
-    assert error.value.fix == "pip install 'ottava[ray]'"
+    assert error.value.fix == "pip install -e '.[ray]'"
 
 
 def nap(args: dict[str, Any]) -> dict[str, Any]:

@@ -336,7 +336,7 @@ def test_the_disk_is_asked_before_the_first_byte(tmp_path: Path, monkeypatch: py
     real = os.statvfs(tmp_path)
 
     class Small:
-        f_bavail, f_frsize = 20, real.f_frsize
+        f_blocks, f_bavail, f_frsize = 1000, 20, real.f_frsize
 
     monkeypatch.setattr(os, "statvfs", lambda path: Small)
     with pytest.raises(ResourceError, match=f"{20 * real.f_frsize:,} are free") as caught:

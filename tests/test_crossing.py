@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -26,12 +27,11 @@ from ottava.recipe import Pool
 from ottava.supervisor.loop import Run, replay, supervise
 from ottava.tasks import chains
 from ottava.trainer import crossing, records
-from ottava.trainer.divergences import Chunk, alm, uld, uld_aligned
+from ottava.trainer.divergences import Chunk, alm, uld
 from ottava.trainer.rl_spec import OnPolicySpec
 from ottava.trainer.start import make_trainer
 from ottava.trainer.supervised import Fault
 
-from .test_divergences import trl_uld
 from .test_grpo import World
 from .test_losses import with_gradient
 
@@ -270,17 +270,26 @@ def by_hand(student: Tensor, teacher: Tensor, ids: tuple[Tensor, Tensor], chunks
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
-def test_aligned_uld_is_its_definition(seed: int, temperature: float) -> None:
+def test_uld_is_its_definition(seed: int, temperature: float) -> None:
     chunks, own, its = some_chunks(seed)
     chunks[2] = []
     (student, ours), (teacher, theirs) = drawn(seed, 11, own), drawn(seed + 50, 7, its)
-    value = uld_aligned(student, teacher, ours, theirs, chunks, 5, temperature=temperature)
+    value = uld(student, teacher, ours, theirs, chunks, 5, temperature=temperature)
     assert float(value) == pytest.approx(by_hand(student, teacher, (ours, theirs), chunks, temperature), abs=1e-12)
+
+
+def trl_uld(strategy: str) -> Any:
+    config = SimpleNamespace(
+        uld_crossentropy_weight=0.0, uld_distillation_weight=1.0, uld_student_temperature=1.5,
+        uld_teacher_temperature=1.5, uld_skip_student_eos=False, uld_skip_teacher_eos=False,
+        use_extended_uld=False, uld_token_merge_strategy=strategy, uld_use_hybrid_loss=False, beta=1.0,
+    )  # fmt: skip
+    return pytest.importorskip("trl.experimental.gold.gold_trainer").ULDLoss(config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", range(3))
-def test_aligned_uld_equals_trl(seed: int, dtype: torch.dtype) -> None:
+def test_uld_equals_trl(seed: int, dtype: torch.dtype) -> None:
     """TRL's own alignment of byte offsets and its merge by the chain rule; it marks tokens, we what predicts them."""
     chunks, own, its = some_chunks(seed)
     (student, ours), (teacher, theirs) = drawn(seed, 11, own + 1), drawn(seed + 50, 15, its + 1)
@@ -303,7 +312,7 @@ def test_aligned_uld_equals_trl(seed: int, dtype: torch.dtype) -> None:
         return loss
 
     def mine(z: Tensor) -> Tensor:
-        return uld_aligned(z, teacher.to(dtype), ours, theirs, chunks, 5, temperature=1.5)
+        return uld(z, teacher.to(dtype), ours, theirs, chunks, 5, temperature=1.5)
 
     value, slope = with_gradient(mine, student.to(dtype))
     expected, gradient = with_gradient(reference, student.to(dtype))
@@ -312,22 +321,12 @@ def test_aligned_uld_equals_trl(seed: int, dtype: torch.dtype) -> None:
     assert float((slope - gradient).abs().max()) <= bound
 
 
-def test_aligned_uld_of_single_tokens_is_uld() -> None:
-    (student, ours), (teacher, theirs) = drawn(1, 11, 6), drawn(2, 14, 6)
-    sizes = [6, 3, 1, 0, 4]
-    chunks = [[Chunk(slice(i, i + 1), slice(i, i + 1)) for i in range(size)] for size in sizes]
-    mask = torch.arange(6) < torch.tensor(sizes)[:, None]
-    assert float(uld_aligned(student, teacher, ours, theirs, chunks, 5)) == pytest.approx(
-        float(uld(student, teacher, mask, mask, 5)), abs=1e-12
-    )
-
-
 def test_only_the_student_gets_a_gradient_and_shards_add() -> None:
     chunks, own, its = some_chunks(4)
     (student, ours), (teacher, theirs) = drawn(4, 11, own), drawn(5, 7, its)
     student.requires_grad_()
     teacher.requires_grad_()
-    whole = uld_aligned(student, teacher, ours, theirs, chunks, 5)
+    whole = uld(student, teacher, ours, theirs, chunks, 5)
     whole.backward()
     assert teacher.grad is None
     inside = torch.zeros(student.shape[:2], dtype=torch.bool)
@@ -337,11 +336,10 @@ def test_only_the_student_gets_a_gradient_and_shards_add() -> None:
     assert bool((student.grad.abs().sum(-1) > 0)[inside].all())
     assert not bool(student.grad[~inside].any())
     parts = [
-        uld_aligned(student[s].detach(), teacher[s], ours[s], theirs[s], chunks[s], 5)
-        for s in (slice(0, 2), slice(2, None))
+        uld(student[s].detach(), teacher[s], ours[s], theirs[s], chunks[s], 5) for s in (slice(0, 2), slice(2, None))
     ]
     assert float(sum(parts)) == pytest.approx(float(whole.detach()), abs=1e-12)
-    empty = uld_aligned(student, teacher, ours, theirs, [[]] * 5, 5)
+    empty = uld(student, teacher, ours, theirs, [[]] * 5, 5)
     assert float(empty.detach()) == 0.0
     assert not torch.autograd.grad(empty, student)[0].any()
 
@@ -436,7 +434,7 @@ def test_the_loss_is_that_of_the_records(
                 theirs = teacher(input_ids=torch.tensor([prompt + told])).logits[:, len(prompt) - 1 : -1]
             spoken = (torch.tensor([ids]), torch.tensor([told], dtype=torch.int64))
             if kind == "uld":
-                total += float(uld_aligned(ours, theirs, *spoken, [chunks], 1))
+                total += float(uld(ours, theirs, *spoken, [chunks], 1))
             else:
                 both = [
                     z.log_softmax(-1).gather(2, i[..., None])[..., 0]

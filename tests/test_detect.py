@@ -55,6 +55,7 @@ def test_the_deadline_follows_the_steps() -> None:
         (["reduce", "reduce", "reduce", "reduce"], [], ()),  # nobody stands out: the exchange itself
         (["forward", "forward", "forward", "forward"], [], ()),
         (["forward", "reduce", "snapshot", "reduce"], [], (0, 2)),
+        (["join", "start", "join", "join"], [], (1,)),  # before the first step, too
     ],
 )
 def test_who_hangs(phases: list[str], silent: list[int], blamed: tuple[int, ...]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ottava.errors import DataError, RecipeError
-from ottava.trainer.advantages import towards_teacher
-from ottava.trainer.divergences import Chunk, align, alm, divergence, gkd, reverse_kl, uld
-from ottava.trainer.losses import Policy, Rows, Scale, policy_loss
+from ottava.trainer.divergences import Chunk, align, alm, divergence, gkd
 from tests.test_losses import with_gradient
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -115,98 +111,14 @@ def test_a_divergence_is_zero_of_equals_and_positive_else(seed: int, beta: float
     assert float(divergence(student, teacher, beta)) > 0
 
 
-# Reverse KL of sampled tokens.
-
-
-def test_reverse_kl_is_the_gradient_of_the_kl_in_the_mean() -> None:
-    """Over all ids, each weighted by how often the student draws it: value and gradient of KL(S, T)."""
-    student, teacher = logits(3, V), logits(4, V).log_softmax(0)
-    chance = student.softmax(0)
-    one = torch.ones(1, 1, dtype=torch.bool)
-
-    def expected(z: Tensor) -> Tensor:
-        live = z.log_softmax(0)
-        each = [reverse_kl(live[i].view(1, 1), teacher[i].view(1, 1), one, 1) for i in range(V)]
-        return (chance * torch.stack(each)).sum()
-
-    value, gradient = with_gradient(expected, student)
-    truth, slope = with_gradient(lambda z: divergence(z, teacher, beta=1), student)
-    assert float(value) == pytest.approx(float(truth), rel=1e-12)
-    torch.testing.assert_close(gradient, slope, rtol=1e-11, atol=1e-13)
-
-
-def test_reverse_kl_is_the_policy_loss_of_the_first_update() -> None:
-    live, teacher, mask = logits(5, N, T), logits(6, N, T), replies(7, T)
-    scale = Scale(N, int(mask.sum()), T)
-    rows = Rows(mask, towards_teacher(live, teacher))
-    spoilt = teacher.masked_fill(~mask, math.nan)
-    ours, gradient = with_gradient(lambda x: reverse_kl(x, spoilt, mask, scale.tokens), live)
-    theirs, expected = with_gradient(lambda x: policy_loss(Policy("dapo"), x, rows, scale)[0], live)
-    assert abs(float(ours - theirs)) <= 1e-12
-    assert float((gradient - expected).abs().max()) <= 1e-12
-    assert float(ours) == pytest.approx(float((live - teacher)[mask].mean()), rel=1e-12)
-
-
-# ULD.
-
-
-def trl_uld(strategy: str) -> Any:
-    config = SimpleNamespace(
-        uld_crossentropy_weight=0.0, uld_distillation_weight=1.0, uld_student_temperature=1.5,
-        uld_teacher_temperature=1.5, uld_skip_student_eos=False, uld_skip_teacher_eos=False,
-        use_extended_uld=False, uld_token_merge_strategy=strategy, uld_use_hybrid_loss=False, beta=1.0,
-    )  # fmt: skip
-    return pytest.importorskip("trl.experimental.gold.gold_trainer").ULDLoss(config)
-
-
-@pytest.mark.parametrize("dtype", BOUND, ids=["float64", "float32"])
-@pytest.mark.parametrize("widths", [(V, V + 4), (V + 4, V), (V, V)])
-def test_uld_equals_trl_with_the_right_shift(widths: tuple[int, int], dtype: torch.dtype) -> None:
-    """TRL marks the tokens, we mark what predicts them: one earlier. Its default is that of one later."""
-    student, teacher = logits(0, N, 9, widths[0], dtype=dtype), logits(1, N, 8, widths[1], dtype=dtype)
-    ours, theirs = replies(2, 9, start=2), replies(3, 8, start=3)
-    ids = torch.zeros(N, 9, dtype=torch.long)
-
-    def reference(strategy: str, z: Tensor) -> Tensor:
-        labels = [torch.where(mask, 1, -100) for mask in (ours, theirs)]
-        loss: Tensor = trl_uld(strategy)(z, teacher, *labels, ids, ids[:, :8])
-        return loss
-
-    def before(mask: Tensor) -> Tensor:
-        return mask.roll(-1, 1)
-
-    value, gradient = with_gradient(
-        lambda z: uld(z, teacher, before(ours), before(theirs), N, temperature=1.5), student
-    )
-    expected, slope = with_gradient(lambda z: reference("bayesian", z), student)
-    assert abs(float(value - expected)) <= BOUND[dtype]
-    assert float((gradient - slope).abs().max()) <= BOUND[dtype]
-    late = with_gradient(lambda z: reference("observed", z), student)[0]
-    assert abs(float(late - expected)) > 1e-3
-    assert abs(float(uld(student, teacher, ours, theirs, N, temperature=1.5) - late)) <= BOUND[dtype]
-
-
-def test_uld_by_hand() -> None:
-    """(1/2, 1/3, 1/6) beside (1/4, 3/4): sorted .5 .333 .167 and .75 .25 0. The second token has no partner."""
-    student = torch.tensor([[[3.0, 2, 1], [9, 9, 9]], [[1, 1, 1], [1, 1, 1]]]).double().log()
-    teacher = torch.tensor([[[1.0, 3]], [[1, 1]]]).double().log()
-    ours = torch.tensor([[True, True], [False, False]])  # the second row is empty here, and counts as a row
-    theirs = torch.tensor([[True], [True]])
-    assert float(uld(student, teacher, ours, theirs, 2)) == pytest.approx((0.25 + 1 / 12 + 1 / 6) / 2)
-
-
 @pytest.mark.parametrize("shards", [2, 8])
-def test_uld_and_alm_of_shards_add(shards: int) -> None:
-    student, teacher, ours, theirs = logits(0, N, 9, V), logits(1, N, 8, V + 2), replies(2, 9), replies(3, 8)
+def test_alm_of_shards_adds(shards: int) -> None:
+    student, teacher = logits(0, N, 9, V), logits(1, N, 8, V + 2)
     texts = [b"abcdefgh"[:n] for n in (8, 7, 3, 8, 1, 8, 5, 8)]
     chunks = [align([text[i : i + 1] for i in range(len(text))], [text[:2], text[2:]]) for text in texts]
     total = sum(map(len, chunks))
     live, fixed = -student[..., 0].abs(), -teacher[..., 0].abs()
     cut = [slice(v * N // shards, (v + 1) * N // shards) for v in range(shards)]
-    whole = uld(student, teacher, ours, theirs, N)
-    assert float(whole) == pytest.approx(
-        sum(float(uld(student[s], teacher[s], ours[s], theirs[s], N)) for s in cut), abs=1e-12
-    )
     assert float(alm(live, fixed, chunks, total)) == pytest.approx(
         sum(float(alm(live[s], fixed[s], chunks[s], total)) for s in cut), abs=1e-12
     )
@@ -313,13 +225,8 @@ def test_alm_stays_finite_up_to_certainty(values: list[float], dtype: torch.dtyp
     assert abs(float(alm(student, student, chunks, 2))) <= 1e-6
 
 
-def test_alm_and_uld_of_nothing() -> None:
+def test_alm_of_nothing() -> None:
     live = torch.zeros(2, 3, requires_grad=True)
     nothing = alm(live, live.detach(), [(), ()], 0)
     assert nothing.item() == 0
     assert not torch.autograd.grad(nothing, live)[0].any()
-    student = torch.zeros(2, 3, 5, requires_grad=True)
-    none = torch.zeros(2, 3, dtype=torch.bool)
-    nothing = uld(student, torch.zeros(2, 3, 4), none, ~none, 2)
-    assert nothing.item() == 0
-    assert not torch.autograd.grad(nothing, student)[0].any()

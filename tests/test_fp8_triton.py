@@ -24,7 +24,7 @@ from ottava import platforms
 from ottava.errors import FormatError
 from ottava.fp8 import reference, spec
 
-triton = pytest.importorskip("triton", reason="triton is not installed: pip install 'ottava[triton]'")
+triton = pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[triton]'")
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402

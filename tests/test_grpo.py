@@ -238,6 +238,18 @@ def test_the_gate_tells_its_floor_and_the_watch_stays_still(begun: Path, dataset
     assert mismatch.HIGH == 8, "as the report says"
 
 
+def test_the_gate_can_load_the_model_that_came_in(
+    begun: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(mismatch, "gate", lambda *its: (asked.append(its), (mismatch.Floor(0.0, 0.0, 0.0), {}))[1])
+    args = base(begun, dataset, spec(), tmp_path)
+    World(args, 1).workers[0].gate()
+    came = asked[0][3]()
+    expected = load(Path(args["start_model"])).state_dict()
+    assert all(torch.equal(its, expected[name]) for name, its in came.state_dict().items())
+
+
 def test_a_gate_changes_no_bit(begun: Path, dataset: Path, tmp_path: Path, whole: tuple[str, Path]) -> None:
     world = World(base(begun, dataset, spec(), tmp_path), 2)
     for worker in world.workers:

@@ -54,7 +54,7 @@ def test_without_ray_a_command_says_how_to_get_it(
     told = capsys.readouterr()
     assert told.out == ""
     assert "ray is not installed" in told.err
-    assert "pip install 'ottava[ray]'" in told.err
+    assert "pip install -e '.[ray]'" in told.err
     assert not (tmp_path / "run").exists()
     assert dict(os.environ) == before
 

@@ -56,9 +56,9 @@ def made(name: str, seed: int = 0) -> nn.Module:
 
 
 @cache
-def before() -> dict[str, Tensor]:
-    """The published tensors of the hand-over before: another step's."""
-    return {name: item.tensor.clone() for name, item in published(made(MLA, 1)).items()}
+def came() -> nn.Module:
+    """The model that the engine was started with: another step's."""
+    return made(MLA, 1)
 
 
 def changed(name: str, fault: Callable[[str, dict[str, Tensor]], None]) -> nn.Module:
@@ -73,7 +73,7 @@ def transposed(name: str, views: dict[str, Tensor]) -> None:
 
 
 def stale(name: str, views: dict[str, Tensor]) -> None:
-    views[name].copy_(before()[name])
+    views[name].copy_(published(came())[name].tensor)
 
 
 def doubled(name: str, views: dict[str, Tensor]) -> None:
@@ -152,7 +152,7 @@ def test_log_probabilities_alone_stop_them_and_never_name_another_tensor(
     for case in list(wrong())[::every]:
         name, fault = case.values
         try:
-            mismatch.gate(Wrong(changed(name, fault), honest=False), made(MLA), PROMPTS, before())
+            mismatch.gate(Wrong(changed(name, fault), honest=False), made(MLA), PROMPTS, came)
             missed.append(case.id)
         except Alarm as alarm:
             if "no tensor is named" in alarm.message:
@@ -173,12 +173,14 @@ def test_log_probabilities_alone_stop_them_and_never_name_another_tensor(
         ("model.layers.1.self_attn.o_proj.weight", transposed),
         ("model.layers.1.mlp.experts.1.up_proj.weight", swapped),
         ("model.layers.0.self_attn.kv_b_proj.weight", row),
+        ("model.layers.1.self_attn.o_proj.weight", stale),
     ],
 )
 def test_a_tensor_is_named_by_what_the_engine_says(name: str, fault: Callable[..., None]) -> None:
     with pytest.raises(Alarm) as alarm:
-        mismatch.gate(Wrong(changed(name, fault), honest=False), made(MLA), PROMPTS)
+        mismatch.gate(Wrong(changed(name, fault), honest=False), made(MLA), PROMPTS, came)
     assert name in alarm.value.message
+    assert ("stale tensor" in alarm.value.message) == (fault is stale)
 
 
 def test_no_tensor_is_named_where_no_known_fault_explains() -> None:

@@ -22,7 +22,9 @@ from ottava.recipe import load_recipe
 from ottava.stages.distill import Spec as DistillSpec
 from ottava.trainer import mismatch, snapshot
 from ottava.trainer.guard import Alarm
+from ottava.trainer.probe import VOCABULARY, _stand_in
 from ottava.trainer.rl_spec import ReinforceSpec
+from ottava.trainer.sft import fresh_trainer
 from ottava.trainer.spec import Dense, Shape, TrainSpec
 from ottava.trainer.start import make_trainer
 from ottava.trainer.worker import export
@@ -230,6 +232,17 @@ def test_a_floor_is_measured_also_where_every_choice_of_experts_is_near_a_tie(mo
     assert everywhere.high > everywhere.mean > 0
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_a_dense_student_learns_in_fp8(family: str) -> None:
+    shape = {"family": family, "hidden": 64, "width": 128, "layers": 2}
+    its = {"steps": 6, "batch": 4, "precision": "fp8", "direct": {"batch": 2}, "shape": shape}
+    trainer = fresh_trainer(TrainSpec.model_validate(its), 3, _stand_in(), VOCABULARY)
+    reports = [trainer.step(lambda total: total, range(2)) for _ in range(6)]
+    assert trainer.products == "emulated"
+    assert all(report.on_grid for report in reports)
+    assert reports[-1].told["loss"] < reports[0].told["loss"] - 0.05
+
+
 # ------------------------------------------------------------ the recipe for a GPU
 
 SMALL = (
@@ -267,8 +280,8 @@ def test_the_recipe_has_the_size_that_it_says() -> None:
     said = (ROOT / "recipes/gpu.yaml").read_text()
     assert all(f"{size / 1e6:.1f}M" in said for size in sizes)
     assert {its.stages[name].precision for name in ("train", "reinforce", "distill")} == {"bf16"}  # type: ignore[attr-defined]
-    second: Any = gpu("train.precision=fp8", "reinforce.precision=fp8").stages
-    assert (second["train"].grid_from, second["reinforce"].grid_from) == (0.0, 0.0)
+    second: Any = gpu("train.precision=fp8", "reinforce.precision=fp8", "distill.precision=fp8").stages
+    assert [second[name].grid_from for name in ("train", "reinforce", "distill")] == [0.0] * 3
 
 
 @pytest.mark.parametrize("narrow", NARROW)

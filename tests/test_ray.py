@@ -1,6 +1,6 @@
 """The Ray launcher: the launcher's own tests on a cluster of three nodes on one machine, and deaths of all kinds.
 
-Needs `pip install 'ottava[ray]'`. Each node has a loopback address of its own: Ray replaces 127.0.0.1 by the machine's.
+Needs `pip install -e '.[ray]'`. Each node has a loopback address of its own: Ray replaces 127.0.0.1 by the machine's.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ HERE = "tests.test_ray:"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without chips and two nodes; afterwards nothing of it may be left."""
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'ottava[ray]'")
+    pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
     with started(NODES) as made:
         yield made
     wait_until(lambda: not started_with(f"RAY_TMPDIR={made.folder}"), "a process of the cluster is left")

@@ -33,7 +33,7 @@ QUIET = {"supervisor", "torn", "shard", "disk"}
 
 def test_every_class_of_fault_on_a_ray_cluster(tmp_path: Path) -> None:
     """One drill of each class; one test, since they share a cluster, which the command starts and takes down."""
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'ottava[ray]'")
+    pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
     (tmp_path / "small.yaml").write_text(RECIPE)
     words = ["drill", str(tmp_path / "small.yaml"), "--seeds", f"0:{len(TWELVE)}", "--ray", "local", "--json"]
     mark = f"OTTAVA_TEST_MARK={uuid.uuid4().hex}"

@@ -61,7 +61,7 @@ def link() -> Iterator[tuple[str, str]]:
 @pytest.fixture
 def address(link: tuple[str, str]) -> Iterator[str]:
     """A head with one chip of pool net and one of pool b on this side, and a node with one of pool net on the other."""
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'ottava[ray]'")
+    pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
     folders = [tempfile.mkdtemp(prefix="ray", dir="/tmp") for _ in range(2)]
     ray = [sys.executable, "-c", "import sys; from ray.scripts.scripts import main; sys.exit(main())"]
     small = ["--num-cpus=0", "--object-store-memory=80000000", "--disable-usage-stats"]

@@ -66,6 +66,19 @@ TRACES = {
 ALGORITHMS = [
     {"name": "grpo", "gain": 0.083, "low": 0.06, "high": 0.106, "seeds": 5, "default": True},
     {"name": "gspo", "gain": -0.004, "low": -0.02, "high": 0.012, "seeds": 5, "default": False},
+    {"name": "dapo", "gain": 0.085, "low": 0.05, "high": 0.12, "seeds": 5, "default": False},
+]
+
+
+def beside(cpu_s: float, updates: float, difference: float | None, low: float | None, high: float | None) -> Any:
+    means = {"cpu_s": cpu_s, "rows": 6144.0, "updates": updates}
+    return {**means, "difference": difference, "difference_low": low, "difference_high": high}
+
+
+BESIDE = [
+    beside(41.0, 48, None, None, None),
+    beside(38.5, 48, -0.087, -0.1, -0.07),
+    beside(55.0, 30, 0.002, -0.03, 0.03),
 ]
 MORE: dict[str, dict[str, Any]] = {
     "reinforce": {
@@ -74,7 +87,11 @@ MORE: dict[str, dict[str, Any]] = {
         "accuracy": {**AFTER, "direct_one_step": ACCURACY["direct_one_step"]}, "reinforce": GAIN,
     },
     "distill": {"steps": 60, "teacher": TEACHER, "traces": TRACES, "students": STUDENTS},
-    "compare": {"algorithms": ALGORITHMS},
+    "compare": {
+        "algorithms": [{**one, **its} for one, its in zip(ALGORITHMS, BESIDE, strict=True)],
+        "baseline": "grpo", "seeds": [1001, 1002], "equal": "rows", "rule": "The default is the baseline, unless.",
+        "not_shown": ["dapo"],
+    },
 }  # fmt: skip
 PROOF = {"segments": [], "final": "5e" * 32, "replay": "5e" * 32, "replay_identical": True, "classes": {}}
 MORE_FILES: dict[str, dict[str, Any]] = {
@@ -176,11 +193,26 @@ def test_algorithms_come_from_the_stage_that_compares(tmp_path: Path) -> None:
     made = walk(Made(tmp_path / "run", ("compare",)), "compare")
     content = report.build(made.folder)
     assert content["algorithms"] == ALGORITHMS
+    assert content["comparison"]["undecided"] == ["dapo"]
+    assert [one["cpu_s"] for one in content["comparison"]["algorithms"]] == [41.0, 38.5, 55.0]
     (row,) = claims(content, "algorithms were compared")
-    assert row["claim"].endswith("grpo is the default")
-    assert "grpo +8.3 (+6.0 to +10.6, 5 seeds) and gspo -0.4 (-2.0 to +1.2, 5 seeds)" in row["how"]
-    assert "gspo        -0.4 points [-2.0, +1.2]  5 seeds" in report.text(content)
-    assert "the default" in page(made).text
+    assert row["claim"] == "3 algorithms were compared at equal replies; grpo is the default"
+    assert "dapo +8.5 (+5.0 to +12.0, 5 seeds, 55 s of CPU, undecided), grpo +8.3 (+6.0 to +10.6, 5" in row["how"]
+    assert "gspo -0.4 (-2.0 to +1.2, 5 seeds, 38 s of CPU, worse)" in row["how"]
+    text = report.text(content)
+    for said in (
+        "grpo        +8.3 points [+6.0, +10.6]  5 seeds  41 s CPU  default",
+        "gspo        -0.4 points [-2.0, +1.2]  5 seeds  38 s CPU  worse",
+        "dapo        +8.5 points [+5.0, +12.0]  5 seeds  55 s CPU  undecided",
+        "At equal replies; a run took 38 s to 55 s of CPU in the mean.",
+        "Undecided, as they could not be told from the baseline grpo: dapo.",
+    ):
+        assert said in text, text
+        assert "equal compute" not in text
+    for shown in (text, page(made).text):
+        assert "The default is the baseline, unless." in shown
+        assert "undecided" in shown
+        assert "38 s" in shown
 
 
 # --- the model so far --------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def test_a_missing_package_is_named_with_how_to_mend(name: str, monkeypatch: pyt
     with pytest.raises(PlatformError) as caught:
         tasks.get(name)
     assert name in caught.value.what
-    assert caught.value.fix == "pip install 'ottava[reason]'"
+    assert caught.value.fix == "pip install -e '.[reason]'"
 
 
 def test_facts_go_round_and_rows_without_them_are_as_before(tmp_path: Path) -> None:

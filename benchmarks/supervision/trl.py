@@ -31,7 +31,7 @@ def rows(quick: bool = False) -> list[dict[str, Any]]:
     from ottava.supervisor.local import LocalLauncher
 
     if importlib.util.find_spec("trl") is None:
-        print("trl is not installed, and is not measured: pip install 'ottava[trl]'", file=sys.stderr)
+        print("trl is not installed, and is not measured: pip install -e '.[trl]'", file=sys.stderr)
         return []
     found = []
     with tempfile.TemporaryDirectory() as name, LocalLauncher() as launcher:

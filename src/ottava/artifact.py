@@ -66,6 +66,16 @@ def digest_of(data: Any) -> str:
     return hashlib.sha256(canonical(data)).hexdigest()
 
 
+def require_room(folder: Path, need: int, what: str, fix: str, where: Path | None = None) -> None:
+    """Raise ResourceError where the disk of `folder` has fewer than `need` bytes free. what: "a generation"; where: the
+    folder that the error names, if it is another."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and need > free:  # some file systems do not know their size and say 0
+        told = f"no room for {what}: it needs {need:,} bytes, and {free:,} are free"
+        raise ResourceError(told, where=where or folder, fix=fix)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Which published tensors the master holds in FP8: one rule, by name."""
+"""Which published tensors the master holds in FP8: one rule, by name; and what is computed in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import re
 from typing import Literal
 
 Storage = Literal["fp8", "bf16", "f32"]
+"""What a published tensor is stored in."""
+
+Precision = Literal["float32", "bf16", "fp8"]
+"""What a model computes in while it trains: `models.precision`."""
 
 _IN_A_LAYER = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?(?:layers|mtp)\.\d+\.")
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ottava.artifact import canonical, fsync, hold
+from ottava.artifact import canonical, fsync, hold, require_room
 from ottava.checkpoint.layouts import COMPANIONS
 from ottava.checkpoint.safetensors import INDEX
 from ottava.errors import CheckpointError, ResourceError, from_os_error
@@ -156,14 +156,8 @@ class Part:
 
     def _check_space(self, size: int) -> None:
         there = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
-        disk = os.statvfs(self.folder)
-        free, need = disk.f_bavail * disk.f_frsize, size + SPARE - there
-        if need > free:
-            raise ResourceError(
-                f"no space: the conversion needs {need:,} bytes more, and {free:,} are free",
-                where=self.folder.parent,
-                fix="free some space or choose another place for the output",
-            )
+        fix = "free some space or choose another place for the output"
+        require_room(self.folder, size + SPARE - there, "the conversion", fix, self.folder.parent)
 
 
 @contextmanager

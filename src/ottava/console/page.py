@@ -38,6 +38,7 @@ def render(content: Content, history: History) -> str:
     )
     filters = ("percent", "interval", "seconds", "scientific", "short", "plural", "listed", "points", "range_of")
     environment.filters |= {name: getattr(words, name) for name in filters}
+    environment.filters |= {name: getattr(reasoning, name) for name in ("compared", "spent", "undecided")}
     pools = [pool["pool"] for pool in content["fleet"]]
     return environment.get_template("report.html").render(
         r=content,

@@ -28,14 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ottava.artifact import digest_of, file_digest, write_json
+from ottava.artifact import digest_of, file_digest, require_room, write_json
 from ottava.checkpoint.convert import check, check_apart, convert
 from ottava.checkpoint.layouts import NEEDS_MASTER, Weight, exact, read_config, weights
 from ottava.checkpoint.names import storage_of
 from ottava.checkpoint.resume import check_free, locked
 from ottava.checkpoint.safetensors import load as load_tensor
 from ottava.checkpoint.safetensors import read_header, write
-from ottava.errors import CheckpointError, DataError, ResourceError
+from ottava.errors import CheckpointError, DataError
 from ottava.fp8.codec import project
 from ottava.fp8.rounding import damping_for, gptq, grid_scale, nearest, output_error
 from ottava.models.chat import read_tokenizer
@@ -163,10 +163,8 @@ def _check_room(overlay: Path, linear: Mapping[str, Weight]) -> None:
     """Raise ResourceError where the disk has no room for the rounded weights, BF16, that are not there yet."""
     need = sum(2 * math.prod(weight.shape) for weight in linear.values())
     need -= sum(path.stat().st_size for path in overlay.glob("layer-*.safetensors"))
-    free = shutil.disk_usage(overlay).free
-    if need > free:
-        what = f"no space: rounding needs {need:,} bytes more while it lasts, and {free:,} are free"
-        raise ResourceError(what, where=overlay, fix="free some space or choose another place for the output")
+    fix = "free some space or choose another place for the output"
+    require_room(overlay, need, "the rounded weights, which are kept while it lasts", fix)
 
 
 # The text.

@@ -33,7 +33,7 @@ def adapt(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], see
         raise PlatformError(
             "adapters (lora) need the package peft, which is not installed",
             where="import peft",
-            fix="pip install 'ottava[reason]'",
+            fix="pip install -e '.[reason]'",
         )
     _check(model, targets)
     from peft import LoraConfig, inject_adapter_in_model

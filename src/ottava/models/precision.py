@@ -10,15 +10,13 @@ Nothing here touches master weights, optimisers or sums of gradients, which are 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ottava.checkpoint.names import storage_of
+from ottava.checkpoint.names import Precision, storage_of
 from ottava.fp8.training import Prepared, ScaledLinear, linear, native, prepare
-
-Precision = Literal["float32", "bf16", "fp8"]
 
 EXPERTS = "ottava_fp8"
 """How Transformers knows `experts`."""

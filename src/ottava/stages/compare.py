@@ -1,9 +1,10 @@
-"""Which algorithm to reinforce with: a table of several, at equal compute, over seeds, and the default that follows.
+"""Which algorithm to reinforce with: a table of several, at equal replies, over seeds, and the default that follows.
 
 Each seed has its own cold start (its part of the label artifact's traces, its own first weights) and its own fresh
 test problems. All algorithms begin from that one model and are evaluated on that one test, so they are compared in
-pairs. Equal compute: as many replies are drawn by every algorithm, and each reply that is learnt from is learnt from
-as often. Dynamic sampling draws replies that nobody learns from; with `equal: rows` it pays for them with updates.
+pairs. Equal replies: as many are drawn by every algorithm, and each that is learnt from is learnt from as often.
+Dynamic sampling draws replies that nobody learns from; with `equal: rows` it pays for them with updates. What a run
+takes of CPU time is no more equal for that, and is told (`cpu_s`).
 
 Every algorithm is searched alike before: as many trials, on seeds that the table does not have (below `DEV`).
 The rule by which the default follows was written before any number was there: `RULE`.

@@ -53,7 +53,7 @@ def run(spec: ReinforceSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Ar
         "accuracy": proofs.figures(after),
         "reinforce": {**gain(before[spec.mode], after[spec.mode]), "mode": spec.mode},
     }
-    reason = _reason(spec, carried.proof, after)
+    reason = proofs.reason(spec.min_thinking, carried.proof, after, spec.mode)
     return ctx.commit({**summary, **({"reason": reason} if reason else {})}, verdict=reason is None)
 
 
@@ -73,10 +73,3 @@ def gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """{before, after, low, high: the paired 95% interval of the difference, n}, of the same problems."""
     found = paired(before["right"], after["right"])
     return {"before": before["value"], "after": after["value"], "low": found.low, "high": found.high, "n": found.n}
-
-
-def _reason(spec: ReinforceSpec, proof: Mapping[str, Any], accuracy: Mapping[str, Any]) -> str | None:
-    """Why the verdict is no; None where it is yes."""
-    solved = accuracy[spec.mode]["value"]
-    low = f"{spec.mode} solves {solved:.1%}, and min_thinking is {spec.min_thinking:.1%}"
-    return proofs.reason(proof) or (low if solved < spec.min_thinking else None)

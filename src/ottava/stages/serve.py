@@ -59,7 +59,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     try:
         import openai
     except ImportError:
-        raise PlatformError("the openai client is not installed", fix="pip install 'ottava[demo]'") from None
+        raise PlatformError("the openai client is not installed", fix="pip install -e '.[demo]'") from None
     folder = inputs["convert"].file("model")
     problem = _problem(inputs.get("label"))
     question = problem["question"] if problem else spec.question

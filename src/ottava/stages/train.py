@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from typing import Any
 
 from ottava.artifact import Artifact
 from ottava.checkpoint.source import OF_ITS_WEIGHTS
@@ -64,12 +63,5 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
         "accuracy": proofs.figures(last),
         **({} if harvested is None else {"traces": harvested}),
     }
-    reason = _reason(spec, carried.proof, last)
+    reason = proofs.reason(spec.min_thinking, carried.proof, last)
     return ctx.commit({**summary, **({"reason": reason} if reason else {})}, verdict=reason is None)
-
-
-def _reason(spec: TrainSpec, proof: Mapping[str, Any], accuracy: Mapping[str, Any]) -> str | None:
-    """Why the verdict is no; None where it is yes."""
-    thinking = accuracy["thinking"]["value"]
-    low = f"thinking solves {thinking:.1%}, and min_thinking is {spec.min_thinking:.1%}"
-    return proofs.reason(proof) or (low if thinking < spec.min_thinking else None)

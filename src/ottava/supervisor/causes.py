@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ottava.supervisor.decide import KINDS
+from ottava.supervisor.decide import BUGS, KINDS
+from ottava.supervisor.detect import WAITING
 
 Likelihood = Literal["certain", "likely", "possible", "consequence"]
 LIKELIHOODS: tuple[Likelihood, ...] = ("certain", "likely", "possible", "consequence")
 
 ALONE = 75
 """The exit status of a worker that lost its supervisor or its lease."""
-
-WAITING = ("reduce", "join", "verdict")
-"""Phases in which a worker waits for its peers."""
 
 LOW_DISK, LOW_MEMORY = 0.01, 0.05  # shares that are as good as nothing
 LEAST_DISK = 16 << 20  # bytes
@@ -223,6 +221,7 @@ def _classed(facts: Facts, seen: Seen, fault: str) -> list[str]:
 
 
 def _kind(*kinds: str) -> Find:
+    assert KINDS.keys() >= set(kinds), kinds
     return lambda facts, seen: [f"{facts.kind}: {facts.message or 'no message'}"] if facts.kind in kinds else []
 
 
@@ -286,7 +285,7 @@ def _disk_likely(facts: Facts, seen: Seen) -> list[str]:
 
 
 def _again(facts: Facts, seen: Seen) -> list[str]:
-    if facts.kind not in ("error", "memory", "crash") or seen.repeats < 2:
+    if facts.kind not in BUGS or seen.repeats < 2:
         return []
     return [f"{seen.repeats} times at step {facts.step}, in the same words: {facts.message}", *_errors(facts, seen)]
 
@@ -303,6 +302,8 @@ def _errors(facts: Facts, seen: Seen) -> list[str]:
 
 
 def _blamed(*kinds: str) -> Find:
+    assert KINDS.keys() >= set(kinds), kinds
+
     def find(facts: Facts, seen: Seen) -> list[str]:
         if facts.kind not in kinds:
             return []

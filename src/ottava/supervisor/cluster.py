@@ -32,7 +32,7 @@ def join(address: str | None) -> tuple[Any, bool]:
         import ray
         import ray.util.scheduling_strategies
     except ImportError:
-        raise PlatformError("ray is not installed", fix="pip install 'ottava[ray]'") from None
+        raise PlatformError("ray is not installed", fix="pip install -e '.[ray]'") from None
     if ray.is_initialized():
         return ray, False
     ray._private.worker._worker_logs_enabled = False  # what its daemons report would be printed on stdout

@@ -38,8 +38,10 @@ KINDS = {
 }
 """The kinds of failure, by what is seen."""
 
-DETERMINISTIC = ("error", "crash", "nan", "spike", "memory")
-"""Seen twice with the same words at the same step, these are bugs of the recipe or the code."""
+BUGS = ("error", "crash", "memory")
+DETERMINISTIC = (*BUGS, "nan", "spike")
+"""Seen twice with the same words at the same step, these are bugs of the recipe or the code; the last two may be of
+the numbers alone."""
 
 OUT_AT_ONCE = ("corrupt", "gradient", "class", "node", "straggler", "pool")
 STRIKES = 2

@@ -23,7 +23,7 @@ SLOW, SLOW_STEPS, SLOW_S = 3.0, 8, 2.0
 """A straggler takes so many times longer than the median of the others, over so many steps, and for so long. Below
 that, leaving it and going on with half as many workers costs more than it gains."""
 
-WAITING = ("reduce", "verdict")
+WAITING = ("join", "reduce", "verdict")
 """Phases in which a worker waits for others: for its peers, or for the supervisor's word on a look."""
 
 

@@ -170,7 +170,7 @@ def _empty() -> Any:
     try:
         from ray import cluster_utils
     except ImportError:
-        raise PlatformError("ray is not installed", fix="pip install 'ottava[ray]'") from None
+        raise PlatformError("ray is not installed", fix="pip install -e '.[ray]'") from None
     return cluster_utils.Cluster()
 
 

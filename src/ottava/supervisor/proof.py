@@ -97,8 +97,8 @@ def summary(spec: Supervised, carried: Carried) -> dict[str, Any]:
     }
 
 
-def reason(proof: Mapping[str, Any]) -> str | None:
-    """Why the verdict on a run is no; None where it is yes."""
+def reason(least: float, proof: Mapping[str, Any], accuracy: Mapping[str, Any], mode: str = "thinking") -> str | None:
+    """Why the verdict on a run is no; None where it is yes. least: min_thinking, of the accuracy in `mode`."""
     fallback = proof["fallback"]
     if not proof["replay_identical"]:
         return "the same schedule of pools without the fault ended in other bytes"
@@ -108,7 +108,8 @@ def reason(proof: Mapping[str, Any]) -> str | None:
         return "one worker computed other bits than the pool's workers"
     if fallback is not None and not fallback["inside"]:
         return f"the drift {fallback['drift']:.3g} is above its envelope {fallback['envelope']:.3g}"
-    return None
+    solved = accuracy[mode]["value"]
+    return f"{mode} solves {solved:.1%}, and min_thinking is {least:.1%}" if solved < least else None
 
 
 def export(ctx: Context, base: Mapping[str, Any], carried: Carried, model: Path) -> dict[str, Any]:

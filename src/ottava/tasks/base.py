@@ -171,7 +171,7 @@ def require(library: str, package: str, what: str) -> None:
         raise PlatformError(
             f"{what} needs the package {package}, which is not installed",
             where=f"import {library}",
-            fix="pip install 'ottava[reason]'",
+            fix="pip install -e '.[reason]'",
         )
 
 

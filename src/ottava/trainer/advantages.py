@@ -1,4 +1,4 @@
-"""From rewards to advantages: what each reply is worth beside its siblings, or each token beside a teacher.
+"""From rewards to advantages: what each reply is worth beside its siblings.
 
 A group is the G replies to one prompt. Three things must not pass in silence here: a reply that no verifier could
 score, a group whose replies all got the same (it teaches nothing, but its floating-point spread is not 0), and a
@@ -36,10 +36,6 @@ class Advantages:
     unscorable: Tensor
     flat: Tensor
     mean: Tensor
-
-    def counts(self) -> dict[str, int]:
-        """For the journal."""
-        return {"groups": len(self.flat), "flat": int(self.flat.sum()), "unscorable": int(self.unscorable.sum())}
 
 
 def advantages(rewards: Tensor, scaling: Scaling = "group") -> Advantages:
@@ -87,18 +83,6 @@ def without_truncated(mask: Tensor, truncated: Tensor) -> Tensor:
     mask: bool [N, T]; truncated: bool [N]. Returns bool [N, T].
     """
     return mask & ~truncated.unsqueeze(1)
-
-
-def towards_teacher(student: Tensor, teacher: Tensor, coefficient: float = 1.0) -> Tensor:
-    """Per-token advantages of on-policy distillation: A_t = c (log p_teacher - log p_student) of the sampled token.
-
-    The reward is the negative sampled reverse KL of the token alone, without a group's baseline and without what
-    follows it (Thinking Machines, On-Policy Distillation, 2025; Qwen3, arXiv 2505.09388 sec. 4.5). student: the
-    log-probabilities that the tokens were sampled with; both [N, T]. Returns [N, T] without gradient, NaN where a
-    side is NaN, which the policy loss counts.
-    """
-    assert student.shape == teacher.shape, "one log-probability a token on both sides"
-    return coefficient * (teacher - student).detach()
 
 
 def mixed(flat: Tensor, wanted: int) -> Sequence[int]:

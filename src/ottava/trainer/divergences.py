@@ -7,10 +7,8 @@ the contributions of shards add. The teacher gets no gradient.
     gkd          beta 0: KL(T, S), forward; beta 1: KL(S, T), reverse; between: beta KL(T, M) + (1 - beta) KL(S, M) with
                  M = beta T + (1 - beta) S. Full vocabulary, temperature on both sides, no factor of its square.
                  GKD, arXiv 2306.13649 eq. 1; the direction of beta is TRL's.
-    reverse_kl   the sampled token's l_S - l_T, on the student's own replies. Thinking Machines, On-Policy
-                 Distillation, 2025; Qwen3, arXiv 2505.09388.
-    uld          sum over ranks of |sorted p_S - sorted p_T|: vocabularies that share nothing. ULD, arXiv 2402.12030.
-    uld_aligned  the same at the last token of each chunk that covers the same bytes, after the chunk's other tokens:
+    uld          sum over ranks of |sorted p_S - sorted p_T|: vocabularies that share nothing. ULD, arXiv 2402.12030. At
+                 the last token of each chunk that covers the same bytes, after the chunk's other tokens:
                  p(earlier tokens) p(. | them) on both sides. TRL's GOLD (uld_token_merge_strategy "bayesian").
     alm          binary KL of the likelihoods of chunks that cover the same bytes. ALM, arXiv 2503.20083 (f = KL,
                  without its debiasing of outcomes).
@@ -61,44 +59,7 @@ def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float
     return beta * _kl(theirs, mixture) + (1 - beta) * _kl(ours, mixture)
 
 
-def reverse_kl(live: Tensor, teacher: Tensor, mask: Tensor, tokens: int) -> Tensor:
-    """The reverse KL as the sampled tokens show it, of replies that the student has just drawn itself.
-
-    live: the student's log-probabilities [N, T] with a graph; teacher: [N, T]; mask: bool [N, T]; tokens: of the
-    whole update. The value is the mean of l_S - l_T; the gradient is that of the expectation over the next token,
-    sg(l_S - l_T) grad l_S. The same as `losses.policy_loss` with "dapo" and `advantages.towards_teacher` in the
-    first update of a generation; for several updates use that, which corrects for the drift.
-    """
-    live, teacher = (torch.where(mask, value, 0.0) for value in (live, teacher.detach()))
-    held = live.detach()
-    return ((held - teacher) * (live - held).exp()).sum() / max(tokens, 1)
-
-
 def uld(
-    student: Tensor,
-    teacher: Tensor,
-    student_mask: Tensor,
-    teacher_mask: Tensor,
-    rows: int,
-    *,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Universal logit distillation: the L1 distance of the sorted probabilities, the k-th reply token beside the k-th.
-
-    student: logits [N, T, V], teacher: [N, T', V']; masks: bool [N, T], [N, T']; rows: of the whole update. A row
-    counts its mean over min(n, n') positions; a row that is empty on a side counts 0. A scalar. NB both sides are the
-    logits that *predict* the token: TRL's default for its ULD loss ("observed") is one position later.
-    """
-    sizes = torch.minimum(student_mask.sum(1), teacher_mask.sum(1))
-    ours, theirs = (
-        _log_softmax(logits[_first(mask, sizes)], temperature).exp()
-        for logits, mask in ((student, student_mask), (teacher.detach(), teacher_mask))
-    )
-    distance = _ranked_distance(ours, theirs)
-    return (distance / sizes.repeat_interleave(sizes)).sum() / max(rows, 1)
-
-
-def uld_aligned(
     student: Tensor,
     teacher: Tensor,
     student_ids: Tensor,
@@ -108,11 +69,12 @@ def uld_aligned(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """`uld` where both sides have said the same: of chunks of `align`, a sequence a row.
+    """Universal logit distillation: the L1 distance of the sorted probabilities.
 
-    student: logits [N, T, V], teacher: [N, T', V'], with the ids that they predict, int64 [N, T] and [N, T']; rows: of
-    the whole update. A row counts the mean over its chunks, one without any 0. With one token a chunk on both sides
-    this is `uld`. A scalar; the gradient goes through the chunk's earlier tokens, too.
+    student: logits [N, T, V], teacher: [N, T', V'], with the ids that they predict, int64 [N, T] and [N, T']; chunks:
+    of `align`, a sequence a row; rows: of the whole update. A row counts the mean over its chunks, one without any 0. A
+    scalar; the gradient goes through the chunk's earlier tokens, too. NB both sides are the logits that *predict* the
+    token: TRL's default for its ULD loss ("observed") is one position later.
     """
     assert len(student) == len(teacher) == len(chunks), "one sequence of chunks a row"
     sizes = torch.tensor([len(row) for row in chunks], device=student.device)
@@ -230,8 +192,3 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p, q) from log-probabilities [..., V]; what has no probability in p adds nothing, whatever q says of it."""
     weight = p.exp()
     return (weight * torch.where(weight > 0, p - q, 0.0)).sum(-1)
-
-
-def _first(mask: Tensor, sizes: Tensor) -> Tensor:
-    """The first sizes[i] marked places of every row of [N, T]."""
-    return mask & (mask.cumsum(1) <= sizes.unsqueeze(1))

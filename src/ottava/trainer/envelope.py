@@ -29,9 +29,6 @@ from ottava.checkpoint import safetensors
 from ottava.errors import CheckpointError
 
 VERSION = 1
-CHUNK = 4 << 20
-"""Bytes read and hashed at a time; meanwhile other threads of the interpreter run."""
-
 MANIFEST_LIMIT = 100_000_000
 KEYS = {"version", "run", "step", "epoch", "created", "state", "extra", "files", "digest"}
 OTHER_RUN, UNKNOWN_VERSION = "other run", "unknown version"
@@ -169,16 +166,10 @@ def walk(folder: Path) -> dict[str, int]:
 
 def hash_file(path: Path) -> tuple[str, int]:
     """SHA-256 and size of a regular file. What turns out to be a link or a pipe is not followed nor waited for."""
-    sha, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
-        _check_kind(path, status.st_mode)
-        buffer = memoryview(bytearray(min(CHUNK, status.st_size + 1)))
-        while count := file.readinto(buffer):
-            sha.update(buffer[:count])
-            size += count
-    return sha.hexdigest(), size
+        _check_kind(path, os.fstat(descriptor).st_mode)
+        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
 
 
 def reject(where: str | Path, what: str, cause: str, fix: str = "use an earlier generation") -> NoReturn:

@@ -28,9 +28,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from ottava.artifact import MANIFEST, digest_of, fsync
+from ottava.artifact import MANIFEST, digest_of, fsync, require_room
 from ottava.checkpoint import safetensors
-from ottava.errors import CheckpointError, ResourceError, from_os_error
+from ottava.errors import CheckpointError, from_os_error
 from ottava.trainer import envelope
 from ottava.trainer.envelope import OTHER_RUN, UNKNOWN_VERSION, Generation, folder_name, load, peek, reject, verify
 
@@ -220,12 +220,9 @@ def _raise(error: OSError) -> NoReturn:
 
 def _check_room(root: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise ResourceError where the disk says that it has no room for these files."""
-    disk = os.statvfs(root)
-    free = disk.f_bavail * disk.f_frsize
     need = SPARE + sum(_size(tensors) for tensors in files.values())
-    if disk.f_blocks and need > free:  # some file systems do not know their size and say 0
-        what = f"no room for a generation: it needs {need:,} bytes, and {free:,} are free"
-        raise ResourceError(what, where=root, fix="free some space, keep fewer generations, or name another folder")
+    fix = "free some space, keep fewer generations, or name another folder"
+    require_room(root, need, "a generation", fix)
 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:

@@ -33,7 +33,7 @@ from ottava.trainer import groups, losses, mismatch, records, routing
 from ottava.trainer.advantages import advantages, overlong, without_truncated
 from ottava.trainer.groups import Groups
 from ottava.trainer.guard import Alarm
-from ottava.trainer.losses import Correction, Policy, Rows, Scale, correct, policy_loss
+from ottava.trainer.losses import Rows, Scale, correct, policy_loss
 from ottava.trainer.mismatch import Floor, Gap, Said
 from ottava.trainer.objective import Objective
 from ottava.trainer.records import Record, Usable
@@ -85,7 +85,8 @@ class _Generation:
 class Grpo(Objective):
     """problems: those that may be asked, by their steps; place: None keeps nothing, for measurements.
 
-    engine: who draws, None for the model itself; reference: loads the model that came in, which the KL term keeps to.
+    engine: who draws, None for the model itself; reference: loads the model that came in, which the KL term keeps to,
+    and by which the gate knows a tensor that never arrived.
     """
 
     columns: tuple[str, ...] = ("policy_loss", *losses.COLUMNS)
@@ -112,10 +113,7 @@ class Grpo(Objective):
         self._thinking = spec.mode == "thinking"
         how = spec.rollout
         self._sampling = Sampling(how.max_new, chat.stop_ids, how.temperature, how.top_p)
-        names = ("loss", "clip_low", "clip_high", "cap", "two_sided", "beta", "unbiased", "off_policy_delta")
-        self._policy = Policy(**{name: getattr(spec.policy, name) for name in names})
-        its = spec.policy.correction
-        self._correction = None if its is None else Correction(its.mode, its.low, its.high, its.counted)
+        self._policy, self._correction, self._came = spec.policy, spec.policy.correction, reference
         self._reference = reference().eval().requires_grad_(False) if spec.policy.beta and reference else None
         self._now = _Generation()
 
@@ -132,7 +130,7 @@ class Grpo(Objective):
         asked = [self._task.prompt(problem) for problem in questions]
         with merged(model) as whole:
             engine = self._engine or InProcess(whole)
-            floor, told = mismatch.gate(engine, whole, self._chat.prompts(asked, self._thinking))
+            floor, told = mismatch.gate(engine, whole, self._chat.prompts(asked, self._thinking), self._came)
         self._floor = floor.at(self.spec.rollout.temperature)
         return told
 

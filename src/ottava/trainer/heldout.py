@@ -5,6 +5,7 @@ Everything that may be wrong with a comparison is found here, before training be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ TEST = "test.jsonl"
 """Of a label artifact: problems that training never sees, thinking."""
 
 KEY = "train.go_no_go"
+
+RUN_MODELS = ("convert", "reinforce-2", "train-2", "reinforce", "train", "start")
+"""Stages that make the model of a run, the last one first."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,19 @@ def of_look(spec: Supervised, questions: Iterable[str], seed: int, step: int) ->
 
 
 def model_folder(name: str) -> Path:
-    """The model that a recipe's `baseline` names: a model's folder, a stage's artifact, or a run with one model.
+    """The model that a recipe's `baseline` names: a model's folder, a stage's artifact, or a run's folder.
 
-    Of a run's models the converted one is taken. Raises CheckpointError.
+    Of a run's models the converted one is taken, else that of the last stage of RUN_MODELS that is there. Raises
+    CheckpointError where a stage made several.
     """
     folder = Path(name)
     for place in (folder, folder / "model"):
         if (place / "config.json").is_file():
             return place.resolve()
-    for stage in ("convert", "train"):
-        models = sorted(config.parent for config in folder.glob(f"artifacts/{stage}-*/model/config.json"))
+    for stage in RUN_MODELS:
+        made = re.compile(rf"{stage}-[0-9a-f]+")  # `train-*` would take the artifacts of train-2, too
+        found = folder.glob(f"artifacts/{stage}-*/model/config.json")
+        models = sorted(config.parent for config in found if made.fullmatch(config.parts[-3]))
         if len(models) == 1:
             return models[0].resolve()
         if models:

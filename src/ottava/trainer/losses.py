@@ -34,15 +34,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ottava.errors import DataError, RecipeError
-from ottava.trainer.rl_spec import Loss
-
-Mode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+from ottava.errors import DataError
+from ottava.trainer.rl_spec import CorrectionSpec, Loss, PolicySpec
 
 COLUMNS = (
     "rows",  # all, the empty ones too
@@ -60,41 +57,6 @@ COLUMNS = (
     "kl",  # sum over tokens of the KL term, before beta
 )
 """What a policy loss counts: sums, so that those of shards add."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Which loss, and its numbers. Raises RecipeError where they make no sense.
-
-    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high] (not cispo; gspo's paper: 3e-4 and
-    4e-4; DAPO's: .2 and .28). cap: cispo's bound on the ratio itself (ScaleRL, arXiv 2510.13786: 5). two_sided: a
-    bound > 1 + clip_high on the ratio where A < 0 (INTELLECT-2, arXiv 2505.07291; TRL's delta), or none. beta: weight
-    of the KL to the reference; unbiased: which estimate. off_policy_delta: bound of the off-policy mask, or none.
-    """
-
-    loss: Loss = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    cap: float = 5.0
-    two_sided: float | None = None
-    beta: float = 0.0
-    unbiased: bool = True
-    off_policy_delta: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.loss not in get_args(Loss):
-            raise RecipeError(f"no loss is called {self.loss!r}", fix=f"one of {', '.join(get_args(Loss))}")
-        for name in ("clip_low", "clip_high", "cap", "two_sided", "beta", "off_policy_delta"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise RecipeError(f"{name} is {value}", fix="a number from 0 on")
-        if self.clip_low > 1:
-            raise RecipeError(f"clip_low is {self.clip_low}: a ratio is never below 0", fix="at most 1")
-        if self.two_sided is not None and (self.loss == "cispo" or self.two_sided <= 1 + self.clip_high):
-            raise RecipeError(
-                f"two_sided is {self.two_sided} with {self.loss} and clip_high {self.clip_high}",
-                fix="above 1 + clip_high; cispo bounds both signs by its cap",
-            )
 
 
 @dataclass(frozen=True)
@@ -127,7 +89,7 @@ class Rows:
     weights: Tensor | None = None
 
 
-def policy_loss(policy: Policy, live: Tensor, rows: Rows, scale: Scale) -> tuple[Tensor, Tensor]:
+def policy_loss(policy: PolicySpec, live: Tensor, rows: Rows, scale: Scale) -> tuple[Tensor, Tensor]:
     """One shard's share of the update's loss (a scalar to differentiate), and its counts [len(COLUMNS)].
 
     live: the policy's log-probabilities [N, T] of the replies' tokens, float32 or float64, with a graph; N may be 0.
@@ -174,7 +136,7 @@ def policy_loss(policy: Policy, live: Tensor, rows: Rows, scale: Scale) -> tuple
 def k3(live: Tensor, reference: Tensor) -> Tensor:
     """Per token exp(d) - d - 1 with d = l_ref - l: never negative; its mean over the policy's samples is the KL.
 
-    Its gradient is not that of the KL, whence `Policy.unbiased`. Schulman, Approximating KL Divergence, 2020.
+    Its gradient is not that of the KL, whence `unbiased`. Schulman, Approximating KL Divergence, 2020.
     """
     distance = reference - live
     return distance.exp() - distance - 1
@@ -192,30 +154,6 @@ def off_policy_keep(live: Tensor, sampler: Tensor, advantage: Tensor, mask: Tens
 
 
 @dataclass(frozen=True)
-class Correction:
-    """How a reply counts that came from an engine which is not the learner: w = exp(l_old - l_sampler).
-
-    token_truncate: w clamped to [low, high] (TIS, verl #2953); token_mask: w, or 0 outside (IcePop); sequence_*: the
-    same with the product over the reply's tokens (sequence_mask with high = 3 is TRL's default). counted: whether
-    tokens with w = 0 stay in the mask, and so in what the loss is divided by, as in TRL; otherwise they are no part
-    of the reply any more (slime #657), and `Scale` has to be taken from the new mask. Raises RecipeError.
-    """
-
-    mode: Mode = "sequence_mask"
-    low: float = 0.0
-    high: float = 3.0
-    counted: bool = True
-
-    def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise RecipeError(f"no correction is called {self.mode!r}", fix=f"one of {', '.join(get_args(Mode))}")
-        if not 0 <= self.low <= 1 <= self.high:
-            raise RecipeError(
-                f"a correction within [{self.low}, {self.high}]", fix="low <= 1 <= high: an exact engine's weight is 1"
-            )
-
-
-@dataclass(frozen=True)
 class Corrected:
     """weights: [N, T], or [N, 1] of a sequence; mask: bool [N, T]; how many tokens were touched and how, as scalars."""
 
@@ -226,7 +164,7 @@ class Corrected:
     unscored: Tensor
 
 
-def correct(correction: Correction, old: Tensor, sampler: Tensor, mask: Tensor) -> Corrected:
+def correct(correction: CorrectionSpec, old: Tensor, sampler: Tensor, mask: Tensor) -> Corrected:
     """The weights of a generation's replies, computed once, before its first update. No gradient.
 
     old: the learner's log-probabilities when the replies were made [N, T]; sampler: the engine's, NaN where it gave
@@ -263,7 +201,7 @@ def summary(counts: Tensor) -> dict[str, float]:
     }
 
 
-def _surrogate(policy: Policy, ratio: Tensor, live: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _surrogate(policy: PolicySpec, ratio: Tensor, live: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x before masks, weights and KL, and where the ratio was clipped below and above."""
     if policy.loss == "cispo":
         high = (ratio > policy.cap).expand_as(live)
@@ -308,7 +246,7 @@ def _columns(counts: Mapping[str, Tensor], live: Tensor) -> Tensor:
     return torch.stack([counts[name].detach().sum().to(live.dtype) if name in counts else zero for name in COLUMNS])
 
 
-def _check(policy: Policy, live: Tensor, rows: Rows) -> Tensor:
+def _check(policy: PolicySpec, live: Tensor, rows: Rows) -> Tensor:
     """The mask, after everything that is needed was found to be there."""
     assert live.dtype in (torch.float32, torch.float64), "log-probabilities are float32 or wider"
     assert rows.mask.dtype == torch.bool

@@ -20,7 +20,7 @@ import copy
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -123,11 +123,15 @@ def gap(engine: Tensor, said: Said, floor: Floor) -> Gap:
 
 
 def gate(
-    engine: Engine, model: nn.Module, prompts: Sequence[Sequence[int]], before: Mapping[str, Tensor] | None = None
+    engine: Engine,
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    came: Callable[[], nn.Module] | None = None,
 ) -> tuple[Floor, dict[str, Any]]:
     """Hand the learner's weights over and see that the engine is the same policy; the floor, and what to say of it.
 
-    prompts: real ones. before: published tensors of the hand-off before this one, to know a stale tensor by.
+    prompts: real ones. came: loads the model that the engine was started with, to know a stale tensor by; asked only
+    where log-probabilities disagree.
     Raises Alarm `mismatch`.
     """
     handed(engine, model)
@@ -137,7 +141,7 @@ def gate(
     scores = engine.score(sequences).logprobs
     found = gap(scores, said, floor)
     if not found.within(floor):
-        name = explain(model, scores, sequences, floor, before)
+        name = explain(model, scores, sequences, floor, came)
         raise Alarm("mismatch", f"engine and learner disagree before step 1: {_shown(found, floor)}; {name}")
     return floor, {
         "compared": found.count, "gap": found.mean, "gap_max": found.largest, "ties": found.ties,
@@ -254,16 +258,17 @@ def explain(
     scores: Tensor,
     sequences: Sequence[Sequence[int]],
     floor: Floor,
-    before: Mapping[str, Tensor] | None = None,
+    came: Callable[[], nn.Module] | None = None,
 ) -> str:
     """The tensor whose fault explains what the engine says of the sequences, in words; or that none does."""
     trial = _copy(model, next(model.parameters()).dtype)
     views = {name: item.tensor for name, item in published(trial).items()}
+    before = _before(came)
     found: dict[tuple[str, ...], str] = {}
     few = range(0, len(sequences), max(1, len(sequences) // SCREEN))
     some, those = [sequences[row] for row in few], scores[list(few)]
     most = NAMING / (sum(view.numel() for view in views.values()) * sum(map(len, some)))
-    for number, (cause, changes) in enumerate(_faults(views, before or {})):
+    for number, (cause, changes) in enumerate(_faults(views, before)):
         if number > most:
             return "no tensor is named: the model has too many to try"
         kept = {name: views[name].clone() for name in changes}
@@ -281,6 +286,14 @@ def explain(
     if len(least) != 1:
         return f"no tensor is named: {'more than one fault explains' if least else 'no known fault explains'} it"
     return f"{' and '.join(least[0])}: {found[least[0]]}"
+
+
+def _before(came: Callable[[], nn.Module] | None) -> dict[str, Tensor]:
+    """What the engine was started with; nothing where it cannot be read any more: the disagreement is what matters."""
+    try:
+        return {} if came is None else {name: item.tensor.detach() for name, item in published(came()).items()}
+    except (CheckpointError, OSError):
+        return {}
 
 
 def _faults(views: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:

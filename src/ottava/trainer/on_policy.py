@@ -22,7 +22,7 @@ from ottava.tasks import Problem
 from ottava.tasks.base import Task
 from ottava.trainer import crossing
 from ottava.trainer.crossing import Reading
-from ottava.trainer.divergences import Chunk, alm, gkd, uld_aligned
+from ottava.trainer.divergences import Chunk, alm, gkd, uld
 from ottava.trainer.groups import Groups
 from ottava.trainer.grpo import Grpo, Place
 from ottava.trainer.losses import Scale
@@ -109,7 +109,7 @@ class OnPolicy(Grpo):
             its = self._logits(self._teacher, reading.rollouts, rows, own=False)
         ids = (record.rollouts.replies[rows].to(own.device), reading.rollouts.replies[rows].to(own.device))
         if how.kind == "uld":
-            return uld_aligned(own, its, *ids, chunks, scale.rows, temperature=how.temperature)
+            return uld(own, its, *ids, chunks, scale.rows, temperature=how.temperature)
         return alm(log_probs(own, ids[0]), log_probs(its, ids[1]), chunks, scale.tokens, temperature=how.temperature)
 
     def _reading(self, rollouts: Rollouts, questions: Sequence[str]) -> Reading:

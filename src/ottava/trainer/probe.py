@@ -24,6 +24,7 @@ from ottava.engine.generate import generate
 from ottava.models.build import from_config
 from ottava.platforms.base import Platform
 from ottava.trainer import reduce, snapshot
+from ottava.trainer.data import Data, Examples, batch
 from ottava.trainer.guard import Group
 from ottava.trainer.loop import Trainer
 from ottava.trainer.sft import fresh_trainer
@@ -131,7 +132,8 @@ def _size(spec: TrainSpec) -> int:
 
 def _measure(spec: TrainSpec, group: Group, platform: Platform, repeats: int, seed: int) -> _Found:
     """Steps as a supervised worker takes them, each kept in a file, and answers by the model as it is then."""
-    trainer = fresh_trainer(spec, seed, _stand_in(), VOCABULARY, platform.own())
+    data = _stand_in()
+    trainer = fresh_trainer(spec, seed, data, VOCABULARY, platform.own())
     numerics_class(trainer)  # as every worker does when it joins: part of a start
     shards = reduce.owned(spec.virtual_shards, group.rank, group.world)
     seconds, tokens, begun = [], [], time.perf_counter()
@@ -147,7 +149,7 @@ def _measure(spec: TrainSpec, group: Group, platform: Platform, repeats: int, se
         for number in [*range(repeats), *range(repeats)]:  # once to warm up: every shape is slow the first time
             trainer.state.step = number * spec.steps // repeats
             seconds.append(_timed(step, platform))
-            tokens.append(_tokens(spec, trainer))
+            tokens.append(_tokens(spec, trainer, data))
     seconds, tokens = seconds[repeats:], tokens[repeats:]
     answer = _answer_seconds(trainer, platform)
     return _Found(trainer, statistics.mean(seconds), answer, statistics.mean(tokens), time.perf_counter() - begun)
@@ -176,9 +178,8 @@ def _timed(work: Callable[[], None], platform: Platform) -> float:
     return time.perf_counter() - begun
 
 
-def _stand_in() -> Any:
+def _stand_in() -> Data:
     """Data of the chains' shapes, so that the probe needs no dataset."""
-    from ottava.trainer.data import Data, Examples
 
     def examples(length: int) -> Examples:
         tokens = (torch.arange(32 * length).reshape(32, length) * 7) % (VOCABULARY - 6) + 6
@@ -187,10 +188,8 @@ def _stand_in() -> Any:
     return Data({n: examples(5 * n + 9) for n in LENGTHS}, {n: examples(2 * n + 7) for n in range(1, 7)})
 
 
-def _tokens(spec: Any, trainer: Trainer) -> int:
+def _tokens(spec: Any, trainer: Trainer, data: Data) -> int:
     """Tokens that the step just done went through, all shards together."""
-    from ottava.trainer.data import batch
-
-    work = batch(_stand_in(), spec, trainer.seed, trainer.state.step - 1, 0)
+    work = batch(data, spec, trainer.seed, trainer.state.step - 1, 0)
     count = work.thinking.tokens.numel() + (work.direct.tokens.numel() if work.direct else 0)
     return int(count * spec.virtual_shards)

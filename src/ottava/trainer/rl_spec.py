@@ -10,7 +10,7 @@ from ottava.recipe import Frozen
 from ottava.trainer.supervised import Drift, Fraction, Optimiser, Positive, Rate, Supervised
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
-
+Mode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {},
@@ -34,16 +34,27 @@ How a loss is averaged over tokens is part of the loss: `trainer.losses`.
 
 
 class CorrectionSpec(Frozen):
-    """How replies of an engine that is not the learner count: `trainer.losses.Correction`."""
+    """How a reply counts that came from an engine which is not the learner: w = exp(l_old - l_sampler).
 
-    mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "sequence_mask"
+    token_truncate: w clamped to [low, high] (TIS, verl #2953); token_mask: w, or 0 outside (IcePop); sequence_*: the
+    same with the product over the reply's tokens (sequence_mask with high = 3 is TRL's default). counted: whether
+    tokens with w = 0 stay in the mask, and so in what the loss is divided by, as in TRL; otherwise they are no part
+    of the reply any more (slime #657), and `losses.Scale` has to be taken from the new mask.
+    """
+
+    mode: Mode = "sequence_mask"
     low: Annotated[float, Field(ge=0, le=1)] = 0.0
     high: Annotated[float, Field(ge=1)] = 3.0
     counted: Annotated[bool, Field(description="rejected ids stay in what the loss is divided by")] = True
 
 
 class PolicySpec(Frozen):
-    """Which loss, and its numbers: `trainer.losses.Policy`. What is not said has the loss's own defaults (PRESETS)."""
+    """Which loss (`trainer.losses`), and its numbers. What is not said has the loss's own defaults (PRESETS).
+
+    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high] (not cispo). cap: cispo's bound on the
+    ratio itself. two_sided: a bound > 1 + clip_high on the ratio where A < 0 (INTELLECT-2, arXiv 2505.07291; TRL's
+    delta), or none.
+    """
 
     loss: Loss = "grpo"
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2

@@ -7,11 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ottava import recipe
+from ottava.checkpoint.names import Precision
 from ottava.document import suggest
 from ottava.recipe import Frozen
-
-Precision = Literal["float32", "bf16", "fp8"]
-"""What shards are computed in: `models.precision`."""
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
