@@ -44,6 +44,11 @@ class Spec(Frozen):
         """What this section asks of a fleet that it has not: (the field, what is wrong, how to mend it); or None."""
         return None
 
+    def unmet(self, name: str, stages: Mapping[str, Spec]) -> tuple[tuple[str, ...], str, str] | None:
+        """What this section, of the stage `name`, asks of the recipe's other stages that they do not give: as misfit.
+        stages: all of the recipe's, in order. That a stage is not there at all is not said here."""
+        return None
+
 
 class Sourced(Frozen):
     """A figure with where it is from and when it was read."""
@@ -170,9 +175,9 @@ def load_recipe(
                 where=document.where(("stages", name, "pool")),
                 fix=suggest(spec.pool, [p.name for p in fleet.pools]),
             )
-        misfit = spec.misfit(fleet)
-        if misfit is not None:
-            place, what, fix = misfit
+        wrong = spec.misfit(fleet) or spec.unmet(name, stages)
+        if wrong is not None:
+            place, what, fix = wrong
             raise RecipeError(what, where=document.where(("stages", name, *place)), fix=fix)
     content = {
         "head": head_model.model_dump(exclude={"stages"}),

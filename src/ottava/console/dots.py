@@ -10,6 +10,7 @@ from markupsafe import Markup
 from ottava.console import charts
 from ottava.console.charts import Bin, Frame, Move, linear, svg, tag, ticks
 from ottava.console.history import Generation
+from ottava.console.reasoning import mode_of, solved
 from ottava.console.words import percent, plural
 
 
@@ -46,7 +47,7 @@ def _bin(group: Sequence[Generation]) -> Bin:
 def students(rows: Sequence[Mapping[str, Any]], teacher: float, width: int) -> Markup:
     """Each student (a disc) beside its control (a ring), on a linear axis, with the teacher's accuracy as a line.
 
-    rows: as the report's `students`; teacher: its thinking accuracy.
+    rows: as the report's `students`; teacher: its accuracy in the mode that is taught.
     """
     row = 40
     longest = max(len(one["name"]) for one in rows)
@@ -63,16 +64,17 @@ def students(rows: Sequence[Mapping[str, Any]], teacher: float, width: int) -> M
         tag("text", f"the teacher, {percent(teacher)}", x=at, y=frame.top - 12, text_anchor=anchor, class_="call")
     )
     for number, one in enumerate(rows):
-        parts.append(_pair(one, x(one["thinking"]), x(one["control"]), frame, frame.top + row * (number + 0.5)))
+        parts.append(_pair(one, x(solved(one)), x(one["control"]), frame, frame.top + row * (number + 0.5)))
     middle = (frame.left + frame.right) / 2
-    parts.append(tag("text", "thinking accuracy", x=middle, y=frame.bottom + 36, text_anchor="middle", class_="label"))
-    said = "; ".join(f"{one['name']} {percent(one['thinking'])}, control {percent(one['control'])}" for one in rows)
+    kind = {"thinking": "thinking accuracy", "direct": "accuracy"}[mode_of(rows)]
+    parts.append(tag("text", kind, x=middle, y=frame.bottom + 36, text_anchor="middle", class_="label"))
+    said = "; ".join(f"{one['name']} {percent(solved(one))}, control {percent(one['control'])}" for one in rows)
     label = f"Students and their controls, of a teacher with {percent(teacher)}: {said}"
     return svg(parts, width, int(frame.bottom) + 44, label)
 
 
 def _pair(one: Mapping[str, Any], student: float, control: float, frame: Frame, y: float) -> Markup:
-    words = f"{one['name']}: {percent(one['thinking'])}, its control {percent(one['control'])}, n {one['n']}"
+    words = f"{one['name']}: {percent(solved(one))}, its control {percent(one['control'])}, n {one['n']}"
     return tag(
         "g",
         tag("title", words),
@@ -81,5 +83,5 @@ def _pair(one: Mapping[str, Any], student: float, control: float, frame: Frame, 
         tag("line", x1=control, x2=student, y1=y, y2=y, class_="between"),
         tag("circle", cx=control, cy=y, r=7, class_="ring"),
         tag("circle", cx=student, cy=y, r=4.5, class_="dot"),
-        tag("text", percent(one["thinking"]), x=frame.right + 74, y=y + 5, text_anchor="end", class_="figure"),
+        tag("text", percent(solved(one)), x=frame.right + 74, y=y + 5, text_anchor="end", class_="figure"),
     )

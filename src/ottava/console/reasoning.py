@@ -17,6 +17,8 @@ from ottava.tasks.statistics import paired, wilson
 
 KEEPS = 0.98  # of the teacher's accuracy, for a student to count as having kept it
 STUDENT = ("name", "arch", "params", "thinking", "control", "low", "high", "kept", "n", "stands_for", "pool")
+LATER = ("mode", "control_mode", "direct", "start", "before")  # only of students that were not asked with thinking on
+TUNED = ("train", "train-2")
 ASKED = ("asked", "right", "checked", "steps_right", "steps_respelt", "steps_right_share")
 ALGORITHM = ("name", "gain", "low", "high", "seeds", "default")
 BESIDE = ("name", "cpu_s", "rows", "updates", "difference", "difference_low", "difference_high")
@@ -29,16 +31,47 @@ EQUAL = {"rows": "equal replies", "updates": "equal updates"}
 
 
 def content(source: Source) -> dict[str, Any]:
-    """The report's keys reinforce, students, traces, algorithms and comparison; null where their stage has not
-    finished."""
+    """The report's keys reinforce, students, traces, algorithms and comparison, null where their stage has not
+    finished; and tuned where a published model was fine-tuned."""
     distilled, compared = source.summary("distill"), source.summary("compare")
     return {
         "reinforce": _reinforce(source),
-        "students": distilled and [{key: one.get(key) for key in STUDENT} for one in distilled["students"]],
+        "students": distilled and [_student(one) for one in distilled["students"]],
         "traces": distilled and _traces(distilled),
         "algorithms": compared and [{key: one.get(key) for key in ALGORITHM} for one in compared["algorithms"]],
         "comparison": compared and _comparison(compared),
+        **_tuned(source),
     }
+
+
+def _tuned(source: Source) -> dict[str, Any]:
+    """Rounds of fine-tuning that began from a model that was there, on answers or on its own right replies."""
+    summaries = {stage: source.summary(stage) or {} for stage in TUNED}
+    rows = [
+        {
+            "stage": stage,
+            **summary["gain"],
+            **{key: (summary.get("traces") or {}).get(key) for key in ("asked", "right")},
+        }
+        for stage, summary in summaries.items()
+        if "gain" in summary
+    ]
+    return {"tuned": rows} if rows else {}
+
+
+def _student(one: Mapping[str, Any]) -> dict[str, Any]:
+    more = {key: one[key] for key in LATER if key in one and ("mode" in one or key != "direct")}
+    return {key: one.get(key) for key in STUDENT} | more
+
+
+def solved(student: Mapping[str, Any]) -> float:
+    """A student's accuracy in the mode that it was taught."""
+    return float(student["direct"] if mode_of([student]) == "direct" else student["thinking"])
+
+
+def mode_of(students: Sequence[Mapping[str, Any]]) -> str:
+    """The mode that students were taught: one for all of them."""
+    return str(students[0].get("mode", "thinking"))
 
 
 def _reinforce(source: Source) -> dict[str, Any] | None:
@@ -115,8 +148,23 @@ def _comparison(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def claims(found: Content) -> Iterator[dict[str, Any]]:
     """Rows of the evidence."""
-    for part in (_gained, _agreed, _taught, _traced, _compared):
+    for part in (_fine_tuned, _gained, _agreed, _taught, _traced, _compared):
         yield from part(found)
+
+
+def _fine_tuned(found: Content) -> Iterator[dict[str, Any]]:
+    for one in found.get("tuned", ()):
+        learnt = "the answers alone" if one["asked"] is None else "right replies of the model so far"
+        told = "" if one["asked"] is None else f"; {one['right']:,} right replies to {one['asked']:,} training problems"
+        yield row(
+            "measured",
+            f"Fine-tuning on {learnt} ({one['stage']}) takes {_mode(one['mode'])} from {percent(one['before'])} to "
+            f"{percent(one['after'])}: {points(one['after'] - one['before'])} points (95%: {range_of(one)})",
+            f"the model that it began from and the model after the last step, on the same {one['n']} test problems, "
+            f"greedy decoding, paired score interval; one seed{told}",
+            None,
+            f"cat {artifact(found, one['stage'])}/manifest.json",
+        )
 
 
 def _gained(found: Content) -> Iterator[dict[str, Any]]:
@@ -171,8 +219,8 @@ def _held(drawn: Mapping[str, Any]) -> str:
 
 
 def keeping(students: Sequence[Mapping[str, Any]], teacher: float) -> int:
-    """How many students have at least KEEPS of the teacher's thinking accuracy."""
-    return sum(one["thinking"] >= KEEPS * teacher - 1e-9 for one in students)
+    """How many students have at least KEEPS of the teacher's accuracy, in the mode that is taught."""
+    return sum(teacher > 0 and solved(one) >= KEEPS * teacher - 1e-9 for one in students)
 
 
 def ahead(students: Sequence[Mapping[str, Any]]) -> int:
@@ -196,33 +244,58 @@ def _taught(found: Content) -> Iterator[dict[str, Any]]:
         return
     teacher, check = found["traces"]["teacher"], f"cat {artifact(found, 'distill')}/students.json"
     same = f"the same {students[0]['n']} test problems for all and for the teacher, greedy decoding; one seed"
-    kept = listed([f"{one['name']} {percent(one['thinking'])}" for one in students])
+    kept, mode = listed([f"{one['name']} {percent(solved(one))}" for one in students]), mode_of(students)
     yield row(
         "measured",
         f"{_of(keeping(students, teacher), students)} keep at least {KEEPS:.0%} of the teacher's {percent(teacher)} "
-        "thinking",
+        f"{_mode(mode)}",
         f"{same}; {kept}, as measured, without an interval of the share",
         None,
         check,
     )
-    beside = listed([f"{one['name']} {points(one['thinking'] - one['control'])} ({range_of(one)})" for one in students])
+    beside = listed([f"{one['name']} {points(solved(one) - one['control'])} ({range_of(one)})" for one in students])
     less = sum(one["high"] < 0 for one in students)
     yield row(
         "measured",
-        f"{_of(ahead(students), students)} solve more thinking than their controls"
+        f"{_of(ahead(students), students)} solve more {_mode(mode)} than their controls"
         + (f", and {less} less" if less else ""),
-        "a control is the same student from the same first weights, with as many examples in as many steps, on the "
-        "cold-start traces in the place of the teacher's; student minus control on the same problems, in points "
+        f"a control is the same student from the same first weights, with as many examples in as many steps, "
+        f"{_instead(students)}; student minus control on the same problems, in points "
         f"(paired 95%, each by itself): {beside}; one seed",
         None,
         check,
     )
+    yield from _since(students, check)
+    if not _places(students):
+        return
     shapes = f"dense models with {_sizes(students)} parameters"
     yield row(
         "rehearsal",
         f"{plural(len(students), 'small student')} stand in for published ones",
         f"{shapes}: {_places(students)}; nothing is shown of the published models",
     )
+
+
+def _instead(students: Sequence[Mapping[str, Any]]) -> str:
+    """What controls learn in the place of what the teacher said."""
+    if students[0].get("control_mode", "thinking") == "thinking":
+        return "on the cold-start traces in the place of the teacher's"
+    return "on the answers alone to all training problems, asked directly; its examples may be shorter"
+
+
+def _since(students: Sequence[Mapping[str, Any]], check: str) -> Iterator[dict[str, Any]]:
+    """Of students that began from a model that was there."""
+    for one in students:
+        if (gain := one.get("before")) is not None:
+            yield row(
+                "measured",
+                f"{one['name']} began at {percent(gain['before'])} and is at {percent(gain['after'])}: "
+                f"{points(gain['after'] - gain['before'])} points (95%: {range_of(gain)})",
+                f"{one['start']} before its first step and after its last, on the same {gain['n']} test problems, "
+                "greedy decoding, paired score interval; one seed",
+                None,
+                check,
+            )
 
 
 def _sizes(students: Sequence[Mapping[str, Any]]) -> str:
@@ -366,8 +439,8 @@ def student_lines(found: Content) -> Iterator[str]:
     )
     for one in students:
         yield (
-            f"{one['name']:<9}{one['params']:>9,}  {percent(one['thinking']):>6}  control "
-            f"{percent(one['control']):>6}  {points(one['thinking'] - one['control']):>5} {bracket(one)}"
+            f"{one['name']:<9}{one['params']:>9,}  {percent(solved(one)):>6}  control "
+            f"{percent(one['control']):>6}  {points(solved(one) - one['control']):>5} {bracket(one)}"
         )
     steps = f"; steps right in {percent(_share(traces))} [{interval(traces).replace(' to ', ', ')}]"
     yield f"traces: {traces['right']:,} right of {traces['asked']:,} asked{steps if traces['checked'] else ''}"

@@ -179,6 +179,8 @@ def percent(entry: Mapping[str, Any]) -> str:
 def _train(summary: Mapping[str, Any]) -> str:
     mode, entry = next(iter(summary["accuracy"].items()))  # thinking, where the model can
     thinking = f"{mode} {percent(entry)}"
+    if (gain := summary.get("gain")) is not None:
+        thinking = f"{gain['mode']} {gain['before']:.1%} -> {gain['after']:.1%} {bracket(gain)}, n {gain['n']}"
     fallback = summary["fallback"]
     if summary["fault_happened"] is False:
         return f"{thinking}; the planned fault did not happen"

@@ -83,7 +83,7 @@ class Terms:
 
     def modes(self, chat: Chat) -> list[bool]:
         """The modes to ask in: thinking first. Raises DataError where the model has no such mode."""
-        able = chat.thinking_key is not None and chat.think_end is not None
+        able = chat.thinks
         if not able and (self.thinking or self.budgets):
             raise DataError(
                 "this model has no thinking switch", fix="leave out --budgets, and ask it with --direct or neither"

@@ -8,6 +8,7 @@ the template that lies beside the weights and the one key that this template rea
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from ottava.errors import CheckpointError, DataError, from_os_error
 
 THINKING_KEYS = ("thinking", "enable_thinking")
 THINK_START, THINK_END = "<think>", "</think>"
+PROBE = [{"role": "user", "content": "1"}]
+"""What a template is tried with."""
 TINY_SPECIAL = ("<|pad|>", "<|end|>", "<|User|>", "<|Assistant|>", THINK_START, THINK_END)
 TINY_TEMPLATE = """\
 {#- Turns of the tiny model. `thinking` is its only switch; a system message is left out: it knows no such words. -#}
@@ -93,6 +96,25 @@ class Chat:
         """The id that usually ends a reply."""
         return self.stop_ids[0]
 
+    @property
+    def thinks(self) -> bool:
+        """Whether it can be asked with thinking on, and its reply be parted."""
+        return self.thinking_key is not None and self.think_end is not None
+
+    @functools.cached_property
+    def opened(self) -> bool:
+        """Whether a prompt for thinking ends in <think>; where it does not, a reply begins with it."""
+        asked = {**self.words, self.thinking_key: True} if self.thinking_key else dict(self.words)
+        return _render(self.template, PROBE, asked).rstrip().endswith(THINK_START)
+
+    @functools.cached_property
+    def first(self) -> int | None:
+        """The id that every prompt begins with, as far as an empty one tells; None where it tells nothing."""
+        try:
+            return next(iter(self.render([{"role": "user", "content": ""}])), None)
+        except DataError:
+            return None
+
     def text(self, messages: Sequence[Message], thinking: bool = False) -> str:
         """The prompt as text, up to where the assistant begins.
 
@@ -121,12 +143,16 @@ class Chat:
             raise
 
     def reply(self, content: str, reasoning: str | None = None) -> list[int]:
-        """The ids that a model should produce: reasoning, </think>, content, end; or content, end."""
+        """The ids that a model should produce: reasoning, </think>, content, end; or content, end.
+
+        Reasoning begins with <think> where the template leaves that to the model.
+        """
         if reasoning is None:
             return [*self.encode(content), self.stop]
         if self.think_end is None:
             raise DataError("this model has no </think> token, so no reasoning can be written for it")
-        return [*self.encode(reasoning), self.think_end, *self.encode(content), self.stop]
+        opening = [] if self.opened or self.think_start is None else [self.think_start]
+        return [*opening, *self.encode(reasoning), self.think_end, *self.encode(content), self.stop]
 
     def split(self, ids: Sequence[int], thinking: bool | None = None) -> tuple[str | None, str]:
         """(reasoning, content) of generated ids, parted at the first </think>.
@@ -325,10 +351,9 @@ def _compile(source: str, words: Mapping[str, str], where: Path) -> tuple[jinja2
     except jinja2.TemplateSyntaxError as error:
         where_line = f"{where}:{error.lineno}"
         raise CheckpointError(f"the chat template is not valid: {error.message}", where=where_line) from None
-    probe = [{"role": "user", "content": "1"}]
     for key in THINKING_KEYS:
         if key in names:
-            on, off = (_render(template, probe, {**words, key: value}) for value in (True, False))
+            on, off = (_render(template, PROBE, {**words, key: value}) for value in (True, False))
             if on != off:
                 return template, key
     return template, None

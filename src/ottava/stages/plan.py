@@ -198,7 +198,7 @@ def _measure_pool(spec: Spec, stages: Mapping[str, recipe.Spec], pool: Pool, ctx
     loops = reach.ask(ctx, pool, "ottava.platforms.probe:throughput", args)
     gflops, instruction_set = min(r["together_gflops"] for r in loops), str(loops[0]["instruction_set"])
     train = stages.get("train")
-    if train is None:
+    if train is None or "start" in stages:  # what is measured are models of the recipe's shape
         return Speed(gflops, instruction_set)
     common = {"platform": pool.platform, "tests": _tests(stages), "pools": len(ctx.fleet.pools)}
     workers = min(pool.workers, getattr(train, "virtual_shards", pool.workers))  # as many as will train
@@ -242,7 +242,7 @@ def _students(stages: Mapping[str, recipe.Spec]) -> dict[str, Any] | None:
     """How students are trained, and what their teacher is asked; None where there are none, or what is not measured is
     in it."""
     distill: Any = stages.get("distill")
-    if distill is None or distill.on_policy is not None:
+    if distill is None or distill.on_policy is not None or any(student.shape is None for student in distill.students):
         return None
     specs = [distill.training(student).model_dump(mode="json") for student in distill.students]
     return {"specs": specs, "asks": distill.harvest.asks * distill.harvest.samples}

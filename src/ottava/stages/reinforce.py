@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from typing import Any
 
 from ottava import tasks
 from ottava.artifact import Artifact, write_json
@@ -18,7 +17,6 @@ from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
 from ottava.tasks import verify
 from ottava.tasks.base import problem_of, read_lines
-from ottava.tasks.statistics import paired
 from ottava.trainer.rl_spec import ReinforceSpec
 
 VERSION = "1"
@@ -51,7 +49,7 @@ def run(spec: ReinforceSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Ar
         "parameters": exported["parameters"],
         "trained": exported["trained"],
         "accuracy": proofs.figures(after),
-        "reinforce": {**gain(before[spec.mode], after[spec.mode]), "mode": spec.mode},
+        "reinforce": {**proofs.gain(before[spec.mode], after[spec.mode]), "mode": spec.mode},
     }
     reason = proofs.reason(spec.min_thinking, carried.proof, after, spec.mode)
     return ctx.commit({**summary, **({"reason": reason} if reason else {})}, verdict=reason is None)
@@ -67,9 +65,3 @@ def _trusted(label: Artifact, ctx: Context) -> None:
     wrong = verify.canary(task, asked[:: max(1, len(asked) // verify.TRIED)])
     if wrong:
         raise DataError(f"the verifier of the task {task.NAME!r} must not be learnt from: {'; '.join(wrong)}")
-
-
-def gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """{before, after, low, high: the paired 95% interval of the difference, n}, of the same problems."""
-    found = paired(before["right"], after["right"])
-    return {"before": before["value"], "after": after["value"], "low": found.low, "high": found.high, "n": found.n}

@@ -8,17 +8,18 @@ take it as the model so far, as they take one that was trained here.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
+from ottava import recipe
 from ottava.artifact import Artifact
-from ottava.checkpoint.layouts import COMPANIONS, read_config
-from ottava.checkpoint.source import Source, folder_of
+from ottava.checkpoint import source
+from ottava.checkpoint.layouts import read_config
 from ottava.context import Context
+from ottava.errors import OttavaError, RecipeError
 from ottava.models.chat import Chat
 
 VERSION = "1"
@@ -26,32 +27,38 @@ INPUTS = ()
 MODEL = True
 
 
-class Spec(Source):
+class Spec(source.Source):
     """The start section of a recipe."""
 
     source: Annotated[str, Field(description="a Hugging Face folder, or package:NAME")]
 
+    def unmet(self, name: str, stages: Mapping[str, recipe.Spec]) -> tuple[tuple[str, ...], str, str] | None:
+        if self.package is not None:
+            return None  # what is in a package is known when it is unpacked
+        try:
+            chat = Chat.load(Path(self.source).expanduser())
+        except OttavaError:
+            return None  # the stage says what is wrong with it
+        found = _unable(chat, stages)
+        return None if found is None else (("source",), *found)
+
 
 def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
-    """Copy or unpack the model, and see that it can be asked. Raises CheckpointError, PlatformError."""
+    """Copy or unpack the model, and see that it can be asked as later stages will. Raises CheckpointError,
+    PlatformError, RecipeError."""
     model = ctx.out / "model"
-    origin = _unpacked(spec.package, model, ctx) if spec.package else _copied(spec.source, model)
+    origin = source.bring(spec.source, model, ctx, "start.source")
     config, chat = read_config(model), Chat.load(model)
+    if (found := _unable(chat, ctx.stages)) is not None:
+        raise RecipeError(found[0], where=spec.source, fix=found[1])
     summary = {"source": origin, "model_type": config.get("model_type"), "thinking_switch": chat.thinking_key}
     return ctx.commit(summary)
 
 
-def _unpacked(package: str, model: Path, ctx: Context) -> str:
-    ctx.progress(0.0, f"unpacking the model in {package}")
-    args: dict[str, Any] = {"package": package, "out": str(model)}
-    return str(ctx.call("ottava.checkpoint.packaged:unpack", args)[0]["statement"])
-
-
-def _copied(source: str, model: Path) -> str:
-    folder = folder_of(source, "start.source")
-    names = ["config.json", *COMPANIONS, *(path.name for path in folder.glob("*.safetensors*"))]
-    model.mkdir()
-    for name in names:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, model / name)
-    return str(folder.resolve())
+def _unable(chat: Chat, stages: Mapping[str, recipe.Spec]) -> tuple[str, str] | None:
+    """What is wrong, and how to mend it, where a stage asks for thinking and the model cannot be asked so."""
+    asking = [name for name, stage in stages.items() if getattr(stage, "mode", "") == "thinking"]
+    if not asking or chat.thinks:
+        return None
+    what = f"the model has no thinking switch, and {asking[0]!r} asks with thinking on"
+    return what, "; ".join(f"set {name}.mode: direct" for name in asking)

@@ -1,14 +1,17 @@
 """Supervised fine-tuning under the supervisor, with the proof of what happened on the way (`supervisor.proof`).
 
-It begins from the model so far, or from a fresh one of the recipe's shape.
+It begins from the model so far, or from a fresh one of the recipe's shape. Of `problems` only answers are known: there
+it learns from a model's own right replies, or from the answers alone (mode: direct), and what came in is evaluated
+before the first step.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from typing import Any
 
-from ottava.artifact import Artifact
+from ottava.artifact import Artifact, write_json
 from ottava.checkpoint.source import OF_ITS_WEIGHTS
 from ottava.context import Context
 from ottava.errors import RecipeError
@@ -17,11 +20,12 @@ from ottava.models.chat import write_tiny
 from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
 from ottava.trainer import heldout
-from ottava.trainer.spec import TrainSpec
+from ottava.trainer.spec import Harvest, TrainSpec
 
 VERSION = "1"
 INPUTS = ("?@model", "?start", "@label")
 MODEL = True
+VOCABULARY = "vocabulary.json"
 CARE = frozenset(loop.CARE - {"drift"})  # the states that the drift is measured from are kept as the run goes by
 Spec = TrainSpec
 
@@ -36,32 +40,44 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
     model, content = ctx.out / "model", [label.digest]
     base = {"spec": spec.model_dump(mode="json"), "seed": ctx.seed, "data": str(label.path), "chat": str(model)}
     if came is None:
-        write_tiny(model, label.json("vocabulary.json"))
+        write_tiny(model, label.json(VOCABULARY))
     else:
         shutil.copytree(came.file("model"), model, ignore=shutil.ignore_patterns(*OF_ITS_WEIGHTS))
         base |= {"start_model": str(came.file("model"))}
         content.append(came.digest)
     heldout.check(spec, label.path, model)
+    before = None
+    if came is not None and VOCABULARY not in label.manifest["files"]:
+        before = proofs.evaluate(ctx, came.file("model"), label, ctx.pool, spec.limit)
+        write_json(ctx.out / "before.json", {**before, "pool": ctx.pool.name})
     harvested = None
     if spec.harvest is not None:
-        if so_far is None:
-            fix = "put it into a later round (train-2), or leave harvest out"
-            raise RecipeError("there is no model yet whose replies could be learnt from", where=ctx.stage, fix=fix)
-        ctx.progress(0.0, "asking the model so far")
-        harvested = harvest.collect(spec.harvest, so_far, label, ctx, ctx.out / "traces")
+        harvested = _harvested(spec.harvest, spec, so_far, label, ctx)
         base |= {"data": str(ctx.out / "traces")}
-        content.append(so_far.digest)
+        content.append(inputs["model"].digest)
     base["content"] = content
     carried = proofs.carry(ctx, spec, base, proofs.phases(ctx.stage))
     ctx.progress(0.97, "evaluation")
     exported = proofs.export(ctx, base, carried, model)
-    last = proofs.evaluations(ctx, model, label, carried.last)
+    last = proofs.evaluations(ctx, model, label, carried.last, spec.limit)
     summary = {
         **proofs.summary(spec, carried),
         "parameters": exported["parameters"],
         "trained": exported["trained"],
         "accuracy": proofs.figures(last),
         **({} if harvested is None else {"traces": harvested}),
+        **({} if before is None else {"gain": {**proofs.gain(before[spec.mode], last[spec.mode]), "mode": spec.mode}}),
     }
-    reason = proofs.reason(spec.min_thinking, carried.proof, last)
+    reason = proofs.reason(spec.min_thinking, carried.proof, last, spec.mode)
     return ctx.commit({**summary, **({"reason": reason} if reason else {})}, verdict=reason is None)
+
+
+def _harvested(
+    asked: Harvest, spec: TrainSpec, so_far: Artifact | None, label: Artifact, ctx: Context
+) -> dict[str, Any]:
+    """What the model so far says rightly, in the folder `traces`, and how much that is."""
+    if so_far is None:
+        fix = "put it into a later round (train-2), or leave harvest out"
+        raise RecipeError("there is no model yet whose replies could be learnt from", where=ctx.stage, fix=fix)
+    ctx.progress(0.0, "asking the model so far")
+    return harvest.collect(asked, so_far, label, ctx, ctx.out / "traces", spec)

@@ -23,6 +23,7 @@ from ottava.supervisor.drift import measure
 from ottava.supervisor.loop import Run, replay, rollouts, supervise, window
 from ottava.supervisor.record import Segment
 from ottava.supervisor.store import handoff_file, kept_file
+from ottava.tasks.statistics import paired
 from ottava.trainer import snapshot
 from ottava.trainer.snapshot import Snapshot
 from ottava.trainer.supervised import Fault, Supervised
@@ -148,6 +149,12 @@ def evaluate(ctx: Context, model: Path, label: Artifact, pool: Pool, max_new: in
     """The accuracy of a model's folder on one pool, on the label artifact's test problems. max_new: ids of a reply."""
     args = {"model": str(model), "data": str(label.path), "platform": pool.platform, "max_new": max_new}
     return ctx.call("ottava.engine.evaluate:evaluate_folder", args, pool=pool)[0]
+
+
+def gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """{before, after, low, high: the paired 95% interval of the difference, n}, of the same problems."""
+    found = paired(before["right"], after["right"])
+    return {"before": before["value"], "after": after["value"], "low": found.low, "high": found.high, "n": found.n}
 
 
 def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,14 @@ from torch import Tensor
 
 from ottava.errors import DataError
 from ottava.models.chat import Chat
+from ottava.tasks.base import get, problem_of
 from ottava.trainer import schedule
 from ottava.trainer.spec import TrainSpec
 
 IGNORE = -100
+
+REPLIES = "replies.jsonl"
+"""Of a harvest in direct mode: problems with what the model said."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,21 @@ class Examples:
 
 @dataclass(frozen=True)
 class Data:
-    """Examples by chain length, for both modes."""
+    """Examples by chain length, for both modes. What learns in direct mode has none that think."""
 
     thinking: dict[int, Examples]
     direct: dict[int, Examples]
 
+    @property
+    def main(self) -> dict[int, Examples]:
+        """What every step learns from."""
+        return self.thinking or self.direct
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One virtual shard's share of a step. *_count: target tokens of the whole step, over all shards."""
+    """One virtual shard's share of a step. thinking: of what every step learns from; direct: of what is mixed in.
+    *_count: target tokens of the whole step, over all shards."""
 
     thinking: Examples
     thinking_count: int
@@ -72,8 +83,13 @@ class Draws:
     direct: Drawn | None
 
 
-def load(folder: Path, chat: Chat) -> Data:
-    """Read `cold_start.jsonl` and `answers.jsonl` of a label artifact. Raises DataError."""
+def load(folder: Path, chat: Chat, mode: str = "thinking") -> Data:
+    """Read `cold_start.jsonl` and `answers.jsonl` of a label artifact; in direct mode what replies are to be alone:
+    those in `replies.jsonl` (`labels.harvest`) where the folder has it, else the answers. Raises DataError."""
+    if mode == "direct":
+        harvested = folder / REPLIES
+        rows = _read(harvested if harvested.exists() else folder / "answers.jsonl", ("question", "answer", "steps"))
+        return Data({}, _examples(rows, chat, thinking=False))
     cold = _read(folder / "cold_start.jsonl", ("question", "answer", "steps", "trace"))
     answers = _read(folder / "answers.jsonl", ("question", "answer", "steps"))
     thinking = _examples(cold, chat, thinking=True)
@@ -87,7 +103,7 @@ def batch(data: Data, spec: TrainSpec, seed: int, step: int, shard: int) -> Batc
 
 def draw(data: Data, spec: TrainSpec, seed: int, step: int) -> Draws:
     """What all shards draw in step `step`."""
-    pool = data.thinking[schedule.thinking_length(spec, seed, step, sorted(data.thinking))]
+    pool = data.main[schedule.thinking_length(spec, seed, step, sorted(data.main))]
     thinking = _draw(pool, spec.batch, seed, schedule.THINKING, step, spec.virtual_shards)
     if not schedule.direct_joins(spec, step):
         return Draws(step, thinking, None)
@@ -113,13 +129,18 @@ def _draw(pool: Examples, size: int, seed: int, stream: int, step: int, shards: 
     return Drawn(pool, rows, int((pool.targets[rows] != IGNORE).sum()))
 
 
-def _examples(rows: list[dict[str, str]], chat: Chat, *, thinking: bool) -> dict[int, Examples]:
-    prompts = chat.prompts([row["question"] for row in rows], thinking)
+def _examples(rows: list[dict[str, Any]], chat: Chat, *, thinking: bool) -> dict[int, Examples]:
+    prompts = chat.prompts([_asked(row) for row in rows], thinking)
     grouped: dict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
     for row, prompt in zip(rows, prompts, strict=True):
-        reply = chat.reply(row["answer"], row["trace"] if thinking else None)
+        reply = chat.reply(row.get("reply", row["answer"]), row["trace"] if thinking else None)
         grouped[int(row["steps"])].append((prompt, reply))
     return {length: pack(pairs) for length, pairs in sorted(grouped.items())}
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    """What evaluations ask too: the question, and what the task says of how to answer."""
+    return get(row["task"]).prompt(problem_of({"id": "", **row})) if "task" in row else str(row["question"])
 
 
 def pack(pairs: Iterable[tuple[list[int], list[int]]]) -> Examples:
@@ -135,7 +156,7 @@ def pack(pairs: Iterable[tuple[list[int], list[int]]]) -> Examples:
     return Examples(torch.from_numpy(tokens), torch.from_numpy(targets))
 
 
-def _read(path: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
+def _read(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
     try:
         with path.open(encoding="utf-8") as file:

@@ -34,7 +34,7 @@ def on_grid(spec: Supervised, step: int) -> bool:
 
 def direct_joins(spec: TrainSpec, step: int) -> bool:
     """True where answers without reasoning are part of the batch."""
-    return spec.direct.weight > 0 and step >= spec.direct.begin * spec.steps
+    return spec.mode == "thinking" and spec.direct.weight > 0 and step >= spec.direct.begin * spec.steps
 
 
 def thinking_length(spec: TrainSpec, seed: int, step: int, lengths: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on both modes: cross-entropy of the replies' tokens, thinking and, later on, direct."""
+"""Supervised fine-tuning: cross-entropy of the replies' tokens, thinking and, later on, direct, or direct alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Sft(Objective):
 
     def kind(self, step: int) -> int:
         """The length of the step's chains."""
-        return schedule.thinking_length(self.spec, self.seed, step, sorted(self.data.thinking))
+        return schedule.thinking_length(self.spec, self.seed, step, sorted(self.data.main))
 
     def _drawn(self, step: int) -> Draws:
         """The step's draws, made at its first shard."""

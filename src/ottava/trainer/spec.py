@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ottava.recipe import Frozen
+from ottava.recipe import Frozen, Spec
 from ottava.trainer.supervised import Fraction, Positive, Supervised
 
 _TINY: dict[str, Any] = {
@@ -131,19 +132,71 @@ class Harvest(Frozen):
     temperature: Annotated[float, Field(ge=0)] = 0.0
 
 
+REPLY = 48
+"""Ids that a direct reply may have where the recipe does not say: as `rollout.max_new`."""
+
+MAKERS = frozenset({"start", "train", "reinforce"})
+"""Stages that make a model, as recipes name them (a number after a dash is another round)."""
+
+
 class FineTuning(Supervised):
-    """What supervised fine-tuning on both modes needs, whatever the model."""
+    """What supervised fine-tuning needs, whatever the model."""
 
     curriculum: Curriculum = Curriculum()
     direct: Direct = Direct()
     batch: Annotated[int, Field(ge=1, description="thinking examples per virtual shard")] = 16
+    mode: Annotated[
+        Literal["thinking", "direct"],
+        Field(description="direct: replies are learnt and asked without thinking, as all that some models know"),
+    ] = "thinking"
+    max_new: Annotated[
+        Positive | None,
+        Field(
+            description="ids of a reply, harvested or evaluated; without it 48 directly, else by the prompt's length"
+        ),
+    ] = None
+
+    @property
+    def limit(self) -> int | None:
+        """Ids of a reply; None: as `engine.evaluate` says."""
+        return self.max_new or (REPLY if self.mode == "direct" else None)
+
+    @model_validator(mode="after")
+    def _known_of_traces(self) -> FineTuning:
+        if self.mode == "direct" and self.go_no_go is not None:
+            raise ValueError("go_no_go compares the losses of thinking traces: leave it out with mode: direct")
+        return self
 
 
 class TrainSpec(FineTuning):
-    """Supervised fine-tuning on both modes, ending on the grid."""
+    """Supervised fine-tuning, on both modes or on direct replies alone, ending on the grid."""
 
     shape: Shape | Dense = Shape()
     harvest: Annotated[
         Harvest | None, Field(description="learn from the model so far's own right replies, not from the cold start")
     ] = None
-    min_thinking: Annotated[Fraction, Field(description="the verdict is no below this thinking accuracy")] = 0.0
+    min_thinking: Annotated[Fraction, Field(description="the verdict is no below this accuracy in `mode`")] = 0.0
+
+    def unmet(self, name: str, stages: Mapping[str, Spec]) -> tuple[tuple[str, ...], str, str] | None:
+        before = list(stages)[: list(stages).index(name)]
+        made = [other for other in before if other.partition("-")[0] in MAKERS]
+        if self.harvest is not None and not made:
+            what = "there is no model before this stage whose replies could be harvested"
+            return ("harvest",), what, "put it into a later round (train-2), or leave harvest out"
+        came = "start" in before if self.harvest is not None else bool(made)
+        if self.lora is not None and not came:
+            return ("lora",), "adapters need a model to begin from", "add a `start` stage, or leave lora out"
+        return self._unknown(came) if "problems" in stages else None
+
+    def _unknown(self, came: bool) -> tuple[tuple[str, ...], str, str] | None:
+        """What is asked of the stage `problems`, which gives neither traces nor a vocabulary."""
+        if not came:
+            what = "`problems` gives no vocabulary, so a fresh model would have no tokenizer"
+            return (), what, "add a `start` stage, or let a `label` stage give the problems"
+        if self.harvest is None and self.mode == "thinking":
+            what = "`problems` gives answers and no traces, so there is no thinking to learn from"
+            return (), what, (
+                "set `harvest` (the model's own right replies), or mode: direct (the answers alone), or let a `label` "
+                "stage give the problems"
+            )  # fmt: skip
+        return None

@@ -22,6 +22,7 @@ from ottava import link, platforms
 from ottava.checkpoint.layouts import read_config
 from ottava.engine.remote import Remote
 from ottava.models import lora
+from ottava.models.build import fresh
 from ottava.models.chat import Chat
 from ottava.models.load import load
 from ottava.tasks import Problem
@@ -31,7 +32,7 @@ from ottava.trainer.grpo import Grpo, Place
 from ottava.trainer.loop import Trainer
 from ottava.trainer.on_policy import OnPolicy
 from ottava.trainer.rl_spec import OnPolicySpec, ReinforceSpec
-from ottava.trainer.sft import Sft, fresh_trainer
+from ottava.trainer.sft import Sft
 from ottava.trainer.spec import TrainSpec
 from ottava.trainer.supervised import Supervised
 
@@ -55,16 +56,30 @@ def config_of(args: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
     if "start_model" in args:
         config = read_config(Path(args["start_model"]))
         return {key: value for key, value in config.items() if key != "quantization_config"}
-    vocabulary = int(trainer.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    return TrainSpec.model_validate(args["spec"]).shape.config(vocabulary)
+    return _shaped(TrainSpec.model_validate(args["spec"]), Path(args["chat"]), Chat.load(args["chat"]))
+
+
+def _shaped(spec: TrainSpec, folder: Path, chat: Chat) -> dict[str, Any]:
+    """The content of config.json of a fresh model with the tokenizer in `folder`: its ids, and the context of the model
+    that it is from."""
+    ids = chat.tokenizer.get_vocab()
+    pad = ids.get(chat.words.get("pad_token", ""))
+    found = spec.shape.config(max(ids.values()) + 1) | {
+        "pad_token_id": None if pad in chat.stop_ids else pad,  # an id that is padding has no gradient
+        "eos_token_id": chat.stop_ids[0] if len(chat.stop_ids) == 1 else list(chat.stop_ids),
+        "bos_token_id": chat.first,
+    }
+    if (folder / "config.json").is_file():
+        context = read_config(folder).get("max_position_embeddings")
+        found |= {} if context is None else {"max_position_embeddings": context}
+    return found
 
 
 def _sft(args: Mapping[str, Any], chat: Chat, _: Callable[[], None]) -> Trainer:
-    spec, seed, read = TrainSpec.model_validate(args["spec"]), int(args["seed"]), data.load(Path(args["data"]), chat)
-    device = platforms.asked(args).own()
-    if "start_model" not in args:
-        return fresh_trainer(spec, seed, read, chat.tokenizer.get_vocab_size(), device)
-    return Trainer(spec, seed, _begun(args, spec, seed), Sft(spec, seed, read), device)
+    spec, seed, folder = TrainSpec.model_validate(args["spec"]), int(args["seed"]), Path(args["chat"])
+    objective = Sft(spec, seed, data.load(Path(args["data"]), chat, spec.mode))
+    model = _begun(args, spec, seed) if "start_model" in args else fresh(_shaped(spec, folder, chat), seed)
+    return Trainer(spec, seed, model, objective, platforms.asked(args).own())
 
 
 def _engine(spec: ReinforceSpec, args: Mapping[str, Any]) -> Remote | None:
