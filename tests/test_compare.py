@@ -85,7 +85,7 @@ def spec(**more: Any) -> Spec:
         ({"search": {"seeds": [1000]}}, "less than 1000"),
         ({"baseline": "ppo"}, "none of grpo"),
         ({"reinforce": {"policy": {"loss": "dapo"}}}, "said in `arms`"),
-        ({"arms": [{"name": "grpo", "change": {"policy": {"los": 1}}}]}, "the algorithm 'grpo'"),
+        ({"arms": [{"name": "grpo", "change": {"policy": {"los": 1}}}]}, "arms.0.change.policy.los"),
         ({"arms": [{"name": "grpo"}, {"name": "b", "tries": [{}, {}]}], "search": {}}, "as many tries"),
     ],
 )

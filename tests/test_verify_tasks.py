@@ -380,16 +380,18 @@ def test_the_integral_at_one_point_exactly() -> None:
 def test_estimates_pull_towards_the_level_and_follow_the_records() -> None:
     problems = [Problem(name, level, "q", "1") for name, level in (("a", 1), ("b", 1), ("c", 2), ("d", 3))]
     records = [Asked("a", 8, 8), Asked("c", 8, 0), Asked("gone", 8, 8), Asked("c", 0, 0)]
-    rates = estimates(records, problems)
+    rates = estimates([records[:2], records[2:]], problems)
     assert set(rates) == {"a", "b", "c", "d"}
     assert rates["a"] == Rate(8 + 2 * 9 / 10, 2 * 1 / 10)
     assert rates["b"].mean == pytest.approx(0.9)  # never asked: as its level
     assert rates["c"].mean < 0.05
     assert rates["d"].mean == 0.5  # nothing is known
     assert rates["d"].mixed(8) > rates["b"].mixed(8) > rates["a"].mixed(8)
-    late = estimates([Asked("a", 8, 0), Asked("a", 8, 8)], problems, forget=0.5)["a"]
-    early = estimates([Asked("a", 8, 8), Asked("a", 8, 0)], problems, forget=0.5)["a"]
-    assert late.mean > 0.5 > early.mean
+    late = estimates([[Asked("a", 8, 0)], [Asked("a", 8, 8)]], problems, forget=0.5)
+    early = estimates([[Asked("a", 8, 8)], [Asked("a", 8, 0)]], problems, forget=0.5)["a"]
+    assert late["a"].mean > 0.5 > early.mean
+    assert late["a"] == Rate(8 + 2 * 9 / 14, 4 + 2 * 5 / 14)
+    assert late["b"].mean == pytest.approx(9 / 14), "of its level too, the older answers count for less"
     assert estimates([], []) == {}
 
 
@@ -408,9 +410,11 @@ def test_weights_follow_the_curriculum_and_the_rates() -> None:
         later = weights(problems, rates, 8, schedule, done)
         assert sum(later[:4]) == pytest.approx(1 / 3)  # level 7 has no problem
         assert sum(later[4:12]) == pytest.approx(2 / 3)
-    assert weights(problems, rates, 8, Schedule(by_rate=False), 0.3) == pytest.approx(
-        [1 / len(problems)] * len(problems)
-    )
+    alike = Schedule(stretches=(Stretch(until=1, levels={1: 1, 2: 2, 3: 3}),), by_rate=False)
+    assert weights(problems, rates, 8, alike, 0.3) == pytest.approx([1 / len(problems)] * len(problems))
+    free = weights(problems, rates, 8, Schedule(), 0.3)
+    assert sum(free) == pytest.approx(1)
+    assert free[0] < 0.1 * free[1] == pytest.approx(0.1 * free[-1]), "by rate alone, whatever the level"
     assert sum(weights(problems[-1:], rates, 8, schedule, 0.0)) == 0  # no problem of an asked level
     assert weights([], {}, 8, Schedule(), 0) == []
 
@@ -423,14 +427,14 @@ def test_a_schedule_must_be_in_order_and_reach_the_end(ends: list[float]) -> Non
 
 def test_draws_are_different_problems_by_weight_and_repeatable() -> None:
     asked = [0.0, 1.0, 2.0, 4.0, 0.0]
-    assert draw(generator(1), asked, 3) == draw(generator(1), asked, 3)
-    assert sorted(draw(generator(2), asked, 10)) == [1, 2, 3]
-    assert draw(generator(2), [0.0, 0.0], 2) == draw(generator(2), [], 2) == []
+    assert draw(generator(1), asked) == draw(generator(1), asked)
+    assert sorted(draw(generator(2), asked)) == [1, 2, 3]
+    assert draw(generator(2), [0.0, 0.0]) == draw(generator(2), []) == []
     rng = generator(5)
-    firsts = Counter(draw(rng, asked, 1)[0] for _ in range(4000))
+    firsts = Counter(draw(rng, asked)[0] for _ in range(4000))
     assert stats.chisquare([firsts[1], firsts[2], firsts[3]], np.array([1, 2, 4]) * 4000 / 7).pvalue > 1e-4
     with pytest.raises(AssertionError):
-        draw(rng, [math.nan], 1)
+        draw(rng, [math.nan])
 
 
 assert choose.STRENGTH > 0

@@ -413,16 +413,23 @@ def evaluate(
     """Measure a model: pass@1 and pass@k, thinking and direct, with intervals; or two, by a paired test."""
     from ottava.artifact import write_json
     from ottava.console import measures
-    from ottava.console.terminal import work_bar
-    from ottava.engine import measure
-    from ottava.errors import RecipeError
-    from ottava.gateway import harness as harnesses
+    from ottava.errors import RecipeError, check_file, check_folder
     from ottava.tasks import get
 
     if task is None and problems is None:
         raise RecipeError("there is nothing to ask", where="--task", fix="name a task, such as --task chains")
     if out is not None and not out.absolute().parent.is_dir():
         raise RecipeError("there is no folder to write the result to", where=out, fix="make it first")
+    for folder in (model, other):
+        if folder is not None:
+            check_folder(folder)
+    if problems is not None:
+        check_file(problems)
+
+    from ottava.console.terminal import work_bar  # only now what takes seconds to import
+    from ottava.engine import measure
+    from ottava.gateway import harness as harnesses
+
     drawn = samples or (8 if temperature else 1)
     terms = measure.Terms(
         samples=drawn, k=k or max(1, min(4, drawn // 2)), temperature=temperature, seed=seed, thinking=thinking,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -27,6 +27,13 @@ DEPTH = 50  # of nesting; no recipe needs more, and an alias inside itself has n
 _INT = re.compile(r"[-+]?[0-9]{1,1000}\Z")  # longer ones are infinite, as floats
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _WORDS = {"": None, "~": None, "null": None, "true": True, "True": True, "false": False, "False": False}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Says of a mapping (in `Annotated`) that its keys are those of `model`, some of them: for messages."""
+
+    model: type[BaseModel]
 
 
 @dataclass
@@ -207,16 +214,19 @@ def _fields_at(model: type[BaseModel], path: Key) -> list[str]:
     for part in path:
         fields = getattr(current, "model_fields", None)
         if fields is not None and part in fields:
-            current = fields[part].annotation
+            said = [known for known in fields[part].metadata if isinstance(known, Part)]
+            current = said[0] if said else fields[part].annotation
         current = _unwrap(current)
     return list(getattr(current, "model_fields", {}))
 
 
 def _unwrap(annotation: Any) -> Any:
-    """The pydantic model inside Optional, list, tuple or dict annotations."""
+    """The pydantic model inside Optional, list, tuple or dict annotations, or that a mapping is a part of."""
+    if isinstance(annotation, Part):
+        return annotation.model
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    for inner in reversed(getattr(annotation, "__args__", ())):
+    for inner in reversed(get_args(annotation)):
         found = _unwrap(inner)
         if isinstance(found, type) and issubclass(found, BaseModel):
             return found

@@ -112,6 +112,20 @@ class TrainingFailed(Verdict):
     """The run cannot go on: no pool is left, or the same deterministic fault came back."""
 
 
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError where `folder` is none: it is not there, or it is a file."""
+    if not folder.is_dir():
+        what = "this is a file, and a model folder is wanted" if folder.exists() else "no such folder"
+        raise CheckpointError(what, where=folder, fix="check the path, or name another folder", cause="missing file")
+
+
+def check_file(path: Path) -> None:
+    """Raise DataError where `path` is no file that could be read."""
+    if not path.is_file():
+        what = "this is a folder, and a file is wanted" if path.is_dir() else "no such file"
+        raise DataError(what, where=path, fix="check the path, or name another file")
+
+
 def from_os_error(error: OSError, doing: str, place: str | Path | None = None) -> OttavaError:
     """Turn the operating system's refusal into an error that says how to mend it.
 

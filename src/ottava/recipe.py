@@ -50,6 +50,12 @@ class Spec(Frozen):
         return None
 
 
+def earlier(name: str, stages: Mapping[str, Spec]) -> dict[str, Spec]:
+    """The sections that stand before the stage `name` in a recipe."""
+    names = list(stages)
+    return {before: stages[before] for before in names[: names.index(name)]}
+
+
 class Sourced(Frozen):
     """A figure with where it is from and when it was read."""
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ottava.artifact import write_json
-from ottava.checkpoint.safetensors import Entry, check_folder, check_regular, entries, load
-from ottava.errors import CheckpointError
+from ottava.checkpoint.safetensors import Entry, check_regular, entries, load
+from ottava.errors import CheckpointError, check_folder
 from ottava.fp8 import fp4
 from ottava.fp8.codec import dequantise
 from ottava.fp8.spec import BIAS, BLOCK, EXACT, MX_BLOCK, grid

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ottava.errors import CheckpointError, from_os_error
+from ottava.errors import CheckpointError, check_folder, from_os_error
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000
@@ -113,13 +113,6 @@ def check_regular(path: Path) -> None:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise CheckpointError("this is no regular file", where=path, fix="name a file on a disk, or a link to one")
-
-
-def check_folder(folder: Path) -> None:
-    """Raise CheckpointError where `folder` is none: it is not there, or it is a file."""
-    if not folder.is_dir():
-        what = "this is a file, and a model folder is wanted" if folder.exists() else "no such folder"
-        raise CheckpointError(what, where=folder, fix="check the path, or name another folder", cause="missing file")
 
 
 def entries(folder: Path) -> dict[str, Entry]:

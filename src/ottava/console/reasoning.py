@@ -100,6 +100,7 @@ def _reinforce(source: Source) -> dict[str, Any] | None:
         "final_state": proof.get("final"),
         "replayed_state": proof.get("replay"),
         "replay_identical": proof.get("replay_identical"),
+        **({"curriculum": summary["curriculum"]} if "curriculum" in summary else {}),
     }
 
 
@@ -419,6 +420,8 @@ def reinforce_lines(found: Content) -> Iterator[str]:
             f"{percent(after['value']):<6}  {points(after['value'] - before['value']):>5} points "
             f"{bracket(both)}  n {after['n']}"
         )
+    if (asked := gain.get("curriculum")) is not None:
+        yield f"by its curriculum {percent(asked['mixed'])} of {plural(asked['groups'], 'group')} were mixed"
     same = "identical" if gain["replay_identical"] else "DIFFERENT"
     yield f"{gain['algorithm']}, {plural(gain['steps'], 'step')}, {plural(gain['generations'], 'generation')}; one seed"
     yield f"replay from the records   {same}"

@@ -20,8 +20,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from ottava.checkpoint.safetensors import check_folder
-from ottava.errors import CheckpointError, DataError, from_os_error
+from ottava.errors import CheckpointError, DataError, check_folder, from_os_error
 
 THINKING_KEYS = ("thinking", "enable_thinking")
 THINK_START, THINK_END = "<think>", "</think>"

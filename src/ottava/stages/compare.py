@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ottava import recipe, tasks
 from ottava.artifact import Artifact, digest_of, write_json
 from ottava.context import Context
+from ottava.document import Part
 from ottava.errors import DataError
 from ottava.labels.hygiene import require_disjoint
 from ottava.models.chat import write_tiny
@@ -36,8 +38,9 @@ from ottava.recipe import Frozen, Name
 from ottava.supervisor import loop
 from ottava.tasks.base import generator, problem_of, read_lines, row, write_lines
 from ottava.tasks.statistics import t_interval
+from ottava.trainer import asking
 from ottava.trainer.rl_spec import ReinforceSpec
-from ottava.trainer.spec import TrainSpec
+from ottava.trainer.spec import CONTEXT, TrainSpec
 from ottava.trainer.supervised import Positive
 from ottava.trainer.trials import RESULT, TRIAL
 
@@ -56,12 +59,15 @@ RULE = (
 )
 
 
+Change = Annotated[dict[str, Any], Part(ReinforceSpec)]
+
+
 class Arm(Frozen):
     """One algorithm. change: to the `reinforce` section; tries: further changes that the search tries, each alone."""
 
     name: Name
-    change: Annotated[dict[str, Any], Field(default_factory=dict)]
-    tries: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)] = ({},)
+    change: Annotated[Change, Field(default_factory=dict)]
+    tries: Annotated[tuple[Change, ...], Field(min_length=1)] = ({},)
 
 
 ARMS = tuple(Arm(name=loss, change={"policy": {"loss": loss}}) for loss in ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
@@ -100,13 +106,23 @@ class Spec(recipe.Spec):
             raise ValueError("`reinforce` says what all algorithms have in common: the loss is said in `arms`")
         if self.search is not None and len({len(arm.tries) for arm in self.arms}) > 1:
             raise ValueError("every algorithm is to be searched alike: give each as many tries")
-        for arm in self.arms:
-            for change in self.changes(arm):
+        for number, arm in enumerate(self.arms):
+            for change in [merged(arm.change, one) for one in arm.tries]:  # all, whether they will be tried or not
                 try:
                     self.asked(change)
                 except ValidationError as error:
-                    raise ValueError(f"the algorithm {arm.name!r}: {error.errors()[0]['msg']}") from None
+                    raise _placed(error, arm, number) from None
         return self
+
+    def unmet(self, name: str, stages: Mapping[str, recipe.Spec]) -> tuple[tuple[str, ...], str, str] | None:
+        before = recipe.earlier(name, stages)
+        there = getattr(before.get("label"), "cold_start", self.cold_start)
+        if self.cold_start > there:
+            what = f"a seed's cold start is to have {self.cold_start} traces, and the stage 'label' makes {there}"
+            return ("cold_start",), what, "raise label.cold_start, or lower compare.cold_start"
+        asked = [self.asked(change) for arm in self.arms for change in self.changes(arm)]
+        found = next(filter(None, (one.unfit(before, CONTEXT) for one in asked)), None)
+        return found and (("reinforce", *found[0]), *found[1:])
 
     def changes(self, arm: Arm) -> list[dict[str, Any]]:
         """What an algorithm changes in each trial of its search; the first where nothing is searched."""
@@ -120,6 +136,28 @@ class Spec(recipe.Spec):
         return ReinforceSpec.model_validate(merged(self.reinforce.model_dump(exclude_unset=True), change))
 
 
+def _placed(error: ValidationError, arm: Arm, number: int) -> ValidationError:
+    """What is wrong with an algorithm's changed section, with its place among the changes as the recipe has them."""
+    first = error.errors()[0]
+    loc = tuple(part for part in first["loc"] if not str(part).startswith("function-"))
+    places = [((("tries", index)), one) for index, one in enumerate(arm.tries)] + [(("change",), arm.change)]
+    place = next((place for place, said in places if loc and _has(said, loc)), ("change",))
+    kind: Any = first["type"]
+    if kind != "extra_forbidden":
+        kind = PydanticCustomError("value_error", "{said}", {"said": f"of {arm.name!r}: {first['msg']}"})
+    details = InitErrorDetails(type=kind, loc=("arms", number, *place, *loc), input=first["input"])
+    return ValidationError.from_exception_data("compare", [details])
+
+
+def _has(said: Any, loc: Sequence[str | int]) -> bool:
+    """Whether something stands at a place inside a mapping."""
+    for part in loc:
+        if not isinstance(said, Mapping) or part not in said:
+            return False
+        said = said[part]
+    return True
+
+
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with what `change` says, section by section."""
     both = {**base, **change}
@@ -131,6 +169,10 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Cold starts, the search, the table."""
     label = inputs["label"]
     dev = () if spec.search is None else spec.search.seeds
+    chat = ctx.work / "chat"
+    write_tiny(chat, label.json("vocabulary.json"))
+    for asked in [spec.asked(arm.change) for arm in spec.arms]:
+        asking.check(asked, label.path, chat, CONTEXT, "compare.reinforce")
     starts = {seed: _start(spec, label, ctx, seed) for seed in (*dev, *spec.seeds)}
     _carry_out(ctx, list(starts.values()), (0.0, 0.25), "cold starts")
     arms = {arm.name: spec.changes(arm) for arm in spec.arms}

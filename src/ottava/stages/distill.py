@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, computed_field, field_validator, model_validator
+from pydantic import Field, ValidationError, computed_field, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ottava import recipe
 from ottava.artifact import Artifact, write_json
@@ -31,8 +32,9 @@ from ottava.recipe import Frozen, Name
 from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
 from ottava.tasks.statistics import paired
+from ottava.trainer import asking
 from ottava.trainer.rl_spec import OnPolicySpec
-from ottava.trainer.spec import Dense, FineTuning, Harvest, TrainSpec
+from ottava.trainer.spec import CONTEXT, Dense, FineTuning, Harvest, TrainSpec
 from ottava.trainer.supervised import Fault, Positive, Supervised
 
 VERSION = "1"
@@ -89,6 +91,16 @@ SIX = (
 """R1's six students in miniature: its families, in the order of their sizes."""
 
 
+IGNORED = {
+    "policy": "a student learns from its teacher's distribution (divergence), and not from rewards; leave it out",
+    "min_thinking": "the verdict is distillation's; say min_kept, beside on_policy",
+    "go_no_go": "students have no baseline; leave it out",
+    "budget_s": "it is the whole stage's; say it beside on_policy",
+    "pool": "it is the whole stage's; say it beside on_policy",
+}
+"""Keys that on-policy distillation shares with reinforcement and makes no use of."""
+
+
 class Spec(FineTuning):
     """Distillation: a harvest, and how every student and every control is trained on it."""
 
@@ -107,6 +119,16 @@ class Spec(FineTuning):
         if len({student.name for student in students}) < len(students):
             raise ValueError("two students have the same name")
         return students
+
+    @field_validator("on_policy", mode="before")
+    @classmethod
+    def _of_its_own(cls, said: Any) -> Any:
+        for key in IGNORED if isinstance(said, dict) else ():
+            if key in said:
+                what = PydanticCustomError("value_error", "it would be ignored: {why}", {"why": IGNORED[key]})
+                details = InitErrorDetails(type=what, loc=(key,), input=said)
+                raise ValidationError.from_exception_data("on_policy", [details])
+        return said
 
     @model_validator(mode="after")
     def _whole(self) -> Spec:
@@ -142,7 +164,11 @@ class Spec(FineTuning):
             found = self._unable(student, "problems" in stages)
             if found is not None:
                 return ("students",), f"the student {student.name!r} {found[0]}", found[1]
-        return None
+        if self.on_policy is None:
+            return None
+        tiny = "start" not in stages and all(student.start is None for student in self.students)
+        unfit = self.on_policy.unfit(recipe.earlier(name, stages), CONTEXT if tiny else None)
+        return unfit and (("on_policy", *unfit[0]), *unfit[1:])
 
     def _unable(self, student: Student, answers_alone: bool) -> tuple[str, str] | None:
         """What is wrong with a student, and how to mend it."""
@@ -171,6 +197,11 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Harvest, then train and evaluate each student and its control."""
     label, teacher = inputs["label"], inputs["model"]
     _same_ids(spec, inputs, ctx)
+    if spec.on_policy is not None:
+        for student in spec.students:
+            chat = _chat(student, inputs, ctx)
+            context = CONTEXT if student.tokenizer else read_config(chat).get("max_position_embeddings")
+            asking.check(spec.on_policy, label.path, chat, context, f"{ctx.stage}.on_policy")
     traces = ctx.out / "traces"
     ctx.progress(0.0, "asking the teacher")
     reached = _reached(spec, teacher, label, ctx)

@@ -69,7 +69,8 @@ class Spec(recipe.Spec):
         try:
             tasks.traced(name)
         except OttavaError as error:  # pydantic wants a ValueError, and adds the place
-            raise ValueError(f"{error.what}; there is {', '.join(tasks.names(traced=True))}") from None
+            there = f"there is {', '.join(tasks.names(traced=True))}; for answers alone there is the stage 'problems'"
+            raise ValueError(f"{error.what}; {there}") from None
         return name
 
     @field_validator("teachers")
@@ -105,6 +106,11 @@ class Spec(recipe.Spec):
                 f"raise audit, or max_error ({self.max_error:.1%})"
             )
         return self
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The numbers of steps of the problems with answers only."""
+        return (*((1,) if self.one_step_share else ()), *self.lengths)
 
     @property
     def lengths(self) -> range:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from ottava import tasks
 from ottava.artifact import Artifact, write_json
+from ottava.checkpoint.layouts import read_config
 from ottava.checkpoint.source import OF_ITS_WEIGHTS
 from ottava.context import Context
 from ottava.errors import DataError
@@ -17,6 +18,7 @@ from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
 from ottava.tasks import verify
 from ottava.tasks.base import problem_of, read_lines
+from ottava.trainer import asking, curriculum, heldout
 from ottava.trainer.rl_spec import ReinforceSpec
 
 VERSION = "1"
@@ -32,6 +34,8 @@ def run(spec: ReinforceSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Ar
     model = ctx.out / "model"
     shutil.copytree(came, model, ignore=shutil.ignore_patterns(*OF_ITS_WEIGHTS))
     max_new = spec.rollout.max_new if spec.mode == "direct" else None
+    asking.check(spec, label.path, came, read_config(came).get("max_position_embeddings"), ctx.stage)
+    heldout.check(spec, label.path, came)
     _trusted(label, ctx)
     before = proofs.evaluate(ctx, came, label, ctx.pool, max_new)
     write_json(ctx.out / "before.json", {**before, "pool": ctx.pool.name})
@@ -51,6 +55,8 @@ def run(spec: ReinforceSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Ar
         "accuracy": proofs.figures(after),
         "reinforce": {**proofs.gain(before[spec.mode], after[spec.mode]), "mode": spec.mode},
     }
+    if spec.curriculum is not None:
+        summary["curriculum"] = curriculum.summary(spec, ctx.out / "rollouts", label.file("answers.jsonl"))
     reason = proofs.reason(spec.min_thinking, carried.proof, after, spec.mode)
     return ctx.commit({**summary, **({"reason": reason} if reason else {})}, verdict=reason is None)
 

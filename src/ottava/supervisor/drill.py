@@ -86,6 +86,9 @@ def spec_for(spec: Trained, steps: int = STEPS) -> Trained:
     if isinstance(spec, ReinforceSpec):
         few = {"prompts": 4, "group": 4, "updates": UPDATES, "minibatches": 1, "max_new": 24}
         changes |= {"grid_from": spec.grid_from, "rollout": {**spec.rollout.model_dump(), **few}, "lengths": (2, 3)}
+        if spec.curriculum is not None:
+            both = {"stretches": [{"until": 1, "levels": {2: 1, 3: 1}}]}
+            changes |= {"lengths": (), "curriculum": {**spec.curriculum.model_dump(), **both}}
     return type(spec).model_validate({**spec.model_dump(), **changes})
 
 

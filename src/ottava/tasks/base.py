@@ -134,13 +134,14 @@ def get(name: str) -> Task:
 
 def traced(name: str) -> Traced:
     """The task called `name`, which must know its traces. Raises as `get`, and DataError where it knows none."""
-    task = get(name)
-    if not hasattr(task, "check_trace"):
+    kind = name.partition(":")[0]
+    never = kind in _KINDS and kind not in (*_TRACED, "own")  # said before its library is looked for
+    if never or not hasattr(get(name), "check_trace"):
         raise DataError(
             f"the task {name!r} knows answers but no traces, and here traces are needed",
-            fix="use chains, or train on answers alone (reinforce)",
+            fix="use chains; or the stage `problems` instead of `label`, and reinforce, which learn from answers alone",
         )
-    return cast(Traced, task)
+    return cast(Traced, get(name))
 
 
 def _own(module: str) -> Task:

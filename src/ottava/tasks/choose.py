@@ -9,7 +9,7 @@ All functions are pure: the same records give the same weights, so a draw can be
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,26 +60,34 @@ class Asked:
     graded: int
     right: int
 
+    @property
+    def mixed(self) -> bool:
+        """Whether some were right and some wrong."""
+        return 0 < self.right < self.graded
 
-def estimates(records: Iterable[Asked], problems: Sequence[Problem], *, forget: float = 1.0) -> dict[str, Rate]:
-    """The rate of each problem, by id. records: oldest first; those of unknown problems are left out.
 
-    forget: what a generation of the same problem's record still counts for after another one (1: all; the model
-    learns, and old answers are of an older model). The prior of a problem is the mean of its level's records, worth
-    STRENGTH answers; without any, one right and one wrong.
+def estimates(
+    generations: Sequence[Sequence[Asked]], problems: Sequence[Problem], *, forget: float = 1.0
+) -> dict[str, Rate]:
+    """The rate of each problem, by id. generations: what each asked, oldest first; unknown problems are left out.
+
+    forget: what an answer still counts for a generation later (1: all; the model learns, and old answers are of an
+    older model). The prior of a problem is the mean of its level's answers, worth STRENGTH of them; without any, one
+    right and one wrong. Additions and products in a fixed order: the same bits on every machine.
     """
     assert 0 < forget <= 1, forget
     level = {problem.id: problem.steps for problem in problems}
-    own: dict[str, tuple[float, float]] = {}
-    for record in records:
-        assert 0 <= record.right <= record.graded, record
-        if record.problem in level and record.graded:
-            right, wrong = own.get(record.problem, (0.0, 0.0))
-            own[record.problem] = (right * forget + record.right, wrong * forget + record.graded - record.right)
+    own: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     pooled: defaultdict[int, list[float]] = defaultdict(lambda: [1.0, 1.0])
-    for name, (right, wrong) in own.items():
-        pooled[level[name]][0] += right
-        pooled[level[name]][1] += wrong
+    worth = 1.0
+    for asked in reversed(generations):
+        for one in asked:
+            assert 0 <= one.right <= one.graded, one
+            if one.problem in level:
+                for counts in (own[one.problem], pooled[level[one.problem]]):
+                    counts[0] += worth * one.right
+                    counts[1] += worth * (one.graded - one.right)
+        worth *= forget
     found = {}
     for name, steps in level.items():
         right, wrong = own.get(name, (0.0, 0.0))
@@ -98,20 +106,28 @@ class Stretch(Frozen):
 class Schedule(Frozen):
     """A curriculum as data: stretches of a run, one after the other; the last lasts to the end.
 
-    by_rate: whether problems of a level are weighted by their chance to give a mixed group, or alike.
-    floor: the least weight of a problem, so that none is forgotten for ever.
+    Within a level problems are weighted by their chance to give a mixed group (by_rate), or alike. Without stretches
+    the weights of problems decide between levels too.
     """
 
-    stretches: tuple[Stretch, ...] = ()
-    by_rate: bool = True
-    floor: Annotated[float, Field(gt=0, le=1)] = 0.05
+    stretches: Annotated[tuple[Stretch, ...], Field(description="which levels are asked when; none: all of them")] = ()
+    by_rate: Annotated[bool, Field(description="ask those more that are right now and wrong then")] = True
+    floor: Annotated[float, Field(gt=0, le=1, description="least weight by rate: none is forgotten for ever")] = 0.05
+    forget: Annotated[float, Field(gt=0, le=1, description="what an answer counts for a generation later")] = 0.9
 
     @model_validator(mode="after")
     def _in_order(self) -> Schedule:
         ends = [stretch.until for stretch in self.stretches]
         if ends != sorted(set(ends)) or (ends and ends[-1] != 1):
             raise ValueError("stretches stand in the order of `until`, and the last is until 1")
+        if not self.stretches and not self.by_rate:
+            raise ValueError("without stretches and by_rate there is no curriculum: leave it out, or say one of them")
         return self
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The levels of all stretches, ascending; none: all that there are."""
+        return tuple(sorted({level for stretch in self.stretches for level in stretch.levels}))
 
     def levels(self, done: float) -> Mapping[int, float] | None:
         """The weights of the levels after a share `done` of the run; None: all levels alike."""
@@ -132,10 +148,8 @@ def weights(
     level.
     """
     levels = schedule.levels(done)
-    plain = [
-        max(schedule.floor, rates[problem.id].mixed(group)) if schedule.by_rate and problem.id in rates else 1.0
-        for problem in problems
-    ]
+    chance = {rate: max(schedule.floor, rate.mixed(group)) for rate in set(rates.values())} if schedule.by_rate else {}
+    plain = [chance[rates[p.id]] if schedule.by_rate and p.id in rates else 1.0 for p in problems]
     if levels is None:
         total = sum(plain)
         return [weight / total for weight in plain] if total else plain
@@ -149,8 +163,8 @@ def weights(
     ]
 
 
-def draw(rng: np.random.Generator, weights: Sequence[float], count: int) -> list[int]:
-    """The indices of `count` different problems, drawn one after the other by weight; fewer where fewer have any.
+def draw(rng: np.random.Generator, weights: Sequence[float]) -> list[int]:
+    """The indices of all that have a weight, each once, drawn one after the other by weight.
 
     Exponential keys (Efraimidis and Spirakis, 2006): depends on the state of `rng` and the weights alone.
     """
@@ -162,5 +176,4 @@ def draw(rng: np.random.Generator, weights: Sequence[float], count: int) -> list
     uniform = 1.0 - rng.random(len(asked))  # (0, 1]
     with np.errstate(divide="ignore"):
         keys = np.where(asked > 0, -np.log(uniform) / asked, np.inf)
-    order = np.argsort(keys, kind="stable")
-    return [int(i) for i in order[: min(count, int((asked > 0).sum()))]]
+    return [int(i) for i in np.argsort(keys, kind="stable")[: int((asked > 0).sum())]]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ottava.engine.rollout import Rollouts
 from ottava.tasks import Problem
+from ottava.tasks.choose import Asked
 from ottava.trainer.advantages import advantages, mixed
 
 Generate = Callable[[Sequence[Problem], range], Rollouts]
@@ -30,7 +31,7 @@ class Groups:
     """Q groups of G replies. problems: one a group; verdicts: float32 [Q, G], 1, 0 or NaN without a verdict.
 
     rows, ids, scored, right: of all replies that were drawn, the replaced ones too: how many there were, their ids,
-    those with a verdict, and those found right.
+    those with a verdict, and those found right. asked: the same by group, in the order in which they were drawn.
     """
 
     rollouts: Rollouts
@@ -40,6 +41,7 @@ class Groups:
     ids: int
     scored: int
     right: int
+    asked: tuple[Asked, ...]
 
 
 def draw(
@@ -82,6 +84,10 @@ def draw(
         sum(int(part.reply_lengths.sum()) for part in parts),
         int(scored.sum()),
         int(verdicts[scored].sum()),
+        tuple(
+            Asked(problem.id, int(known.sum()), int(row[known].sum()))
+            for problem, row, known in zip(problems, verdicts, scored, strict=True)
+        ),
     )
 
 

@@ -31,6 +31,7 @@ from ottava.tasks.base import Task
 from ottava.tasks.verify import grade
 from ottava.trainer import groups, losses, mismatch, records, routing
 from ottava.trainer.advantages import advantages, overlong, without_truncated
+from ottava.trainer.curriculum import ASKED, Curriculum, facts_of
 from ottava.trainer.groups import Groups
 from ottava.trainer.guard import Alarm
 from ottava.trainer.losses import Rows, Scale, correct, policy_loss
@@ -105,11 +106,13 @@ class Grpo(Objective):
     ):
         self.spec, self.seed, self._chat, self._task, self._place = spec, seed, chat, task, place
         self._engine, self._floor = engine, _NO_FLOOR
-        lengths = spec.lengths or tuple(sorted(problems))
+        lengths = spec.levels or tuple(sorted(problems))
         missing = [length for length in lengths if not problems.get(length)]
         if missing:
             raise DataError(f"there are no problems of {missing[0]} steps to ask", fix="other reinforce.lengths")
         self._problems = [(length, problems[length]) for length in lengths]
+        everything = [problem for _, pool in self._problems for problem in pool]
+        self._curriculum = None if spec.curriculum is None else Curriculum(spec, everything, self._recorded)
         self._thinking = spec.mode == "thinking"
         how = spec.rollout
         self._sampling = Sampling(how.max_new, chat.stop_ids, how.temperature, how.top_p)
@@ -149,6 +152,8 @@ class Grpo(Objective):
     def settle(self, step: int, facts: Sequence[Mapping[str, Any]]) -> None:
         self._now.facts = {int(shard): its for worker in facts for shard, its in worker.items()}
         self._now.worth.clear()
+        if self._curriculum is not None:
+            self._curriculum.note(self._now.number, self._now.facts)
         if self._place is not None and not self._place.replay:
             mismatch.watch(self._floor, _gap(self._now.facts.values()), f"generation {self._now.number}")
 
@@ -240,9 +245,15 @@ class Grpo(Objective):
             records.write(records.path_of(place.folder, place.epoch, number, shard), record)
         return record
 
+    def _recorded(self, number: int) -> dict[int, Mapping[str, Any]]:
+        """What the records of a generation say. Raises Alarm where one is gone."""
+        return {shard: self._take(None, number, shard, None).facts for shard in range(self.spec.virtual_shards)}
+
     def _questions(self, number: int, shard: int) -> Iterator[Problem]:
         """What a shard of a generation asks, one question after the other."""
         draw = rng(self.seed, PROMPTS, number, shard)
+        if self._curriculum is not None:
+            yield from self._curriculum.questions(draw, number)
         while True:
             _, pool = self._problems[int(draw.integers(len(self._problems)))]
             yield pool[int(draw.integers(len(pool)))]
@@ -279,6 +290,8 @@ class Grpo(Objective):
             "rows": drawn.rows, "ids": drawn.ids, "scored": drawn.scored, "right": drawn.right,
             "compared": gap.count, "gap_sum": gap.total, "gap_max": gap.largest, "beyond": gap.beyond, "ties": gap.ties,
         }  # fmt: skip
+        if self._curriculum is not None:
+            facts[ASKED] = facts_of(drawn.asked)
         run, pool = ("", "") if self._place is None else (self._place.run, self._place.pool)
         questions = tuple(problem.question for problem in drawn.problems)
         step, flat = number * spec.every, rewards.reshape(-1)

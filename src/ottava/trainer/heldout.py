@@ -22,7 +22,7 @@ from ottava.verify.sequential import fresh
 TEST = "test.jsonl"
 """Of a label artifact: problems that training never sees, thinking."""
 
-KEY = "train.go_no_go"
+KEY = "go_no_go"  # of whichever stage
 
 RUN_MODELS = ("convert", "reinforce-2", "train-2", "reinforce", "train", "start")
 """Stages that make the model of a run, the last one first."""

@@ -114,6 +114,16 @@ def listed(folder: Path) -> list[tuple[int, int, int, Path]]:
     return sorted(out)
 
 
+def facts(folder: Path) -> dict[int, dict[int, Mapping[str, Any]]]:
+    """By generation and shard, what the newest record says of itself: of a finished run those that counted, since what
+    did not count was drawn anew. Read without the tensors, so nothing is verified."""
+    out: dict[int, dict[int, Mapping[str, Any]]] = {}
+    for generation, shard, _, path in listed(folder):  # ascending epochs: the newest stays
+        head = json.loads(bytes(safetensors.load(safetensors.read_header(path)["head"]).numpy()))
+        out.setdefault(generation, {})[shard] = head["facts"]
+    return out
+
+
 def _tensors(record: Record) -> dict[str, Tensor]:
     parts = {field.name: getattr(record.rollouts, field.name) for field in fields(Rollouts)}
     own = {name: part for name, part in parts.items() if part is not None}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ottava.recipe import Frozen
+from ottava.recipe import Frozen, Spec, earlier
+from ottava.tasks.choose import Schedule
+from ottava.trainer.spec import CONTEXT
 from ottava.trainer.supervised import Drift, Fraction, Optimiser, Positive, Rate, Supervised
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
@@ -161,7 +164,14 @@ class ReinforceSpec(Supervised):
         Literal["thinking", "direct"],
         Field(description="how the questions are asked; direct is all that a model without a thinking switch knows"),
     ] = "thinking"
-    lengths: Annotated[tuple[Positive, ...], Field(description="steps of the chains that are asked; all alike")] = ()
+    lengths: Annotated[tuple[Positive, ...], Field(description="levels that are asked, all alike; none: all")] = ()
+    curriculum: Annotated[
+        Schedule | None,
+        Field(
+            description="which questions are asked when, and which more; without it, all of a level alike",
+            exclude_if=lambda said: said is None,  # runs without one keep their names
+        ),
+    ] = None
     drift: Drift = Drift(window=8)
     min_thinking: Annotated[Fraction, Field(description="the verdict is no below this accuracy in `mode`")] = 0.0
 
@@ -169,6 +179,11 @@ class ReinforceSpec(Supervised):
     def every(self) -> int:
         """Updates of one generation."""
         return self.rollout.updates * self.rollout.minibatches
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels that are asked at any time; none: all that there are."""
+        return self.curriculum.asked if self.curriculum is not None and self.curriculum.stretches else self.lengths
 
     @model_validator(mode="after")
     def _whole(self) -> ReinforceSpec:
@@ -178,6 +193,45 @@ class ReinforceSpec(Supervised):
             raise ValueError("rollout.engine needs rollout.top_p: 1 (kept ids are not told) and grid_from: 0")
         if self.rollout.engine is not None and self.policy.keep_routing:
             raise ValueError("policy.keep_routing needs routes, and rollout.engine tells none: leave one of them out")
+        return self
+
+    def without(self, there: Sequence[int]) -> tuple[str, str, str] | None:
+        """Whether a level is asked that is none of those that are there: (the field, what is wrong, how to mend it)."""
+        missing = next((level for level in self.levels if level not in there), None)
+        if missing is None:
+            return None
+        field = "lengths" if self.lengths else "curriculum.stretches"
+        what = f"there are no problems of {missing} steps to ask; there are those of {', '.join(map(str, there))}"
+        return field, what, f"ask for other levels in {field}, or let the stage with the problems make such ones"
+
+    def unmet(self, name: str, stages: Mapping[str, Spec]) -> tuple[tuple[str, ...], str, str] | None:
+        before = earlier(name, stages)
+        return self.unfit(before, CONTEXT if "train" in before and "start" not in before else None)
+
+    def unfit(self, before: Mapping[str, Spec], context: int | None) -> tuple[tuple[str, ...], str, str] | None:
+        """As `unmet`, for a model that holds so many ids, where that is known before it is there. Whether replies fit
+        behind their questions is seen where the stage starts (`trainer.asking`)."""
+        given = before.get("problems") or before.get("label")
+        missing = None if given is None else self.without(getattr(given, "levels", self.levels))
+        if missing is not None:
+            field, what, fix = missing
+            return tuple(field.split(".")), what, fix
+        if context is None or self.rollout.max_new < context:
+            return None
+        what = f"a reply may have {self.rollout.max_new} ids, and the model's context holds {context} with the question"
+        return ("rollout", "max_new"), what, "a smaller max_new"
+
+    @model_validator(mode="after")
+    def _asked_at_some_time(self) -> ReinforceSpec:
+        stretches = () if self.curriculum is None else self.curriculum.stretches
+        if stretches and self.lengths:
+            raise ValueError("curriculum.stretches say which levels are asked: leave lengths out (lengths: [])")
+        begun, earlier = [step / self.steps for step in range(0, self.steps, self.every)], 0.0
+        for stretch in stretches:
+            if not any(earlier <= done < stretch.until for done in begun):
+                what = f"no generation begins in the stretch until {stretch.until:g} of the curriculum"
+                raise ValueError(f"{what}: {self.steps} steps have {len(begun)} generations")
+            earlier = stretch.until
         return self
 
 

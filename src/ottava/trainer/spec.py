@@ -7,11 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ottava.recipe import Frozen, Spec
+from ottava.recipe import Frozen, Spec, earlier
 from ottava.trainer.supervised import Fraction, Positive, Supervised
 
+CONTEXT = 128
+"""Ids that a tiny model holds."""
+
 _TINY: dict[str, Any] = {
-    "max_position_embeddings": 128,
+    "max_position_embeddings": CONTEXT,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "pad_token_id": 0,
@@ -178,7 +181,7 @@ class TrainSpec(FineTuning):
     min_thinking: Annotated[Fraction, Field(description="the verdict is no below this accuracy in `mode`")] = 0.0
 
     def unmet(self, name: str, stages: Mapping[str, Spec]) -> tuple[tuple[str, ...], str, str] | None:
-        before = list(stages)[: list(stages).index(name)]
+        before = earlier(name, stages)
         made = [other for other in before if other.partition("-")[0] in MAKERS]
         if self.harvest is not None and not made:
             what = "there is no model before this stage whose replies could be harvested"

@@ -98,7 +98,7 @@ def _grpo(args: Mapping[str, Any], chat: Chat, check: Callable[[], None]) -> Tra
     lines = read_lines(Path(args["data"]) / "answers.jsonl")
     for line in lines:
         problem = problem_of(line)
-        if problem.steps in spec.lengths or not spec.lengths:
+        if problem.steps in spec.levels or not spec.levels:
             problems[problem.steps].append(problem)
     place = None
     if "rollouts" in args:
