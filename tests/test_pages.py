@@ -22,7 +22,9 @@ SAID = (
 
 
 def test_the_recipe_with_an_engine_of_its_own_loads(tmp_path: Path) -> None:
-    (snippet,) = re.findall(r"(?s)```yaml\n(.*?)```", (DOCS / "reasoning.md").read_text())
+    snippet = next(
+        s for s in re.findall(r"(?s)```yaml\n(.*?)```", (DOCS / "reasoning.md").read_text()) if "engine:" in s
+    )
     (tmp_path / "engine.yaml").write_text(snippet)
     its: Any = load_recipe(tmp_path / "engine.yaml", stages.specs()).stages["reinforce"]
     assert (its.rollout.engine.layout, its.rollout.engine.dtype) == ("bf16", "bfloat16")

@@ -32,7 +32,7 @@ from ottava.tasks.base import problem_of, read_lines, row, write_lines
 from ottava.trainer import data
 from ottava.trainer.loop import Trainer
 from ottava.trainer.sft import Sft
-from ottava.trainer.spec import Dense, FineTuning, TrainSpec
+from ottava.trainer.spec import Dense, TrainSpec
 from ottava.trainer.start import make_trainer
 
 PLAIN = """\
@@ -292,16 +292,6 @@ def test_a_fresh_model_has_the_ids_of_its_tokenizer(plain: Path, tmp_path: Path)
 
 
 # ---------------------------------------------------------------- keys
-
-
-def test_sections_from_before_keep_their_keys() -> None:
-    """Fields that came later are not written where they say nothing: artifacts are found by digests of sections."""
-    for section in (TrainSpec(), FineTuning(), distill.Spec()):
-        assert not {"mode", "max_new"} & set(section.model_dump(mode="json"))
-    assert set(distill.SIX[0].model_dump(mode="json")) == {"name", "shape", "tokenizer", "stands_for"}
-    said = TrainSpec(mode="direct", max_new=9).model_dump(mode="json")
-    assert (said["mode"], said["max_new"]) == ("direct", 9)
-    assert TrainSpec.model_validate(said) == TrainSpec(mode="direct", max_new=9)
 
 
 def test_another_content_of_a_students_folder_is_another_key(other: Path, tmp_path: Path) -> None:

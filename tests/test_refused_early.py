@@ -53,8 +53,8 @@ ON_POLICY = "distill.on_policy"
     [
         ("reinforce.lengths=[2,99]", "there are no problems of 99 steps to ask; there are those of 1, 2, 3, 4"),
         ("reinforce.rollout.max_new=128", "may have 128 ids, and the model's context holds 128"),
-        ("train.harvest.asks=10", "no model yet whose own replies"),
-        ("train={lora: {rank: 4}, grid_from: 1}", r"adapters \(lora\) need a model to begin from"),
+        ("train.harvest.asks=10", "no model before this stage whose replies"),
+        ("train={lora: {rank: 4}, grid_from: 1}", "adapters need a model to begin from"),
         ("compare.cold_start=61", "61 traces, and the stage 'label' makes 60"),
         ("compare.reinforce.lengths=[9]", "no problems of 9 steps"),
         ("compare.reinforce.rollout.max_new=500", "may have 500 ids"),

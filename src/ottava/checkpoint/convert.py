@@ -28,7 +28,6 @@ from ottava.artifact import write_json
 from ottava.checkpoint import engines
 from ottava.checkpoint.digest import Digest, Progress
 from ottava.checkpoint.layouts import (
-    COMPANIONS,
     LAYOUTS,
     NEEDS_MASTER,
     Weight,
@@ -38,7 +37,7 @@ from ottava.checkpoint.layouts import (
     tensors_of,
     weights,
 )
-from ottava.checkpoint.names import Storage, storage_of
+from ottava.checkpoint.names import COMPANIONS, Storage, storage_of
 from ottava.checkpoint.resume import Part, Record, check_free, part_of
 from ottava.checkpoint.safetensors import INDEX, SHARD_BYTES, head_of, nbytes, read_header, split
 from ottava.checkpoint.spelling import WIDEST, Done, Place, Task, convert_unit

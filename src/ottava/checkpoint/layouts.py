@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ottava.artifact import write_json
+from ottava.checkpoint.names import COMPANIONS
 from ottava.checkpoint.safetensors import Entry, check_regular, entries, load
 from ottava.errors import CheckpointError, check_folder
 from ottava.fp8 import fp4
@@ -40,12 +41,6 @@ SMALL_BLOCK = (32, 32)
 
 SCALES = {"_scale_inv": (BLOCK, BLOCK), "_scale": MX_BLOCK}
 """What is added to a weight's name to name its scales, and the block each of them covers."""
-
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "LICENSE",
-)  # fmt: skip
-"""Files that go with the weights whatever their layout."""
 
 MASTER_CONFIG = {
     "quant_method": "fp8",

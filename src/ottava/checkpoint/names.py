@@ -1,4 +1,4 @@
-"""Which published tensors the master holds in FP8: one rule, by name; and what is computed in."""
+"""Names of tensors, which decide what the master holds in FP8; of files that go with weights; of types to compute in."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ Storage = Literal["fp8", "bf16", "f32"]
 
 Precision = Literal["float32", "bf16", "fp8"]
 """What a model computes in while it trains: `models.precision`."""
+
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "LICENSE",
+)  # fmt: skip
+"""Files that go with the weights whatever their layout."""
 
 _IN_A_LAYER = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?(?:layers|mtp)\.\d+\.")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ottava.artifact import canonical, fsync, hold, require_room
-from ottava.checkpoint.layouts import COMPANIONS
+from ottava.checkpoint.names import COMPANIONS
 from ottava.checkpoint.safetensors import INDEX
 from ottava.errors import CheckpointError, ResourceError, from_os_error
 

@@ -12,7 +12,7 @@ from pydantic import Field, computed_field, field_validator
 
 from ottava import recipe
 from ottava.artifact import digest_of
-from ottava.checkpoint.layouts import COMPANIONS
+from ottava.checkpoint.names import COMPANIONS
 from ottava.context import Context
 from ottava.errors import CheckpointError
 

@@ -233,9 +233,10 @@ def _slowest(probes: Sequence[Mapping[str, Any]], start: float) -> tuple[Part, .
 
 def _tests(stages: Mapping[str, recipe.Spec]) -> int:
     """Problems of the test set that evaluations ask in all modes."""
-    asked: Any = stages.get("problems") or stages.get("label")
-    levels = getattr(asked, "levels", getattr(asked, "lengths", ()))
-    return len(levels) * int(getattr(asked, "test", getattr(asked, "test_per_length", 0)))
+    problems, label = stages.get("problems"), stages.get("label")
+    if problems is not None:
+        return len(getattr(problems, "levels", ())) * int(getattr(problems, "test", 0))
+    return len(getattr(label, "lengths", ())) * int(getattr(label, "test_per_length", 0))
 
 
 def _students(stages: Mapping[str, recipe.Spec]) -> dict[str, Any] | None:
