@@ -1,4 +1,4 @@
-"""Names of tensors, which decide what the master holds in FP8; of files that go with weights; of types to compute in."""
+"""Names of tensors, by which the master holds them in FP8 or not; of files that go with weights; of computing types."""
 
 from __future__ import annotations
 
