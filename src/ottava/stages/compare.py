@@ -54,7 +54,7 @@ MORE = 0.05
 RULE = (
     "The default is the baseline, unless for another algorithm the interval of its paired differences to the baseline "
     "over seeds lies above 0, at 95% for all algorithms together (Bonferroni); of several such, the one with the "
-    f"highest mean gain. One that drew over {MORE:.0%} more replies than the baseline is not at equal compute and "
+    f"highest mean gain. One that drew over {MORE:.0%} more replies than the baseline was given more and "
     "cannot be the default."
 )
 
