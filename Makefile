@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/tiny
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-vllm test-ray test-harness test-all check bench nightly clean
+.PHONY: install demo test test-vllm test-ray test-harness test-npu test-all check bench nightly clean
 
 install: .venv/installed
 
@@ -51,12 +51,28 @@ test-ray: install .venv/ray
 test-harness: install .venv-harness/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_harness.py
 
-test-all: install .venv/ray .venv-vllm/installed .venv-harness/installed
+# Huawei's own torch_npu on host memory (docs/ascend.md). Without its libraries it breaks `import torch`, so it has an
+# environment of its own. The same tests, under the same names, run on cores in `make test`.
+DEVICE_TESTS := $(addprefix tests/test_,$(addsuffix .py,platforms trainer saver reduce device_chain supervisor))
+
+.venv-npu/installed: pyproject.toml setup.py Makefile $(wildcard src/ottava/fp8/csrc/*)
+	$(PYTHON) -m venv .venv-npu
+	.venv-npu/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	.venv-npu/bin/pip install --quiet --disable-pip-version-check --no-deps torch_npu==2.13.0
+	.venv-npu/bin/pip install --quiet --disable-pip-version-check -e . "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
+	touch $@
+
+test-npu: .venv-npu/installed
+	.venv-npu/bin/python -m host_cann run -- .venv-npu/bin/pytest tests/npu
+	OTTAVA_TEST_PLATFORM=npu .venv-npu/bin/python -m host_cann run -- \
+		.venv-npu/bin/pytest -m "device and not slow" $(DEVICE_TESTS)
+
+test-all: install .venv/ray .venv-vllm/installed .venv-harness/installed test-npu
 	$(BIN)/pytest -n 2
 
 check: install
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples host_cann
+	$(BIN)/ruff format --check src tests benchmarks examples host_cann
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -20,6 +20,9 @@ settings.register_profile(
 )
 settings.load_profile("ottava")
 
+PLATFORM = os.environ.get("OTTAVA_TEST_PLATFORM", "cpu")
+"""Where the tests of the marker `device` compute: the same tests under the same names on every platform."""
+
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 

@@ -55,7 +55,10 @@ def test_without_an_npu_no_level_is_claimed(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     monkeypatch.setattr(doctor, "schemas", lambda: None)
     assert doctor.ascend(npu_here=False)["level"] == "none"
+    monkeypatch.delenv(doctor.STAND_IN, raising=False)
     assert doctor.ascend(npu_here=True)["level"] == "L4"
+    monkeypatch.setenv(doctor.STAND_IN, "somewhere")  # an NPU of host memory is none
+    assert doctor.ascend(npu_here=True)["level"] == "L2"
 
 
 def test_the_wheel_of_torch_npu_gives_level_0_without_being_imported(

@@ -1,6 +1,6 @@
 """The conformance suite: what every chip family must show, on whatever devices this machine has.
 
-A new family passes these tests unchanged. Where a device is missing its tests are skipped with the reason.
+A new family passes these tests unchanged: `OTTAVA_TEST_PLATFORM=NAME pytest -m device tests/test_platforms.py`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from ottava.trainer.snapshot import Snapshot
 from ottava.trainer.spec import TrainSpec
 from ottava.trainer.start import make_trainer
 
+from .conftest import PLATFORM
+
 FLEETS = Path(__file__).parents[1] / "fleets"
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool)
 
 
-@pytest.fixture(params=platforms.names())
-def platform(request: pytest.FixtureRequest) -> Platform:
-    found = platforms.get(request.param)
-    here, reason = found.available()
-    if not here:
-        pytest.skip(f"{request.param}: {reason}")
+@pytest.fixture
+def platform() -> Platform:
+    """The platform that is tested, with its device: where it is missing the tests fail and say why."""
+    found = platforms.get(PLATFORM)
+    found.require()
     found.pin_numerics()
     return found
 
@@ -49,6 +50,7 @@ def any_platform(request: pytest.FixtureRequest) -> Platform:
 # --- with a device -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bytes_survive_the_way_to_the_device_and_back(platform: Platform, dtype: torch.dtype) -> None:
     raw = torch.arange(4096, dtype=torch.int64).mul(37).remainder(256).to(torch.uint8)
@@ -58,6 +60,7 @@ def test_bytes_survive_the_way_to_the_device_and_back(platform: Platform, dtype:
     assert torch.equal(returned.view(torch.uint8), values.view(torch.uint8))
 
 
+@pytest.mark.device
 def test_devices_are_counted_and_bounded(platform: Platform) -> None:
     assert platform.count() >= 1
     assert isinstance(platform.device(platform.count() - 1), torch.device)
@@ -66,6 +69,7 @@ def test_devices_are_counted_and_bounded(platform: Platform) -> None:
             platform.device(index)
 
 
+@pytest.mark.device
 def test_memory_is_in_bytes_and_grows_with_use(platform: Platform) -> None:
     grown = []
     for attempt in range(10 if platform.shared_memory else 1):  # other processes may free memory in the same moment
@@ -86,6 +90,7 @@ def test_memory_is_in_bytes_and_grows_with_use(platform: Platform) -> None:
     assert platform.peak_memory() >= 1 << 28, "also once it is given back"
 
 
+@pytest.mark.device
 def test_pinned_numerics_repeat_bit_for_bit_and_draw_nothing(platform: Platform) -> None:
     state = torch.get_rng_state()
     first = probe.numerics_class({"platform": platform.name})
@@ -101,6 +106,7 @@ def test_pinned_numerics_repeat_bit_for_bit_and_draw_nothing(platform: Platform)
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.device
 def test_training_on_the_device_repeats_and_goes_on_from_a_snapshot(platform: Platform, dataset: Path) -> None:
     spec = TrainSpec.model_validate({"steps": 12, "batch": 2, "direct": {"begin": 0.3, "batch": 2}})
     args = {
@@ -122,24 +128,28 @@ def test_training_on_the_device_repeats_and_goes_on_from_a_snapshot(platform: Pl
     assert whole.digest == trained(6).digest == trained(6, half).digest != half.digest
 
 
+@pytest.mark.device
 def test_products_lie_inside_the_error_bound(platform: Platform) -> None:
     report = probe.matmul_error({"platform": platform.name})
     assert report["ok"], report
     assert 0 < report["rms_error"] <= report["max_error"] < 1e-5
 
 
+@pytest.mark.device
 def test_huge_allocations_are_classified_as_out_of_memory(platform: Platform) -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50, dtype=torch.uint8, device=platform.device())
     assert platform.classify_error(caught.value) is FaultClass.OUT_OF_MEMORY
 
 
+@pytest.mark.device
 def test_wrong_shapes_are_classified_as_bugs(platform: Platform) -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2, 3, device=platform.device()) @ torch.ones(2, 3, device=platform.device())
     assert platform.classify_error(caught.value) is FaultClass.BUG
 
 
+@pytest.mark.device
 def test_a_description_is_json_and_names_what_decides_the_bits(platform: Platform) -> None:
     about = json.loads(json.dumps(platform.describe()))
     assert about["available"]
@@ -149,6 +159,7 @@ def test_a_description_is_json_and_names_what_decides_the_bits(platform: Platfor
     assert about["libraries"]["torch"] == torch.__version__
 
 
+@pytest.mark.device
 def test_speed_is_positive_and_in_the_range_of_computers(platform: Platform) -> None:
     report = probe.throughput({"platform": platform.name, "seconds": 0.01, "repeats": 3})
     assert 0.1 < report["gflops"] < 1e7

@@ -20,6 +20,8 @@ from ottava import platforms
 from ottava.supervisor.local import rendezvous
 from ottava.trainer import reduce
 
+from .conftest import PLATFORM
+
 WORLDS = (1, 2, 4, 8)
 ODD = np.array(  # NaNs of several payloads, infinities, both zeros, a subnormal, the largest numbers
     [0x7FC00001, 0xFFC12345, 0x7FFFFFFF, 0x7F800000, 0xFF800000, 0x80000000, 0, 1, 0x7F7FFFFF, 0xFF7FFFFF], np.uint32
@@ -164,21 +166,23 @@ def exchanges(args: dict[str, Any]) -> dict[str, Any]:
     """Started by name in every worker: the lengths whose bits are not those of the tree, and a digest of all bits."""
     from ottava.trainer.worker import join
 
-    group = join(platforms.get("cpu"))
+    platform = platforms.get(PLATFORM)
+    group, device = join(platform), platform.own()
     wrong, digest = [], hashlib.sha256()
     for small, stripe, length in args["cases"]:
         reduce.SMALL, reduce.STRIPE = small, stripe
         parts = leaves(8, length, 5)
         expected = bits(reduce.tree_sum(part.clone() for part in parts))
         for redundant in (False, True):
-            value = subtree(parts, group.rank, group.world)
+            value = subtree(parts, group.rank, group.world).to(device)
             assert reduce.exchange_(value, group.rank, group.world, redundant=redundant) is value
-            digest.update(bits(value))
-            if bits(value) != expected:
+            digest.update(bits(value.cpu()))
+            if bits(value.cpu()) != expected:
                 wrong.append((small, stripe, length, redundant))
     return {"wrong": wrong, "digest": digest.hexdigest()}
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_real_workers_make_the_tree(launcher: Any, tmp_path: Path, world: int) -> None:
     """Small arrays, one stripe, many stripes with a short last one, and the sizes that ship."""

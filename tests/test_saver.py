@@ -19,6 +19,8 @@ from ottava.trainer.start import make_trainer
 from .durable import RUN, make
 from .test_trainer import base, spec, train
 
+pytestmark = pytest.mark.device
+
 
 @pytest.fixture
 def trainer(dataset: Path) -> Trainer:
@@ -83,7 +85,7 @@ def test_names_mean_what_they_say(dataset: Path) -> None:
 def test_names_and_padding_are_all_there_is(trainer: Trainer) -> None:
     """Every number of the arena belongs to one tensor, or is padding: zero, and less than a line for each."""
     state = trainer.state
-    owners = torch.zeros(state.arena.numel(), dtype=torch.int32)
+    owners = torch.zeros(state.arena.numel(), dtype=torch.int32, device=state.arena.device)
     for place in state.places:
         place.view(owners).add_(1)
     owners[state.padding] += 1

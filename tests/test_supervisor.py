@@ -55,7 +55,9 @@ from ottava.trainer import snapshot
 from ottava.trainer.spec import TrainSpec
 from ottava.trainer.supervised import Fault
 
-from .conftest import AVX2
+from .conftest import AVX2, PLATFORM
+
+pytestmark = pytest.mark.device
 
 # ---------------------------------------------------------------- decide
 
@@ -279,7 +281,7 @@ def make(dataset: Path, folder: Path, launcher: Any, pools: tuple[Pool, ...], **
     return Run("main", spec, pools, base, folder / "main", Journal(folder / "j"), launcher, folder / "logs")
 
 
-PLAIN = (Pool(name="a", workers=2), Pool(name="b", workers=1))
+PLAIN = (Pool(name="a", platform=PLATFORM, workers=2), Pool(name="b", platform=PLATFORM, workers=1))
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +367,7 @@ def test_a_damaged_snapshot_is_passed_over(dataset: Path, launcher: Any, tmp_pat
 
 def test_a_replay_on_other_pools_is_told_apart(dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str) -> None:
     """The oracle can fail: another schedule of pools ends in other bytes, where the classes differ."""
-    pools = (Pool(name="a", workers=2, env=AVX2), Pool(name="b"))
+    pools = (Pool(name="a", platform=PLATFORM, workers=2, env=AVX2), Pool(name="b", platform=PLATFORM))
     run = make(dataset, tmp_path, launcher, pools)
     final, segments = supervise(run, [Fault(pool="a", at_step=17)])
     if final.digest == undisturbed:
@@ -379,7 +381,7 @@ def test_a_real_death_near_the_end_and_a_second_fallback(
     dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str
 ) -> None:
     """Nobody planned the second death: a worker of the second pool is killed two steps before the end."""
-    run = make(dataset, tmp_path, launcher, (*PLAIN, Pool(name="c", workers=2)))
+    run = make(dataset, tmp_path, launcher, (*PLAIN, Pool(name="c", platform=PLATFORM, workers=2)))
     killed: list[int] = []
 
     def kill(step: int) -> None:

@@ -28,7 +28,9 @@ from ottava.trainer.start import make_trainer
 from ottava.trainer.supervised import Drift, Optimiser
 from ottava.trainer.worker import numerics_class
 
-from .conftest import AVX2
+from .conftest import AVX2, PLATFORM
+
+pytestmark = pytest.mark.device
 
 
 def spec(**more: Any) -> TrainSpec:
@@ -38,7 +40,10 @@ def spec(**more: Any) -> TrainSpec:
 
 
 def base(dataset: Path, its: TrainSpec, seed: int = 3) -> dict[str, Any]:
-    return {"spec": its.model_dump(mode="json"), "seed": seed, "data": str(dataset), "chat": str(dataset / "chat")}
+    return {
+        "spec": its.model_dump(mode="json"), "seed": seed, "data": str(dataset), "chat": str(dataset / "chat"),
+        "platform": PLATFORM,
+    }  # fmt: skip
 
 
 def train(trainer: Trainer, steps: int) -> str:
@@ -190,7 +195,9 @@ def test_shards_add_up_to_the_batch(dataset: Path) -> None:
     batches = [data.batch(loaded, trainer.spec, 3, 5, v) for v in range(2)]
 
     def mean(parts: list[data.Examples]) -> Tensor:
-        tokens, targets = torch.cat([p.tokens for p in parts]), torch.cat([p.targets for p in parts])
+        tokens, targets = (
+            torch.cat([getattr(p, name) for p in parts]).to(trainer.device) for name in ("tokens", "targets")
+        )
         logits = trainer.model(input_ids=tokens[:, :-1]).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=data.IGNORE)
 
@@ -238,7 +245,7 @@ def test_adam_against_torch(dataset: Path) -> None:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        gradient = torch.randn(state.weights.numel(), generator=generator)
+        gradient = torch.randn(state.weights.numel(), generator=generator).to(trainer.device)
         for twin, (a, b) in zip(twins, (adam, embedding), strict=True):
             twin.grad = gradient[a:b].clone()
         library.step()
@@ -412,7 +419,7 @@ def test_pools_differ_in_class_but_start_from_the_same_bits(dataset: Path, launc
         pytest.skip("both pools are of one instruction set on this machine: no AVX-512")
     args, results = base(dataset, spec()), []
     for env in ({}, AVX2, {}):
-        pool = Pool(name="p", env=env)
+        pool = Pool(name="p", platform=PLATFORM, env=env)
         results += launcher.call("tests.test_trainer:class_of", args, pool=pool, logs=tmp_path)
     plain, narrow, again = results
     assert plain == again

@@ -272,8 +272,8 @@ def split(plan: Plan, shard_bytes: int = SHARD_BYTES) -> tuple[dict[str, Plan], 
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor in row-major order."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """The bytes of a tensor in row-major order; those of a device are copied to the host first."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(files: Mapping[Path, Plan], tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -82,6 +82,12 @@ class Npu(Platform):
         npu.matmul.allow_hf32 = False
         npu.conv.allow_hf32 = False
 
+    def open(self) -> torch.device:
+        """As the base, and makes the device the current one: torch_npu empties the queue of that device alone."""
+        device = super().open()
+        _torch_npu().npu.set_device(device)
+        return device
+
     def classify_error(self, error: BaseException) -> FaultClass:
         """As the base; a number in the text (`error code is N`) decides first, for all are plain RuntimeErrors."""
         for match in re.finditer(r"error code is (\d+)|\b([1235]0\d{4})\b", str(error)):

@@ -1,0 +1,180 @@
+// Faults on demand, and what a caller can learn about the last error.
+//
+// HOST_CANN_FAULTS holds rules, or `@FILE` that holds them; rules are separated by line ends or `;`:
+//     call=aclrtSynchronizeStream code=507054 nth=3 rank=1
+// call: the entry point. code: what it returns. nth: which of this process's calls of it since the rule was read
+// (1 by default). times: how many calls in a row fail (1; 0: all from then on). rank: only where RANK is that (all).
+// later: 1 for a call that gives a stream work: it succeeds, and the stream fails when its turn comes.
+// text: one word for aclGetRecentErrMsg. A file is read again whenever it changes.
+#include <sys/stat.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+#include <vector>
+
+#include "runtime.h"
+
+namespace host_cann {
+namespace {
+
+struct Rule {
+  std::string call, text;
+  Error code = SUCCESS;
+  long nth = 1, times = 1, rank = -1, seen = 0;
+  bool later = false;
+};
+
+struct Rules {
+  std::mutex mutex;
+  std::vector<Rule> rules;
+  std::string stamp;
+};
+
+Rules& rules() {
+  static Rules* all = new Rules;  // never destroyed: streams may outlive the process's static objects
+  return *all;
+}
+
+Rule parse(const std::string& line) {
+  Rule rule;
+  std::istringstream words(line);
+  for (std::string word; words >> word;) {
+    auto at = word.find('=');
+    std::string key = word.substr(0, at), value = at == std::string::npos ? "" : word.substr(at + 1);
+    char* end = nullptr;
+    long number = std::strtol(value.c_str(), &end, 10);
+    bool whole = !value.empty() && *end == 0;
+    if (key == "call") rule.call = value;
+    else if (key == "text") rule.text = value;
+    else if (key == "code" && whole) rule.code = static_cast<Error>(number);
+    else if (key == "nth" && whole) rule.nth = number;
+    else if (key == "times" && whole) rule.times = number;
+    else if (key == "rank" && whole) rule.rank = number;
+    else if (key == "later" && whole) rule.later = number != 0;
+    else {
+      std::fprintf(stderr, "host_cann: HOST_CANN_FAULTS: cannot read %s in: %s\n", word.c_str(), line.c_str());
+      std::abort();  // a drill whose fault is not planted would pass for no reason
+    }
+  }
+  if (rule.call.empty() || rule.code == SUCCESS) {
+    std::fprintf(stderr, "host_cann: HOST_CANN_FAULTS: a rule needs call= and code=: %s\n", line.c_str());
+    std::abort();
+  }
+  return rule;
+}
+
+std::vector<Rule> parse_all(std::string text) {
+  for (char& c : text) c = c == ';' ? '\n' : c;
+  std::vector<Rule> found;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.find_first_not_of(" \t\r") != std::string::npos) found.push_back(parse(line));
+  }
+  return found;
+}
+
+// Read the rules where they are new. Under the mutex.
+void refresh(Rules& all) {
+  const char* given = std::getenv("HOST_CANN_FAULTS");
+  std::string source = given ? given : "", stamp = source;
+  if (source.rfind('@', 0) == 0) {
+    struct stat about {};
+    if (stat(source.c_str() + 1, &about)) return;  // not there yet
+    stamp += std::to_string(about.st_ino) + " " + std::to_string(about.st_size) + " " +
+             std::to_string(about.st_mtim.tv_sec) + "." + std::to_string(about.st_mtim.tv_nsec);
+  }
+  if (stamp == all.stamp) return;
+  all.stamp = stamp;
+  if (source.rfind('@', 0) == 0) {
+    std::ifstream file(source.substr(1));
+    std::ostringstream text;
+    text << file.rdbuf();
+    source = text.str();
+  }
+  all.rules = parse_all(source);
+}
+
+thread_local Error last_error = SUCCESS;
+
+struct Message {
+  std::mutex mutex;
+  std::string text;
+};
+
+Message& message() {
+  static Message* its = new Message;
+  return *its;
+}
+
+}  // namespace
+
+long setting(const char* name, long otherwise) {
+  const char* text = std::getenv(name);
+  return text && *text ? std::atol(text) : otherwise;
+}
+
+Error fail(Error code, const std::string& text) {
+  last_error = code;
+  Message& kept = message();
+  std::lock_guard<std::mutex> lock(kept.mutex);
+  kept.text = text;
+  return code;
+}
+
+Error fail_again(Error code, const std::string& otherwise) {
+  last_error = code;
+  Message& kept = message();
+  std::lock_guard<std::mutex> lock(kept.mutex);
+  if (kept.text.empty()) kept.text = otherwise;
+  return code;
+}
+
+Verdict called(const char* name) {
+  static const bool armed = std::getenv("HOST_CANN_FAULTS") != nullptr;
+  if (!armed) return {};
+  Rules& all = rules();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  refresh(all);
+  const long rank = setting("RANK", 0);
+  for (Rule& rule : all.rules) {
+    if (rule.call != name || (rule.rank >= 0 && rule.rank != rank)) continue;
+    ++rule.seen;
+    if (rule.seen < rule.nth || (rule.times > 0 && rule.seen >= rule.nth + rule.times)) continue;
+    std::string text = rule.text + (rule.text.empty() ? "" : " ") + "host_cann: injected " + std::to_string(rule.code) +
+                       " in " + name + ", call " + std::to_string(rule.seen) + ", rank " + std::to_string(rank);
+    std::fprintf(stderr, "%s\n", text.c_str());
+    fail(rule.code, text);
+    return {rule.code, rule.later};
+  }
+  return {};
+}
+
+Error refuse(const char* name) {
+  std::string text = std::string("host_cann: ") + name + " is not there: this stand-in computes nothing itself, and the "
+                     "operator was not redirected to a CPU kernel";
+  std::fprintf(stderr, "%s\n", text.c_str());
+  return fail(REFUSED_CALL, text);
+}
+
+}  // namespace host_cann
+
+using namespace host_cann;
+
+EXPORT const char* aclGetRecentErrMsg() {
+  thread_local std::string shown;
+  Message& kept = message();
+  std::lock_guard<std::mutex> lock(kept.mutex);
+  shown.swap(kept.text);
+  kept.text.clear();
+  return shown.c_str();
+}
+
+EXPORT Error aclrtPeekAtLastError(int) { return last_error; }
+
+EXPORT Error aclrtGetLastError(int) {
+  Error code = last_error;
+  last_error = SUCCESS;
+  return code;
+}
