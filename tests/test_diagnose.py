@@ -103,6 +103,10 @@ CASES: list[tuple[str, Facts, Seen, list[str]]] = [
     # signals
     ("sigsegv, again", facts("crash", rank(0), rank(1, -11), message="a worker was killed by SIGSEGV"), Seen(repeats=2),
      ["a bug", "a crash in native code"]),
+    ("stuck", facts("stuck", *well(), message="error code is 507000", blamed=(1,)), Seen(), ["a chip that got stuck"]),
+    ("lost", facts("lost", *well(), message="error code is 507899", blamed=(1,)), Seen(), ["the chip is lost"]),
+    ("no such operator", facts("pool", rank(0, 1, message="error code is 100024"), rank(1)), Seen(faults={0: "unusable"}),
+     ["the installation cannot do it"]),
     ("no chips", facts("pool", message="no node of the cluster has it"), Seen(), ["unknown"]),
     ("sigkill", facts("killed", *KILLED), Seen(), ["killed from outside, or by the kernel", "a lost peer"]),
     ("sigkill, in a shell's words", facts("killed", rank(0, 137)), Seen(), ["killed from outside, or by the kernel"]),

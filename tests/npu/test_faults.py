@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from ottava.platforms import FaultClass
-from ottava.platforms.npu import CODES, Npu
+from ottava.platforms.ascend import codes
+from ottava.platforms.npu import Npu
 
 from .test_group import ROOT, group
 

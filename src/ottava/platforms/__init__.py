@@ -12,11 +12,11 @@ from typing import Any
 
 from ottava.document import suggest
 from ottava.errors import PlatformError
-from ottava.platforms.base import FaultClass, Platform
+from ottava.platforms.base import ACTIONS, Action, FaultClass, Platform
 
-__all__ = ["FaultClass", "Platform", "asked", "get", "names"]
+__all__ = ["ACTIONS", "Action", "FaultClass", "Platform", "asked", "get", "names"]
 
-_TOOLS = {"base", "doctor", "probe"}
+_TOOLS = {"ascend", "base", "doctor", "lockin", "probe"}
 
 
 def names() -> list[str]:

@@ -24,15 +24,43 @@ class FaultClass(StrEnum):
     """What a failure calls for.
 
     transient: try again. out_of_memory: try a smaller shape. collective: a peer or a link is gone, restart the
-    group. device_lost: leave this device. numeric: the numbers are bad, go back. bug: stop and say so.
+    group. device_stuck: the device works again once it is opened anew. device_lost: leave this device. unusable: no
+    device of this kind and installation will do it, leave the pool. numeric: the numbers are bad, go back. bug: stop
+    and say so.
     """
 
     TRANSIENT = "transient"
     OUT_OF_MEMORY = "out_of_memory"
     COLLECTIVE = "collective"
+    DEVICE_STUCK = "device_stuck"
     DEVICE_LOST = "device_lost"
+    UNUSABLE = "unusable"
     NUMERIC = "numeric"
     BUG = "bug"
+
+
+class Action(StrEnum):
+    """What is done about it. Every restart of a group is one of its processes, which opens its devices anew, so that
+    `retry` and `restart device` differ in what they ask of another supervisor, not in what this one does."""
+
+    RETRY = "retry"
+    RESTART_DEVICE = "restart device"
+    EXCLUDE = "exclude"
+    FALL_BACK = "fall back"
+    STOP = "stop"
+
+
+ACTIONS = {
+    FaultClass.TRANSIENT: Action.RETRY,
+    FaultClass.OUT_OF_MEMORY: Action.RETRY,
+    FaultClass.COLLECTIVE: Action.RETRY,
+    FaultClass.NUMERIC: Action.RETRY,
+    FaultClass.DEVICE_STUCK: Action.RESTART_DEVICE,
+    FaultClass.DEVICE_LOST: Action.EXCLUDE,
+    FaultClass.UNUSABLE: Action.FALL_BACK,
+    FaultClass.BUG: Action.STOP,
+}
+"""What `supervisor.decide` does about each class; whatever comes back too often ends on the next pool."""
 
 
 Signs = Sequence[tuple[str, FaultClass]]
@@ -160,6 +188,10 @@ class Platform(ABC):
     def visible_env(self, indices: Sequence[int]) -> dict[str, str]:
         """The environment in which a process sees only these devices."""
         return {self.visible: ",".join(map(str, indices))} if self.visible else {}
+
+    def words(self, error: BaseException) -> str:
+        """What an error says, without what is different each time: by its words it is known again."""
+        return str(error)
 
     def classify_error(self, error: BaseException) -> FaultClass:
         """What a failure calls for, from its type and text. Unknown failures are bugs: they must not be retried."""

@@ -1,33 +1,21 @@
 """Huawei Ascend chips through torch_npu and HCCL.
 
-Evidence: written from torch_npu's public sources and documentation. Nothing here has run on an
-Ascend chip in this project; the conformance suite skips it where there is none.
+Evidence: the unmodified torch_npu runs this, with everything above it, on host memory (docs/ascend.md, level L2). Nothing
+here has run on an Ascend chip in this project.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-import re
 from typing import TYPE_CHECKING, Any
 
+from ottava.errors import PlatformError
+from ottava.platforms.ascend import chips, codes, setup
 from ottava.platforms.base import FaultClass, Platform, libraries, pin_torch, worker_index
 
 if TYPE_CHECKING:
     import torch
-
-# Error numbers and their meaning: torch_npu, csrc/core/npu/NPUErrorCodes.h; 507054 from its documentation.
-CODES = {
-    FaultClass.OUT_OF_MEMORY: (200000, 207001, 207018, 300000),
-    FaultClass.DEVICE_LOST: (207004, 507010, 507013, 507033, 507054, 507899, 507901),
-    FaultClass.COLLECTIVE: (107020, 507022, 507046, 507047),  # waiting for a stream or an event: a peer is not coming
-    FaultClass.TRANSIENT: (107019, 507014, 507015, 507017, 507018, 507034, 507035, 507048),
-    FaultClass.NUMERIC: (207003,),
-    FaultClass.BUG: (107000, 107001, 107002, 107003, 507016, 507036, 507042, 507043, 507044, 507045),
-}
-_FAULT_OF = {code: fault for fault, codes in CODES.items() for code in codes}
-
 
 class Npu(Platform):
     """A worker is a process with one NPU (on a 910C: one die)."""
@@ -36,26 +24,37 @@ class Npu(Platform):
     visible = "ASCEND_RT_VISIBLE_DEVICES"
     signs = (
         (r"NPU out of memory|ERR\d{2}006", FaultClass.OUT_OF_MEMORY),
-        (r"\bEI\d{4}\b|HCCL|ERR02\d{3}|ERR\d{2}200", FaultClass.COLLECTIVE),
+        (r"\bE[IJ]\d{4}\b|HCCL|ERR02\d{3}|ERR\d{2}200", FaultClass.COLLECTIVE),
         (r"ECC error|UCE", FaultClass.DEVICE_LOST),
     )
 
     def available(self) -> tuple[bool, str]:
-        if importlib.util.find_spec("torch_npu") is None:
-            return False, "torch_npu is not installed"
+        wrong = setup.missing()
+        if wrong is not None:
+            return False, wrong
         try:
             npu = _torch_npu().npu
         except (ImportError, OSError, RuntimeError) as error:
             return False, f"torch_npu cannot be loaded: {error}"
         if not npu.is_available():
-            return False, "torch_npu sees no NPU"
-        return True, str(npu.get_device_name(0))
+            return False, "torch_npu sees no NPU: is its driver loaded (npu-smi info), and does ASCEND_RT_VISIBLE_DEVICES name one?"
+        soc = str(npu.get_device_name(0))
+        try:
+            return True, f"{soc} ({chips.chip_of(soc)})"
+        except PlatformError as error:
+            return False, f"{error.what}: {error.fix}"
 
     def count(self) -> int:
         return int(_torch_npu().npu.device_count()) if self.available()[0] else 0
 
     def backend(self) -> str:
         return "hccl"
+
+    def process_group(self) -> str:
+        wrong = setup.group(os.environ, self.count())
+        if wrong is not None:
+            raise PlatformError(f"no HCCL group can be opened: {wrong}")
+        return super().process_group()
 
     def memory(self, index: int = 0) -> tuple[int, int]:
         device = self.device(index)
@@ -88,13 +87,13 @@ class Npu(Platform):
         _torch_npu().npu.set_device(device)
         return device
 
+    def words(self, error: BaseException) -> str:
+        return codes.words(str(error))
+
     def classify_error(self, error: BaseException) -> FaultClass:
         """As the base; a number in the text (`error code is N`) decides first, for all are plain RuntimeErrors."""
-        for match in re.finditer(r"error code is (\d+)|\b([1235]0\d{4})\b", str(error)):
-            fault = _FAULT_OF.get(int(match[1] or match[2]))
-            if fault is not None:
-                return fault
-        return super().classify_error(error)
+        number = codes.number(str(error))
+        return super().classify_error(error) if number is None else codes.TABLE[number]
 
     def _device(self, index: int) -> torch.device:
         import torch

@@ -124,6 +124,10 @@ TODO = {
     "a bug": "the same error at the same step is no chip's fault: mend the code or the recipe; the log has the stack",
     "another numerics class": "a pool's workers must be of one chip, one instruction set and one set of libraries",
     "the chip is lost": "take the chip out of the pool and have it tested; its driver's log says more",
+    "a chip that got stuck": "nothing where it goes on after a restart; where it comes back on this chip alone, take the "
+    "chip out of the pool and have it tested",
+    "the installation cannot do it": "an operator, a type or a file is missing in the chip's software: see the code in the "
+    "message, `ottava doctor --model DIR --chip NAME` and the versions in environment.json",
     "another engine than the learner": "what draws replies does not hold the learner's weights, or computes far from "
     "them: see the tensor that is named, the engine's layout and dtype, and whether it took the last hand-over",
     "replies were lost": "look at the disk that holds the rollouts; the run goes back to the state that drew them",
@@ -394,7 +398,15 @@ def _lost_peer(facts: Facts, seen: Seen) -> list[str]:
 
 
 def _device(facts: Facts, seen: Seen) -> list[str]:
-    return _classed(facts, seen, "device_lost")
+    return _kind("lost")(facts, seen) + _classed(facts, seen, "device_lost")
+
+
+def _stuck(facts: Facts, seen: Seen) -> list[str]:
+    return _kind("stuck")(facts, seen) + _classed(facts, seen, "device_stuck")
+
+
+def _unusable(facts: Facts, seen: Seen) -> list[str]:
+    return _classed(facts, seen, "unusable")
 
 
 _EXPLAINED = ("a bug", "out of memory", "disk full", "the chip is lost", "another numerics class", "silent corruption")
@@ -406,11 +418,13 @@ RULES: tuple[Rule, ...] = (
     Rule("a bug", "certain", _again),
     Rule("out of memory", "certain", _oom_said),
     Rule("the chip is lost", "certain", _device),
+    Rule("the installation cannot do it", "certain", _unusable),
     Rule("another numerics class", "certain", _blamed("class")),
     Rule("the machine is gone", "certain", _kind("node")),
     Rule("another engine than the learner", "certain", _kind("mismatch")),
     Rule("replies were lost", "certain", _kind("rollout")),
     Rule("silent corruption", "likely", _blamed("corrupt", "gradient")),
+    Rule("a chip that got stuck", "likely", _stuck),
     Rule("bad numbers from one rank", "likely", _one_bad),
     Rule("the recipe diverges", "likely", _diverges(times=2)),
     Rule("disk full", "likely", _disk_likely),

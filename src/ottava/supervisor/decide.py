@@ -5,8 +5,8 @@ engine and learner are not the same policy         stop: the hand-over is wrong,
 the same deterministic failure twice               stop: it is a bug, another pool is not burnt
 wrong gradients                                    go back to the last state that an audit vouches for
 a generation's rollouts lost                       go back to the state that drew them
-wrong bits, another class, a dead node             leave those chips at once
-killed, hanging, slow, wrong numbers               leave a chip at its second strike, if it is not the pool's last
+wrong bits, another class, a dead node or chip     leave those chips at once
+killed, hanging, stuck, slow, wrong numbers        leave a chip at its second strike, if it is not the pool's last
 more failures than the pool may have, or no chip   fall back to the next pool; none left: stop
 """
 
@@ -29,9 +29,11 @@ KINDS = {
     "gradient": "a gradient that an audit computed otherwise",
     "class": "workers that compute other bits than their pool",
     "straggler": "a worker far slower than the others",
+    "stuck": "a chip that has to be opened anew, as its driver says",
+    "lost": "a chip that its driver gives up",
     "memory": "a worker had no memory",
     "collective": "the exchange between workers broke, and none of them died",
-    "pool": "the pool's chips are not there, or others hold them",
+    "pool": "the pool's chips are not there, others hold them, or its software cannot do the work",
     "rollout": "what a generation of replies drew is gone or altered; step: the generation's first",
     "mismatch": "the engine that draws replies is not the policy that learns from them",
     "disk": "the disk refuses, and no state could be made durable for too long",
@@ -43,7 +45,7 @@ DETERMINISTIC = (*BUGS, "nan", "spike")
 """Seen twice with the same words at the same step, these are bugs of the recipe or the code; the last two may be of
 the numbers alone."""
 
-OUT_AT_ONCE = ("corrupt", "gradient", "class", "node", "straggler", "pool")
+OUT_AT_ONCE = ("corrupt", "gradient", "class", "node", "straggler", "lost", "pool")
 STRIKES = 2
 
 

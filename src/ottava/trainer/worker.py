@@ -76,12 +76,20 @@ def run(args: Mapping[str, Any]) -> dict[str, Any]:
         raise
     except Exception as error:
         step = -1 if worker is None else worker.trainer.state.step
-        kind = _KIND_OF.get(platforms.asked(args).classify_error(error), "error")
-        line.alarm(kind, step, f"{type(error).__name__}: {error}", ranks=[int(os.environ.get("RANK", "0"))])
+        platform = platforms.asked(args)
+        kind = _KIND_OF.get(platform.classify_error(error), "error")
+        against = range(len(args["chips"])) if kind == "pool" else [int(os.environ.get("RANK", "0"))]
+        line.alarm(kind, step, f"{type(error).__name__}: {platform.words(error)}", ranks=list(against))
         raise
 
 
-_KIND_OF = {FaultClass.OUT_OF_MEMORY: "memory", FaultClass.COLLECTIVE: "peer"}
+_KIND_OF = {
+    FaultClass.OUT_OF_MEMORY: "memory",
+    FaultClass.COLLECTIVE: "peer",
+    FaultClass.DEVICE_STUCK: "stuck",
+    FaultClass.DEVICE_LOST: "lost",
+    FaultClass.UNUSABLE: "pool",
+}
 """What an exception is told as; a lost peer is a consequence and no failure of its own."""
 
 
