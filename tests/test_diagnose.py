@@ -105,7 +105,7 @@ CASES: list[tuple[str, Facts, Seen, list[str]]] = [
      ["a bug", "a crash in native code"]),
     ("stuck", facts("stuck", *well(), message="error code is 507000", blamed=(1,)), Seen(), ["a chip that got stuck"]),
     ("lost", facts("lost", *well(), message="error code is 507899", blamed=(1,)), Seen(), ["the chip is lost"]),
-    ("no such operator", facts("pool", rank(0, 1, message="error code is 100024"), rank(1)), Seen(faults={0: "unusable"}),
+    ("no operator", facts("pool", rank(0, 1, message="error code is 100024"), rank(1)), Seen(faults={0: "unusable"}),
      ["the installation cannot do it"]),
     ("no chips", facts("pool", message="no node of the cluster has it"), Seen(), ["unknown"]),
     ("sigkill", facts("killed", *KILLED), Seen(), ["killed from outside, or by the kernel", "a lost peer"]),

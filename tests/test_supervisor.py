@@ -482,6 +482,16 @@ def test_the_cause_is_named_not_its_consequence(
     assert (found.kind, found.message) == (kind, message)
 
 
+def test_an_exchange_that_broke_by_itself_is_no_error_of_a_program(dataset: Path, tmp_path: Path) -> None:
+    """A link that stays broken says the same at the same step: that is no bug, and another pool may go on."""
+    run = make(dataset, tmp_path, None, PLAIN)
+    found = attempt_of(run, [Ended(70, LOST_PEER), Ended(70, LOST_PEER)])
+    found.alarms = [{"rank": rank, "kind": "peer", "message": "EI0006", "ranks": [rank]} for rank in range(2)]
+    failure = found._dead()
+    assert (failure.kind, failure.chips) == ("collective", ())
+    assert failure.message.endswith("none of them died: EI0006")
+
+
 def test_a_full_disk_is_no_pool_s_fault(dataset: Path, tmp_path: Path) -> None:
     run = make(dataset, tmp_path, None, PLAIN)
     group: list[Any] = [Ended(70, LOST_PEER), Ended(2, ResourceError("disk full"))]

@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ottava.platforms import FaultClass
-from ottava.platforms.ascend import codes
 from ottava.platforms.npu import Npu
 
 from .test_group import ROOT, group
@@ -72,41 +70,6 @@ def test_an_error_of_hccl_itself() -> None:
     assert found[0]["raised"] == "RuntimeError"
     assert "injected 21 in HcclAllReduce" in found[0]["text"]  # by its task queue, which says no number of its own
     assert Npu().classify_error(RuntimeError(found[0]["text"])) is FaultClass.COLLECTIVE
-
-
-CODES_ALL = """
-import json, os, sys
-from pathlib import Path
-import torch, torch_npu
-file, found = Path(os.environ["HOST_CANN_FAULTS"][1:]), {}
-torch.ones(1, device="npu")
-for code in map(int, sys.argv[1:]):
-    file.write_text(f"call=aclrtSynchronizeDeviceWithTimeout code={code}\\n")
-    try:
-        torch.npu.synchronize()
-        found[code] = None
-    except Exception as error:
-        found[code] = str(error)
-    file.write_text("")
-    torch.npu.synchronize()
-print(json.dumps(found))
-"""
-
-
-def test_every_code_that_is_classified_keeps_its_number_and_class(tmp_path: Path) -> None:
-    """Rules in a file, changed while the process runs."""
-    codes = {code: fault for fault, them in CODES.items() for code in them}
-    file = tmp_path / "faults"
-    file.write_text("")
-    done = subprocess.run(
-        [sys.executable, "-c", CODES_ALL, *map(str, codes)], cwd=ROOT, capture_output=True, text=True, check=True,
-        env={**os.environ, "HOST_CANN_FAULTS": f"@{file}"},
-    )  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert {int(code) for code, text in found.items() if text is None} == set()
-    for code, text in found.items():
-        assert f"error code is {code}" in text
-        assert Npu().classify_error(RuntimeError(text)) is codes[int(code)], text
 
 
 def test_a_rule_that_cannot_be_read_ends_the_process() -> None:

@@ -1,7 +1,7 @@
 """Huawei Ascend chips through torch_npu and HCCL.
 
-Evidence: the unmodified torch_npu runs this, with everything above it, on host memory (docs/ascend.md, level L2). Nothing
-here has run on an Ascend chip in this project.
+Evidence: the unmodified torch_npu runs this, with everything above it, on host memory (docs/ascend.md, level L2).
+Nothing here has run on an Ascend chip in this project.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ottava.platforms.base import FaultClass, Platform, libraries, pin_torch, wo
 
 if TYPE_CHECKING:
     import torch
+
 
 class Npu(Platform):
     """A worker is a process with one NPU (on a 910C: one die)."""
@@ -37,7 +38,7 @@ class Npu(Platform):
         except (ImportError, OSError, RuntimeError) as error:
             return False, f"torch_npu cannot be loaded: {error}"
         if not npu.is_available():
-            return False, "torch_npu sees no NPU: is its driver loaded (npu-smi info), and does ASCEND_RT_VISIBLE_DEVICES name one?"
+            return False, "torch_npu sees no NPU: see `npu-smi info`, and what ASCEND_RT_VISIBLE_DEVICES names"
         soc = str(npu.get_device_name(0))
         try:
             return True, f"{soc} ({chips.chip_of(soc)})"

@@ -300,12 +300,13 @@ class Attempt:
                 return self._failure("node", f"the machine {', '.join(self._nodes(killed))} is gone", killed)
             kind = "killed" if name in FROM_OUTSIDE else "crash"
             return self._failure(kind, f"a worker was killed by {name}", killed)
-        words = sorted(
-            errors.values(), key=lambda error: isinstance(error, PlatformError)
-        )  # own words before an epitaph
+        bereft = {alarm["rank"]: alarm["message"] for alarm in self.alarms if alarm["kind"] == "peer"}
+        own = [error for rank, error in errors.items() if rank not in bereft]
+        words = sorted(own, key=lambda error: isinstance(error, PlatformError))  # own words before an epitaph
         if words:
             return self._failure("error", words[0].what, ())
-        return self._failure("collective", "the exchange between the workers broke, and none of them died", ())
+        said = "".join(f": {message}" for message in list(bereft.values())[:1])
+        return self._failure("collective", f"the exchange between the workers broke, and none of them died{said}", ())
 
     def _has_cause(self) -> bool:
         """Whether anything is known but that some have lost a peer."""

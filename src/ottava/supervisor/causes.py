@@ -124,10 +124,10 @@ TODO = {
     "a bug": "the same error at the same step is no chip's fault: mend the code or the recipe; the log has the stack",
     "another numerics class": "a pool's workers must be of one chip, one instruction set and one set of libraries",
     "the chip is lost": "take the chip out of the pool and have it tested; its driver's log says more",
-    "a chip that got stuck": "nothing where it goes on after a restart; where it comes back on this chip alone, take the "
-    "chip out of the pool and have it tested",
-    "the installation cannot do it": "an operator, a type or a file is missing in the chip's software: see the code in the "
-    "message, `ottava doctor --model DIR --chip NAME` and the versions in environment.json",
+    "a chip that got stuck": "nothing where it goes on after a restart; where it comes back on this chip, take it out "
+    "of the pool and have it tested",
+    "the installation cannot do it": "an operator, a type or a file is missing in the chip's software: see the code in "
+    "the message, `ottava doctor --model DIR --chip NAME` and the versions in environment.json",
     "another engine than the learner": "what draws replies does not hold the learner's weights, or computes far from "
     "them: see the tensor that is named, the engine's layout and dtype, and whether it took the last hand-over",
     "replies were lost": "look at the disk that holds the rollouts; the run goes back to the state that drew them",

@@ -1,1 +1,1 @@
-"""What is known of Ascend chips and their software, as data and as checks that need neither: used by `npu` and `doctor`."""
+"""What is known of Ascend chips and their software: data, and checks that need neither. Used by `npu` and `doctor`."""

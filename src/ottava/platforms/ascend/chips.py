@@ -19,8 +19,8 @@ project's data leave them out: 910A, 910B (the first 910's second version), 910P
 CHIPS = tuple(chip for _, chip in _SOCS)
 
 COMPUTES = {"910B": "bf16", "910C": "bf16", "950PR": "mxfp8", "950DT": "mxfp8", "310P": "fp16"}
-"""The layout that a chip computes with as it is: without rounding, and with no conversion at load. fleets/chips.json has
-every statement with its source; tests/test_ascend.py holds this table against it."""
+"""The layout that a chip computes with as it is: without rounding, and with no conversion at load. fleets/chips.json
+has every statement with its source; tests/test_ascend.py holds this table against it."""
 
 
 def chip_of(soc: str) -> str:

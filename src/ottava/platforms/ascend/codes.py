@@ -1,8 +1,8 @@
 """Every number that torch_npu can put behind `error code is`, and what it calls for.
 
 The numbers are those of the table in torch_npu 2.13.0 (`NPUErrorCodes.h`: ACL's and, from 1 to 24, HCCL's), and two
-that its documentation adds (507054, 107020); tests/npu/test_codes.py holds this table against the wheel's. What a number
-calls for is this project's reading of what it says: none was seen on a chip.
+that its documentation adds (507054, 107020); tests/npu/test_codes.py holds this table against the wheel's. What a
+number calls for is this project's reading of what it says: none was seen on a chip.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ACL: dict[FaultClass, tuple[int, ...]] = {
         507014, 507015, 507017, 507018, 507023, 507034, 507035, 507048,  # a kernel ran too long, or failed
     ),
     FaultClass.DEVICE_STUCK: (
-        207002, 207007, 207008, 207009, 207010, 207011, 207012,  # out of events, streams, models: a new context has them
+        207002, 207007, 207008, 207009, 207010, 207011, 207012,  # out of events, streams: a new context has them
         500000, 500001, 500002, 500003, 507000, 507001, 507007, 507012,
         507019, 507020, 507021, 507025, 507026, 507037, 507049, 507050, 507051, 507052, 507900,
     ),

@@ -31,15 +31,17 @@ def missing() -> str | None:
     absent = [name for name in LIBRARIES if not _loads(name)]
     if absent:
         return (
-            f"torch_npu is installed and CANN is not: {', '.join(absent)} cannot be loaded. Install CANN and source its "
-            f"set_env.sh, or set {AUTOLOAD}=0 so that torch does not load torch_npu by itself, or uninstall torch_npu"
+            f"torch_npu is installed and CANN is not: {', '.join(absent)} cannot be loaded. Install CANN and source "
+            f"its set_env.sh; without CANN uninstall torch_npu, or set {AUTOLOAD}=0: else torch loads it and breaks"
         )
     return None
 
 
 def mismatch(torch: str, torch_npu: str, cann: str | None) -> str | None:
-    """What does not fit among versions: torch_npu is built for one release of torch, and for one line of CANN. cann: None
-    where it is not known."""
+    """What does not fit among versions: torch_npu is built for one release of torch, and for one line of CANN.
+
+    cann: None where it is not known.
+    """
     if _minor(torch) != _minor(torch_npu):
         return (
             f"torch_npu {torch_npu} was built for torch {_minor(torch_npu)}, and torch {torch} is installed: install "
@@ -47,7 +49,9 @@ def mismatch(torch: str, torch_npu: str, cann: str | None) -> str | None:
         )
     wanted = CANN_OF.get(_minor(torch_npu))
     if cann is not None and wanted is not None and _older(cann, wanted):
-        return f"torch_npu {torch_npu} wants CANN {wanted} or later, and CANN {cann} is installed: install CANN {wanted}"
+        return (
+            f"torch_npu {torch_npu} wants CANN {wanted} or later, and CANN {cann} is installed: install CANN {wanted}"
+        )
     return None
 
 
@@ -66,7 +70,8 @@ def group(environ: Mapping[str, str], devices: int) -> str | None:
     there = [name for name in LAUNCHER if environ.get(name)]
     if there and len(there) < len(LAUNCHER):
         absent = [name for name in LAUNCHER if name not in there]
-        return f"the environment of the group is incomplete: {', '.join(there)} without {', '.join(absent)}; start with torchrun"
+        have, lack = ", ".join(there), ", ".join(absent)
+        return f"the environment of the group is incomplete: {have} without {lack}; start with torchrun"
     table = environ.get("RANK_TABLE_FILE")
     if table and not Path(table).is_file():
         return f"RANK_TABLE_FILE names {table}, which is no file: correct it, or unset it and let HCCL find the ranks"
