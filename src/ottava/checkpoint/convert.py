@@ -25,7 +25,7 @@ from typing import Any
 from blake3 import blake3
 
 from ottava.artifact import write_json
-from ottava.checkpoint import engines
+from ottava.checkpoint import ascend, engines
 from ottava.checkpoint.digest import Digest, Progress
 from ottava.checkpoint.layouts import (
     LAYOUTS,
@@ -134,7 +134,8 @@ def convert(args: Mapping[str, Any], progress: Progress | None = None) -> dict[s
         overlay        a folder of *.safetensors files with BF16 tensors on the grid, under published names: they
                        take the place of the source's linear weights; errors are measured against the source
         workers        threads; allow_lossy: round FP8 and FP4 sources that have no exact form
-        engine, tp     refuse shapes that this engine is known to corrupt on so many tensor-parallel devices
+        engine, tp     refuse shapes that this engine is known to corrupt on so many tensor-parallel devices; for
+                       vllm-ascend, write the file by which it knows MXFP8
         exact          refuse to round anything
         flush          False leaves it to the operating system when the bytes reach the disk: for what is soon deleted
         notes          facts for conversion.json that the caller knows
@@ -159,10 +160,16 @@ def convert(args: Mapping[str, Any], progress: Progress | None = None) -> dict[s
                 where=options.source,
                 fix="convert it when it is complete",
             )
-        finish(part.folder, options.source, config, quantisation_of(options.layout, plan.found, plan.quantised))
+        described = options.engine == ascend.ENGINE and options.layout == "mxfp8"
+        quantisation = None if described else quantisation_of(options.layout, plan.found, plan.quantised)
+        finish(part.folder, options.source, config, quantisation)
+        if described:
+            write_json(part.folder / ascend.DESCRIPTION, ascend.description(plan.tensors, plan.quantised))
         report = _report(options, plan, tallies, digests)
         report["warnings"] = _warnings(options.source, config)
         report["bytes"] = sum(os.fstat(descriptor).st_size for descriptor in part.files.values())
+        if options.engine == ascend.ENGINE:
+            report["serve"] = ascend.SERVE[options.layout]
         report |= options.notes
         if options.overlay is not None and (options.overlay / OVERLAY_NOTE).is_file():
             shutil.copyfile(options.overlay / OVERLAY_NOTE, part.folder / OVERLAY_NOTE)

@@ -19,8 +19,9 @@ from ottava.fp8.spec import BLOCK, MX_BLOCK
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-ENGINES = ("transformers", "vllm", "vllm-cpu")
-"""Engines that have rules. `vllm-cpu` is vLLM's build for CPUs: what holds for vLLM, and what its kernels lack."""
+ENGINES = ("transformers", "vllm", "vllm-cpu", "vllm-ascend")
+"""Engines that have rules. `vllm-cpu` is vLLM's build for CPUs: what holds for vLLM, and what its kernels lack;
+`vllm-ascend` is vLLM's plug-in for Ascend, of which no rule was measured."""
 
 BLOCKED = ("deepseek", "e8m0")
 """The layouts of 128x128 blocks."""
@@ -119,6 +120,14 @@ def _half_groups(config: Mapping[str, Any], shapes: Shapes, tp: int) -> Iterator
     for name, shape in shapes.items():
         share = tp if _module(name)[1] in ROW_PARALLEL else 1
         if shape[1] % (share * MX_BLOCK[1]):
+            yield name
+
+
+def _odd_groups(config: Mapping[str, Any], shapes: Shapes, tp: int) -> Iterator[str]:
+    """Routed experts whose columns, or a device's share of them, are no whole number of pairs of MXFP8 groups."""
+    for name, shape in shapes.items():
+        share = tp if _module(name)[1] in ROW_PARALLEL else 1
+        if _EXPERT.search(name) and shape[1] % (share * 2 * MX_BLOCK[1]):
             yield name
 
 
@@ -226,6 +235,16 @@ RULES = (
         ("vllm-cpu",), BLOCKED,
         "rounds these a second time, to one scale for the whole matrix (its MLA for AMX)",
         "vLLM 0.32.0, CPU with AMX", _kv_b, "",
+    ),
+    Rule(
+        ("vllm-ascend",), BLOCKED,
+        "has no 128x128 blocks: on the 950 it quantises what they hold anew, to MXFP8, and elsewhere it has no FP8",
+        "nothing: read in vllm-ascend's pull request 14852 and issue 1526", _all, ", or for the 950 mxfp8",
+    ),
+    Rule(
+        ("vllm-ascend",), ("mxfp8",),
+        "folds scales of routed experts in pairs and raises where a row, or its share on a device, has an odd number",
+        "nothing: read in vllm-ascend 0.23.0, quantization/methods/w8a8_mxfp8.py", _odd_groups, "",
     ),
 )  # fmt: skip
 """What engines do with layouts, found by loading folders or, where that is said, read in the engine's source."""

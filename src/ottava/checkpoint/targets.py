@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ottava.checkpoint import chips, engines
+from ottava.checkpoint.ascend import ENGINE as ASCEND
 from ottava.checkpoint.chips import FORMS, Form, Formats
 from ottava.checkpoint.layouts import Weight, weights
 from ottava.checkpoint.names import storage_of
@@ -85,7 +86,9 @@ class _Census:
 def _of_chip(formats: Formats, census: _Census, refused: Mapping[Form, list[str]]) -> dict[str, Any]:
     half = "bf16" if formats.takes["bf16"].value else "fp16"
     asked = [form for form in FORMS if form != "fp16" or half == "fp16"]
-    answers = {form: {**_answer(form, half, formats, census), "refused_by": refused[form]} for form in asked}
+    ascend = formats.vendor == "Huawei"
+    engine = {form: [name for name in refused[form] if ascend or name != ASCEND] for form in asked}
+    answers = {form: {**_answer(form, half, formats, census), "refused_by": engine[form]} for form in asked}
     served = [form for form in answers if answers[form]["serves"] != "no"]
     best = min(served, key=lambda form: answers[form]["blocks_affected"], default=None)  # of equals the first
     return {

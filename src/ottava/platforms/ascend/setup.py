@@ -25,7 +25,7 @@ def missing() -> str | None:
     """Why torch_npu cannot be imported here, or None where nothing speaks against it."""
     if importlib.util.find_spec("torch_npu") is None:
         return "torch_npu is not installed"
-    found = mismatch(*(_version(name) for name in ("torch", "torch_npu")), cann(os.environ))
+    found = mismatch(_version("torch"), _version("torch_npu"), cann(os.environ))
     if found is not None:
         return found
     absent = [name for name in LIBRARIES if not _loads(name)]
