@@ -7,38 +7,43 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ottava import platforms
 from ottava.platforms import doctor
+from ottava.platforms.ascend import evidence, wheel
+
+from .npu import record
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, object]:
+def found() -> dict[str, Any]:
     code = "import json; from ottava.platforms.doctor import examine; print(json.dumps(examine(), allow_nan=False))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
-    answer: dict[str, object] = json.loads(done.stdout)
+    answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
 
-def test_it_is_one_json_object_with_what_was_promised(found: dict[str, dict[str, object]]) -> None:
-    assert list(found) == ["machine", "versions", "platforms", "ascend", "extras"]
-    assert set(found["platforms"]) == {"cpu", "cuda", "npu"}
+def test_it_is_one_json_object_with_what_was_promised(found: dict[str, Any]) -> None:
+    assert list(found) == ["machine", "versions", "platforms", "ascend", "ascend_here", "extras"]
+    assert {family["name"] for family in found["platforms"]} == {"cpu", "cuda", "npu"}
+    assert {tuple(entry) for entry in found["ascend"]} == {("capability", "claim", "level", "evidence")}
     assert found["machine"]["cores"] == len(os.sched_getaffinity(0))
     memory = found["machine"]["memory_gb"]
     assert isinstance(memory, dict)
     assert 0 < memory["free"] <= memory["total"]
 
 
-def test_platforms_are_as_they_say_themselves(found: dict[str, dict[str, dict[str, object]]]) -> None:
-    for name, said in found["platforms"].items():
-        here, reason = platforms.get(name).available()
+def test_platforms_are_as_they_say_themselves(found: dict[str, Any]) -> None:
+    for said in found["platforms"]:
+        here, reason = platforms.get(str(said["name"])).available()
         assert (said["available"], said["reason"]) == (here, reason)
         assert (said["workers"] == 0) == (not here)
 
 
-def test_versions_are_those_that_are_imported(found: dict[str, dict[str, object]]) -> None:
+def test_versions_are_those_that_are_imported(found: dict[str, Any]) -> None:
     import torch
 
     assert found["versions"]["torch"] == torch.__version__
@@ -53,12 +58,12 @@ def test_an_extra_is_installed_only_when_all_of_it_is() -> None:
 
 def test_without_an_npu_no_level_is_claimed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    monkeypatch.setattr(doctor, "schemas", lambda: None)
-    assert doctor.ascend(npu_here=False)["level"] == "none"
+    monkeypatch.setattr(wheel, "schemas", lambda: None)
+    assert doctor.here(npu_here=False)["level"] == "none"
     monkeypatch.delenv(doctor.STAND_IN, raising=False)
-    assert doctor.ascend(npu_here=True)["level"] == "L4"
+    assert doctor.here(npu_here=True)["level"] == "L4"
     monkeypatch.setenv(doctor.STAND_IN, "somewhere")  # an NPU of host memory is none
-    assert doctor.ascend(npu_here=True)["level"] == "L2"
+    assert doctor.here(npu_here=True)["level"] == "L2"
 
 
 def test_the_wheel_of_torch_npu_gives_level_0_without_being_imported(
@@ -68,16 +73,50 @@ def test_the_wheel_of_torch_npu_gives_level_0_without_being_imported(
     (package / "csrc" / "aten").mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('libhccl.so')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert doctor.ascend(npu_here=False)["level"] == "none"
-    (package / "csrc" / "aten" / doctor.SCHEMAS).write_text("")
-    assert doctor.ascend(npu_here=False)["level"] == "L0"
+    assert doctor.here(npu_here=False)["level"] == "none"
+    (package / "csrc" / "aten" / wheel.SCHEMAS).write_text("")
+    assert doctor.here(npu_here=False)["level"] == "L0"
     assert "torch_npu" not in sys.modules
 
 
-def test_the_level_is_of_this_machine(found: dict[str, dict[str, object]]) -> None:
+def test_the_level_is_of_this_machine(found: dict[str, Any]) -> None:
     here = platforms.get("npu").available()[0]
-    assert (found["ascend"]["level"] == "L4") == here
-    assert found["ascend"]["levels"] == doctor.LEVELS
+    assert (found["ascend_here"]["level"] in ("L2", "L4")) == here
+    assert found["ascend_here"]["levels"] == evidence.LEVELS
+
+
+def test_what_is_recorded_has_its_level_and_the_rest_none(tmp_path: Path) -> None:
+    """Never from hope: no record, a torn one or one of a level that is none shows nothing."""
+    record = tmp_path / "evidence.json"
+    for content in (None, "", "[]", "{", '{"capabilities": {"training": {"level": "L9"}}}'):
+        if content is not None:
+            record.write_text(content)
+        assert {entry["level"] for entry in evidence.capabilities(record)} == {"none"}
+    shown = {"training": {"level": "L2", "tests": 3, "files": ["tests/test_trainer.py"]}}
+    record.write_text(json.dumps({"date": "2026-11-22", "versions": {"torch_npu": "2.13.0"}, "capabilities": shown}))
+    found = {entry["capability"]: entry for entry in evidence.capabilities(record)}
+    assert set(found) == set(evidence.CAPABILITIES)
+    assert found["training"]["level"] == "L2"
+    assert found["training"]["evidence"] == "3 tests passed (tests/test_trainer.py) on 2026-11-22: torch_npu 2.13.0"
+    assert {entry["level"] for name, entry in found.items() if name != "training"} == {"none"}
+
+
+def test_what_is_shipped_claims_no_chip() -> None:
+    """No NPU was at hand: a record of L4 here would be a mistake, and so would one of numerics or speed."""
+    found = {entry["capability"]: entry["level"] for entry in evidence.capabilities()}
+    assert "L4" not in found.values()
+    assert found["numerics"] == found["speed"] == found["triton kernels"] == "none"
+
+
+def test_a_capability_is_shown_by_all_of_its_tests_or_not_at_all() -> None:
+    streams, device = "tests/npu/test_streams.py", "tests/npu/test_device.py"
+    passed = [[streams, "a", "passed"], [device, "b", "passed"]]
+    name = "memory and streams"
+    assert record.summed(passed, real=False)[name] == {"level": "L2", "tests": 2, "files": [device, streams]}
+    assert record.summed(passed, real=True)[name]["level"] == "L4"
+    for broken in (passed[:1], [*passed, [streams, "c", "failed"]], [*passed, [device, "d", "skipped"]]):
+        assert name not in record.summed(broken, real=False)
+    assert {name for name, _ in record.SHOWS.values()} < set(evidence.CAPABILITIES)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +134,7 @@ def test_flags_are_read_as_linux_writes_them(tmp_path: Path, text: str, flags: s
 
 
 def test_two_classes_are_there_exactly_where_the_limited_pool_computes_other_bits(
-    found: dict[str, dict[str, object]],
+    found: dict[str, Any],
 ) -> None:
     """The claim is checked by computing: the same layer with and without the limit of fleets/laptop.yaml."""
     code = "from ottava.platforms.probe import numerics_class as n; print(n({'platform': 'cpu'})['numerics_class'])"

@@ -1,8 +1,9 @@
 """What a model needs of an Ascend chip, and what of that is missing, emulated or lossy there: before anybody moves it.
 
 Operators are those of one forward pass of the model's architecture, run on no memory (`meta`) and held against
-torch_npu's own list, which does not tell chips apart; types and layouts are statements with sources
-(fleets/chips.json), and the model's own values decide what a layout changes (`ottava.checkpoint.targets`). All of it was read: level L0.
+torch_npu's own list, which does not tell chips apart. Types and layouts are statements with sources
+(fleets/chips.json), and the model's own values decide what a layout changes (`ottava.checkpoint.targets`). All of it
+was read: level L0.
 """
 
 from __future__ import annotations
