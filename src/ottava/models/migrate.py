@@ -27,6 +27,7 @@ from ottava.platforms.ascend.chips import CHIPS
 LAYERS = 2
 """So many layers of each kind are enough to meet every operator."""
 
+TOKENS = 8
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 
 
@@ -65,9 +66,10 @@ def operators(config: Mapping[str, Any]) -> dict[str, Any]:
     makes of no others: these it computes on the host. needed is None where the architecture is not known here."""
     try:
         with torch.device("meta"):
-            model = from_config(_small(config)).eval()
+            model = from_config(_small(config)).eval().bfloat16()
+            tokens, mask = torch.zeros(1, TOKENS, dtype=torch.int64), torch.zeros(1, 1, TOKENS, TOKENS).bfloat16()
         with _Called() as called, torch.no_grad():
-            model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"), use_cache=False)
+            model(input_ids=tokens, attention_mask=mask, use_cache=False)  # a whole mask, as making one reads values
     except (CheckpointError, NotImplementedError, RuntimeError) as error:
         return {"needed": None, "missing": [], "why": f"the architecture could not be run without memory: {error}"}
     listed = wheel.operators()
@@ -75,14 +77,14 @@ def operators(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"needed": len(called.names), "missing": missing, "why": f"by the list of torch_npu {wheel.RELEASE}"}
 
 
-def dtypes(folder: Path, takes: Mapping[str, bool]) -> list[dict[str, Any]]:
+def dtypes(folder: Path, takes: Mapping[chips.Form, bool]) -> list[dict[str, Any]]:
     """For every type that the model is stored in {"dtype", "tensors", "status", "why"}; status: native, emulated (held
     exactly in another type), or lossy."""
     counts = Counter(entry.dtype for entry in entries(folder).values())
     return [{"dtype": kind, "tensors": n, **_type(kind, takes)} for kind, n in sorted(counts.items())]
 
 
-def _type(kind: str, takes: Mapping[str, bool]) -> dict[str, str]:
+def _type(kind: str, takes: Mapping[chips.Form, bool]) -> dict[str, str]:
     if kind in EIGHT_BITS:
         if takes["mxfp8"]:
             return {"status": "native", "why": "as mxfp8: the same codes, the scale bytes repeated"}

@@ -103,7 +103,8 @@ def scan(path: Path) -> dict[str, Any]:
          "count": len(found[tie.kind])}
         for tie in sorted(TIES, key=lambda tie: -VERDICTS.index(tie.verdict)) if tie.kind in found
     ]  # fmt: skip
-    counts = {verdict: sum(f["count"] for f in findings if f["verdict"] == verdict) for verdict in VERDICTS}
+    kinds = {tie.kind: tie.verdict for tie in TIES}
+    counts = {verdict: sum(len(its) for kind, its in found.items() if kinds[kind] == verdict) for verdict in VERDICTS}
     return {"files": len(files), "findings": findings, "verdicts": counts, "level": "L0"}
 
 
