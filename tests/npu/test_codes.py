@@ -18,6 +18,10 @@ from ottava.platforms.npu import Npu
 from .test_group import ROOT
 
 
+SILENT = {207000}
+"""What torch_npu lets pass with a warning where it waits for a device."""
+
+
 def wheels() -> set[int]:
     """The numbers of the wheel's table."""
     spec = importlib.util.find_spec("torch_npu")
@@ -64,13 +68,15 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str | None]:
 
 
 def test_every_code_comes_out_with_its_number_and_class(said: dict[int, str | None]) -> None:
-    assert {code for code, text in said.items() if text is None} == set()
+    assert {code for code, text in said.items() if text is None} == SILENT
     for code, text in said.items():
+        if code in SILENT:
+            continue
         assert f"error code is {code}" in str(text)
         assert Npu().classify_error(RuntimeError(text)) is codes.TABLE[code], text
 
 
 def test_words_are_the_same_for_the_same_code_alone(said: dict[int, str | None]) -> None:
-    words = {Npu().words(RuntimeError(text)) for text in said.values()}
-    assert len(words) == len(said)
+    words = {Npu().words(RuntimeError(text)) for text in said.values() if text is not None}
+    assert len(words) == len(said) - len(SILENT)
     assert not any(re.search(r"PID:|20\d\d-\d\d-\d\d", line) for line in words)
