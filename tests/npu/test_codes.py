@@ -17,7 +17,6 @@ from ottava.platforms.npu import Npu
 
 from .test_group import ROOT
 
-
 SILENT = {207000}
 """What torch_npu lets pass with a warning where it waits for a device."""
 
