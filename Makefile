@@ -108,7 +108,7 @@ bench: install .venv-bench/installed
 # The long campaigns: twenty drills of each class of fault, and 10 seeds on each instruction set (docs/training.md).
 nightly: install test-all test-npu-all
 	$(BIN)/ottava drill recipes/tiny.yaml --seeds 0:240 --faults all --json
-	$(BIN)/ottava drill recipes/tiny.yaml --stage reinforce --seeds 0:65 --faults all --json
+	$(BIN)/ottava drill recipes/tiny.yaml --stage reinforce --seeds 0:260 --faults all --json
 	$(BIN)/python -m benchmarks.accuracy --seeds 10 --json
 	$(BIN)/python -m benchmarks.reasoning --seeds 10 --json
 
