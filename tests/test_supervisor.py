@@ -263,7 +263,7 @@ def test_workers_die_with_their_owner(tmp_path: Path) -> None:
 def _running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it was gone before it was opened, or while it was read
         return False
 
 
