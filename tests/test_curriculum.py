@@ -20,12 +20,12 @@ from ottava.supervisor.drill import spec_for
 from ottava.supervisor.loop import Run, replay, supervise
 from ottava.tasks import Problem
 from ottava.tasks.base import generator, problem_of, read_lines
-from ottava.trainer import curriculum, records, snapshot
+from ottava.trainer import curriculum, records
 from ottava.trainer.curriculum import ASKED, Curriculum
 from ottava.trainer.guard import Alarm
 from ottava.trainer.rl_spec import ReinforceSpec
 from ottava.trainer.supervised import Fault
-from tests.test_grpo import STEPS, World, base, spec
+from tests.test_grpo import STEPS, World, base, drawn, restarted, spec
 
 STRETCHES = [{"until": 0.5, "levels": {1: 3, 2: 1}}, {"until": 1, "levels": {2: 1, 3: 1}}]
 
@@ -40,10 +40,6 @@ def whole(begun: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) 
     """An undisturbed run by one worker: its final digest and its rollouts."""
     folder = tmp_path_factory.mktemp("whole")
     return World(base(begun, dataset, taught(), folder), 1).run(STEPS), folder
-
-
-def drawn(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for *_, path in records.listed(folder)]
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -62,11 +58,7 @@ def test_a_restart_changes_nothing(
     args = base(begun, dataset, taught(), tmp_path)
     first = World(args, 1)
     first.run(at)
-    kept = first.workers[0].state.snapshot()
-    again = World(args, 2)
-    for worker in again.workers:
-        worker.state.restore(snapshot.Snapshot(kept.step, kept.layout, bytes(kept.payload)))
-    assert again.run(STEPS) == whole[0]
+    assert restarted(first, args, 2).run(STEPS) == whole[0]
     assert drawn(tmp_path) == drawn(whole[1])
 
 

@@ -76,6 +76,20 @@ class World:
             self.report = worker.update(own, worker.clip(own))
 
 
+def restarted(before: World, args: dict[str, Any], count: int) -> World:
+    """New workers, so many, with the state that those before had kept."""
+    kept = before.workers[0].state.snapshot()
+    again = World(args, count)
+    for worker in again.workers:
+        worker.state.restore(snapshot.Snapshot(kept.step, kept.layout, bytes(kept.payload)))
+    return again
+
+
+def drawn(folder: Path) -> list[bytes]:
+    """What every record of a run holds."""
+    return [path.read_bytes() for *_, path in records.listed(folder)]
+
+
 @pytest.fixture(scope="module")
 def whole(begun: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """An undisturbed run by one worker: its final digest and its rollouts."""
@@ -91,9 +105,8 @@ def test_the_number_of_workers_changes_nothing(
     begun: Path, dataset: Path, tmp_path: Path, whole: tuple[str, Path], count: int
 ) -> None:
     assert World(base(begun, dataset, spec(), tmp_path), count).run(STEPS) == whole[0]
-    drawn = [path.read_bytes() for *_, path in records.listed(whole[1])]
-    assert drawn == [path.read_bytes() for *_, path in records.listed(tmp_path)]
-    assert len(drawn) == 3 * 4, "three generations of four shards"
+    assert drawn(tmp_path) == drawn(whole[1])
+    assert len(drawn(whole[1])) == 3 * 4, "three generations of four shards"
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
@@ -104,12 +117,8 @@ def test_a_restart_changes_nothing(
     args = base(begun, dataset, spec(), tmp_path)
     first = World(args, 1)
     first.run(at)
-    kept = first.workers[0].state.snapshot()
     before = {path: path.stat().st_mtime_ns for *_, path in records.listed(tmp_path)}
-    again = World(args, 2)
-    for worker in again.workers:
-        worker.state.restore(snapshot.Snapshot(kept.step, kept.layout, bytes(kept.payload)))
-    assert again.run(STEPS) == whole[0]
+    assert restarted(first, args, 2).run(STEPS) == whole[0]
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 

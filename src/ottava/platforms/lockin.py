@@ -103,8 +103,9 @@ def scan(path: Path) -> dict[str, Any]:
          "count": len(found[tie.kind])}
         for tie in sorted(TIES, key=lambda tie: -VERDICTS.index(tie.verdict)) if tie.kind in found
     ]  # fmt: skip
-    kinds = {tie.kind: tie.verdict for tie in TIES}
-    counts = {verdict: sum(len(its) for kind, its in found.items() if kinds[kind] == verdict) for verdict in VERDICTS}
+    counts = {
+        verdict: sum(len(found.get(tie.kind, ())) for tie in TIES if tie.verdict == verdict) for verdict in VERDICTS
+    }
     return {"files": len(files), "findings": findings, "verdicts": counts, "level": "L0"}
 
 

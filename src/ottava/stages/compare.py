@@ -171,7 +171,8 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     dev = () if spec.search is None else spec.search.seeds
     chat = ctx.work / "chat"
     write_tiny(chat, label.json("vocabulary.json"))
-    for asked in [spec.asked(arm.change) for arm in spec.arms]:
+    asks = {(one.levels, one.mode, one.rollout.max_new): one for one in (spec.asked(arm.change) for arm in spec.arms)}
+    for asked in asks.values():  # arms that ask alike are looked at once
         asking.check(asked, label.path, chat, CONTEXT, "compare.reinforce")
     starts = {seed: _start(spec, label, ctx, seed) for seed in (*dev, *spec.seeds)}
     _carry_out(ctx, list(starts.values()), (0.0, 0.25), "cold starts")
