@@ -23,8 +23,6 @@ settings.load_profile("ottava")
 PLATFORM = os.environ.get("OTTAVA_TEST_PLATFORM", "cpu")
 """Where the tests of the marker `device` compute: the same tests under the same names on every platform."""
 
-AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-
 
 @pytest.fixture(autouse=True)
 def _unpinned_afterwards() -> Iterator[None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ottava import platforms
 from ottava.platforms import doctor
@@ -138,7 +139,7 @@ def test_two_classes_are_there_exactly_where_the_limited_pool_computes_other_bit
 ) -> None:
     """The claim is checked by computing: the same layer with and without the limit of fleets/laptop.yaml."""
     code = "from ottava.platforms.probe import numerics_class as n; print(n({'platform': 'cpu'})['numerics_class'])"
-    limit = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    limit = yaml.safe_load(Path(__file__).parents[1].joinpath("fleets", "laptop.yaml").read_text())["pools"][0]["env"]
     classes = {
         subprocess.run(
             [sys.executable, "-c", code],

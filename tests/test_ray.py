@@ -22,13 +22,13 @@ import pytest
 
 from ottava import journal
 from ottava.errors import PlatformError, PoolMissing
+from ottava.platforms.cpu import OTHER_KERNELS
 from ottava.recipe import Pool
 from ottava.supervisor.launch import Cluster, cluster_for, started
 from ottava.supervisor.local import LocalLauncher
 from ottava.supervisor.loop import supervise
 from ottava.supervisor.ray import RayLauncher
 
-from .conftest import AVX2
 from .test_agent import nap
 from .test_supervisor import (  # the same tests and what they need, with this module's `launcher`
     PLAIN,
@@ -48,7 +48,7 @@ __all__ = [
 
 pytestmark = pytest.mark.slow
 
-A, B, D = Pool(name="a", workers=2), Pool(name="b", env=AVX2), Pool(name="d", workers=2)
+A, B, D = Pool(name="a", workers=2), Pool(name="b", env=OTHER_KERNELS), Pool(name="d", workers=2)
 WIDE = Pool(name="wide", workers=4)
 NODES = {"nodea": {"ottava:a": 2, "ottava:wide": 2}, "nodeb": {"ottava:b": 1, "ottava:wide": 2}}
 HERE = "tests.test_ray:"

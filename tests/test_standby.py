@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 
 from ottava.errors import PlatformError
-from ottava.platforms.cpu import Cpu
+from ottava.platforms.cpu import OTHER_KERNELS, Cpu
 from ottava.recipe import Pool
 from ottava.supervisor.local import LocalLauncher
 from ottava.supervisor.loop import supervise
 from ottava.trainer.supervised import Fault
 
-from .conftest import AVX2
 from .test_supervisor import PLAIN, make
 
 ABOUT = "tests.test_standby:about"
-POOL = Pool(name="a", platform="cpu", workers=2, env=AVX2)
+POOL = Pool(name="a", platform="cpu", workers=2, env=OTHER_KERNELS)
 
 
 def about(args: Any) -> dict[str, Any]:

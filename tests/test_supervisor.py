@@ -31,6 +31,7 @@ from ottava.errors import (
     TrainingFailed,
 )
 from ottava.journal import Journal
+from ottava.platforms.cpu import OTHER_KERNELS
 from ottava.recipe import Pool
 from ottava.supervisor import observe, store
 from ottava.supervisor.attempt import Attempt, Stretch, alone
@@ -55,7 +56,7 @@ from ottava.trainer import snapshot
 from ottava.trainer.spec import TrainSpec
 from ottava.trainer.supervised import Fault
 
-from .conftest import AVX2, PLATFORM
+from .conftest import PLATFORM
 
 pytestmark = pytest.mark.device
 
@@ -274,7 +275,7 @@ def make(dataset: Path, folder: Path, launcher: Any, pools: tuple[Pool, ...], **
     spec = TrainSpec.model_validate(
         {
             "steps": 40, "batch": 2, "direct": {"begin": 0.3, "batch": 2}, "checkpoint_every": 10, "hang_s": 60.0,
-            "drift": {"window": 4}, **more,
+            "drift": {"window": 4}, "restarts": 0, **more,
         }
     )  # fmt: skip
     base = {"spec": spec.model_dump(mode="json"), "seed": 3, "data": str(dataset), "chat": str(dataset / "chat")}
@@ -318,6 +319,16 @@ def test_a_fault_costs_no_step_and_no_bit(
     assert snapshot.load(kept_file(run.folder, at + 4)).step == at + 4
     again = replay(replace(run, phase="replay", folder=tmp_path / "replay"), segments)
     assert again.digest == final.digest
+
+
+def test_a_run_with_one_pool_outlives_its_first_fault(
+    dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str
+) -> None:
+    """With the care that a recipe has where it says nothing."""
+    run = replace(make(dataset, tmp_path, launcher, PLAIN, restarts=TrainSpec().restarts), pools=PLAIN[:1])
+    final, segments = supervise(run, [Fault(pool="a", at_step=17, rank=1)])
+    assert final.digest == undisturbed
+    assert segments == [Segment("a", 0, 40, failures=1)]
 
 
 def test_a_supervisor_that_is_called_again_goes_on(
@@ -367,7 +378,7 @@ def test_a_damaged_snapshot_is_passed_over(dataset: Path, launcher: Any, tmp_pat
 
 def test_a_replay_on_other_pools_is_told_apart(dataset: Path, launcher: Any, tmp_path: Path, undisturbed: str) -> None:
     """The oracle can fail: another schedule of pools ends in other bytes, where the classes differ."""
-    pools = (Pool(name="a", platform=PLATFORM, workers=2, env=AVX2), Pool(name="b", platform=PLATFORM))
+    pools = (Pool(name="a", platform=PLATFORM, workers=2, env=OTHER_KERNELS), Pool(name="b", platform=PLATFORM))
     run = make(dataset, tmp_path, launcher, pools)
     final, segments = supervise(run, [Fault(pool="a", at_step=17)])
     if final.digest == undisturbed:

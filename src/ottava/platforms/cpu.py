@@ -12,7 +12,15 @@ from ottava.platforms.base import Platform, libraries, pin_torch
 if TYPE_CHECKING:
     import torch
 
-ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+OTHER_KERNELS = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",  # heeded on Intel's processors only
+    "MKL_CBWR": "COMPATIBLE",  # heeded on every processor: products of small models differ on AMD's too
+}
+"""The environment of a pool whose processes round differently from those that may use all of the same processor."""
+
+ISA_VARIABLES = tuple(OTHER_KERNELS)
 
 
 class Cpu(Platform):

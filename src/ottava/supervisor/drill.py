@@ -25,6 +25,7 @@ from ottava import journal
 from ottava.context import Launcher, Process
 from ottava.errors import OttavaError
 from ottava.journal import Journal
+from ottava.platforms.cpu import OTHER_KERNELS
 from ottava.recipe import Pool
 from ottava.supervisor import outcome
 from ottava.supervisor.launch import launcher_for
@@ -45,10 +46,9 @@ CLUSTER_HANG_S = 3.0  # a cluster on one machine has processes of its own, with 
 TIMEOUT_S = 180.0  # for one run; nothing may take so long
 SMALL_DISK = 24 << 20  # bytes
 DURABLE = Path("main", "durable")  # in a run's folder
-AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 POOLS = (
     Pool(name=FIRST, workers=CHIPS, nodes=NODES, stands_for="one vendor's chips"),
-    Pool(name=SECOND, workers=CHIPS // 2, env=AVX2, stands_for="another vendor's chips"),
+    Pool(name=SECOND, workers=CHIPS // 2, env=OTHER_KERNELS, stands_for="another vendor's chips"),
 )
 
 

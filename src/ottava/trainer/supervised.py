@@ -154,7 +154,7 @@ class Supervised(recipe.Spec):
     fault: Fault | None = None
     audit: Audit = Audit()
     spike: Spike = Spike()
-    restarts: Annotated[int, Field(ge=0, description="restarts on one pool before the run falls back")] = 0
+    restarts: Annotated[int, Field(ge=0, description="restarts on one pool before the run falls back")] = 2
     hang_s: Annotated[
         float, Field(gt=0, description="seconds without a step that count as a hang while step times are unknown")
     ] = 60.0
