@@ -60,7 +60,7 @@ DEVICE_TESTS := $(addprefix tests/test_,$(addsuffix .py,platforms trainer saver 
 	$(PYTHON) -m venv .venv-npu
 	.venv-npu/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	.venv-npu/bin/pip install --quiet --disable-pip-version-check --no-deps torch_npu==2.13.0 vllm-ascend==0.23.0
-	.venv-npu/bin/pip install --quiet --disable-pip-version-check -e . "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
+	.venv-npu/bin/pip install --quiet --disable-pip-version-check -e . "pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.100"
 	touch $@
 
 test-npu: export OTTAVA_TEST_PLATFORM := npu
@@ -69,7 +69,7 @@ test-npu: export OMP_NUM_THREADS := 1
 test-npu: .venv-npu/installed
 	rm -f $(OTTAVA_OUTCOMES)
 	$(NPU) .venv-npu/bin/pytest -p tests.npu.record -m "not slow" tests/npu
-	$(NPU) .venv-npu/bin/pytest -p tests.npu.record -m "device and not slow" $(DEVICE_TESTS)
+	$(NPU) .venv-npu/bin/pytest -p tests.npu.record -n 2 -m "device and not slow" $(DEVICE_TESTS)
 	$(NPU) .venv-npu/bin/python -m tests.npu.record $(OTTAVA_OUTCOMES) src/ottava/platforms/ascend/evidence.json
 
 # What CI has time for: the stand-in, the wheel's lists, the hand-off, and the suite but for its longest runs.
@@ -77,7 +77,7 @@ test-npu-some: export OTTAVA_TEST_PLATFORM := npu
 test-npu-some: export OMP_NUM_THREADS := 1
 test-npu-some: .venv-npu/installed
 	$(NPU) .venv-npu/bin/pytest -m "not slow" --deselect tests/npu/test_drills.py tests/npu
-	$(NPU) .venv-npu/bin/pytest -m "device and not slow" $(filter-out %trainer.py %supervisor.py,$(DEVICE_TESTS))
+	$(NPU) .venv-npu/bin/pytest -n 2 -m "device and not slow" $(filter-out %trainer.py %supervisor.py,$(DEVICE_TESTS))
 
 # Every code of the table, in every place, on groups of both sizes.
 test-npu-all: export OMP_NUM_THREADS := 1

@@ -39,8 +39,10 @@ SHOWS = {
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """One line a test: its file, its name, and how it ended."""
-    if "OTTAVA_OUTCOMES" not in os.environ or (report.when != "call" and report.passed):
+    """One line a test: its file, its name, and how it ended. With xdist the process that hands out the tests writes."""
+    if "OTTAVA_OUTCOMES" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    if report.when != "call" and report.passed:
         return
     with Path(os.environ["OTTAVA_OUTCOMES"]).open("a") as file:
         file.write(json.dumps([report.nodeid.split("::")[0], report.nodeid, report.outcome]) + "\n")
