@@ -223,7 +223,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     summary = {"steps": spec.steps, "teacher": reached, "traces": counts, "students": rows}
     if spec.mode != "thinking":
         summary["mode"] = spec.mode
-    best = max(row["kept"] for row in rows)
+    best = max((row["on_policy"] or row)["kept"] for row in rows)  # of the models that come out
     reason = f"the best student keeps {best:.1%} of the teacher, and min_kept is {spec.min_kept:.1%}"
     good = best >= spec.min_kept
     return ctx.commit({**summary, **({} if good else {"reason": reason})}, verdict=good)
@@ -373,14 +373,30 @@ def _row(
         "control": control["value"],
         "low": both.low,
         "high": both.high,
-        "kept": round(own["value"] / teacher, 4) if teacher else 0.0,
+        "kept": _kept(own, teacher),
         "n": both.n,
-        "on_policy": found["on_policy"][modes[0]]["value"] if "on_policy" in found else None,
+        "on_policy": _went_on(own, found["on_policy"][modes[0]], teacher) if "on_policy" in found else None,
         "direct": found["student"]["direct"]["value"],
         "control_direct": found["control"]["direct"]["value"],
         **({} if modes == ("thinking", "thinking") else {"mode": modes[0], "control_mode": modes[1]}),
+        **({"control_thinking": found["control"]["thinking"]["value"]} if _also_thinks(found, modes) else {}),
         **({} if "before" not in found else _since(student, found["before"][modes[0]], own)),
     }
+
+
+def _kept(own: Mapping[str, Any], teacher: float) -> float:
+    """The share of the teacher's accuracy, on the same problems in the same mode with as long a reply."""
+    return round(own["value"] / teacher, 4) if teacher else 0.0
+
+
+def _went_on(before: Mapping[str, Any], after: Mapping[str, Any], teacher: float) -> dict[str, Any]:
+    """What a student's own replies brought: its accuracy before and after, the paired interval, and what it keeps."""
+    return {**proofs.gain(before, after), "kept": _kept(after, teacher)}
+
+
+def _also_thinks(found: Mapping[str, Mapping[str, Any]], modes: tuple[Mode, Mode]) -> bool:
+    """Whether a control that is asked directly was asked with thinking on as well, as its student is."""
+    return modes == ("thinking", "direct") and "thinking" in found["control"]
 
 
 def _since(student: Student, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
