@@ -55,9 +55,7 @@ def stranger(begun: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactor
     return changed(begun, dataset, tmp_path_factory.mktemp("stranger"), lambda _, head: head.copy_(head.roll(1, 0)))
 
 
-def changed(
-    begun: Path, dataset: Path, folder: Path, change: Callable[[torch.Tensor, torch.Tensor], object]
-) -> Path:
+def changed(begun: Path, dataset: Path, folder: Path, change: Callable[[torch.Tensor, torch.Tensor], object]) -> Path:
     """The folder of a model whose weights were changed. change: of all of them [P], and the head [V, H]."""
     its = args(begun, dataset, folder / "rollouts")
     trainer = make_trainer(its)

@@ -1,4 +1,4 @@
-"""What a report tells of students that began from a model, are asked otherwise than their controls, or went on alone."""
+"""What a report tells of students with a start, asked otherwise than their controls, or on their own replies."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LOSSES = [2.0, 1.5, 1.75, 0.5]
 GAIN = {"before": 0.42, "after": 0.70, "low": 0.21, "high": 0.35, "n": 600}
 OWN = {"before": 0.70, "after": 0.78, "low": 0.05, "high": 0.11, "n": 600, "kept": 0.7813}
 BEGAN = {
-    **STUDENTS[3], "name": "began", "thinking": 0.70, "control": 0.55, "control_thinking": 0.61, "low": 0.1, "high": 0.2,
-    "mode": "thinking", "control_mode": "direct", "start": START, "before": GAIN, "on_policy": OWN,
+    **STUDENTS[3], "name": "began", "thinking": 0.70, "control": 0.55, "control_thinking": 0.61, "low": 0.1,
+    "high": 0.2, "mode": "thinking", "control_mode": "direct", "start": START, "before": GAIN, "on_policy": OWN,
 }  # fmt: skip
 FRESH = {**STUDENTS[0], "mode": "thinking", "control_mode": "direct", "control_thinking": 0.33}
 

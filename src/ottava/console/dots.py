@@ -45,8 +45,8 @@ def _bin(group: Sequence[Generation]) -> Bin:
 
 
 def divergence(points: Sequence[Point], pools: Sequence[str], name: str, unit: str, width: int, height: int) -> Markup:
-    """How far a student's own replies are from its teacher over steps, on a linear axis from 0: the mean of neighbouring
-    steps, and the band they lie in. pools: their order decides their colours."""
+    """How far a student's own replies are from its teacher over steps, on a linear axis from 0: the mean of
+    neighbouring steps, and the band they lie in. pools: their order decides their colours."""
     frame = Frame(62, 34, width - 16, height - 44)
     shown = [_mean_of(group) for group in charts.groups(points, int(frame.right - frame.left) // 4)]
     first, last = points[0].step, points[-1].step
@@ -57,7 +57,9 @@ def divergence(points: Sequence[Point], pools: Sequence[str], name: str, unit: s
     parts += charts.curves(shown, pools, x, y, frame, "steps")
     parts += [charts.hover(b, x, frame, "step", f"divergence {scientific(b.mean)}") for b in shown]
     span = f"from {scientific(points[0].loss)} to {scientific(points[-1].loss)}"
-    return svg(parts, width, height, f"Divergence of {name} from its teacher over {plural(len(points), 'step')}: {span}")
+    return svg(
+        parts, width, height, f"Divergence of {name} from its teacher over {plural(len(points), 'step')}: {span}"
+    )
 
 
 def _mean_of(group: Sequence[Point]) -> Bin:

@@ -16,7 +16,8 @@ from ottava.tasks.statistics import wilson
 
 KEEPS = 0.98  # of the teacher's accuracy, for a student to count as having kept it
 STUDENT = (
-    "name", "arch", "params", "thinking", "control", "low", "high", "kept", "n", "stands_for", "pool", "start", "before",
+    "name", "arch", "params", "thinking", "control", "low", "high", "kept", "n", "stands_for", "pool", "start",
+    "before",
 )  # fmt: skip
 ELSEWHERE = ("direct", "control_thinking")  # in a mode that is not the one of the comparison
 ASKED = ("asked", "right", "checked", "steps_right", "steps_respelt", "steps_right_share")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class Objective(Protocol):
     """columns: names of the sums over shards that travel with the gradient; the first is the loss that is judged.
 
-    drawn: whether that loss is how far the model is from another one on its own draws, and not a surprise at what it was
-    given: then single losses cannot be compared (`guard.check_drawn`).
+    drawn: whether that loss is how far the model is from another one on its own draws, and not a surprise at what it
+    was given: then single losses cannot be compared (`guard.check_drawn`).
     """
 
     drawn: bool = False

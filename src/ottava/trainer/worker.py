@@ -6,7 +6,6 @@ Functions here take and return plain data, because they are started by name in a
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections import deque
