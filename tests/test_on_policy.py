@@ -110,6 +110,21 @@ def test_a_student_comes_nearer_to_its_teacher(begun: Path, weak: Path, dataset:
     assert sum(told[-4:]) < 0.5 * sum(told[:4])
 
 
+def test_a_student_made_here_can_go_on_with_adapters(begun: Path, weak: Path, dataset: Path, tmp_path: Path) -> None:
+    """By then it is a model like any other: it comes nearer, and to the same bits whatever the workers."""
+    lora = {"rank": 8, "targets": ["q_proj", "o_proj", "down_proj"]}
+    more = {"lora": lora, "grid_from": 1.0, "optimiser": {"adam": 1e-2}, "steps": 12}
+    ends, told = set(), []
+    for count in (1, 2):
+        world = World(args(weak, dataset, tmp_path / str(count), begun, **more), count)
+        while world.workers[0].state.step < 12:
+            world.step()
+            told.append(world.report.told["loss"])
+        ends |= {worker.state.digest() for worker in world.workers}
+    assert len(ends) == 1
+    assert sum(told[8:12]) < 0.8 * sum(told[:4])
+
+
 def test_a_teacher_that_is_the_student_teaches_nothing(begun: Path, dataset: Path, tmp_path: Path) -> None:
     world = World(args(begun, dataset, tmp_path, begun, grid_from=1.0), 1)
     world.step()

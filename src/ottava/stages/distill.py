@@ -278,19 +278,16 @@ def _same_ids(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> None:
 def _able(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> None:
     """See that the teacher and every student can be asked, and adapted. Those who read alike are looked at once."""
     label, teacher = inputs["label"].path, inputs["model"].file("model")
-    readers = {teacher: read_config(teacher)}
-    asked: dict[Path, int | None] = {}
-    for student in spec.students:
+    asking.check_replies(spec, label, teacher, coming.context_of(read_config(teacher)), ctx.stage)
+    readers = {student.start or student.tokenizer: student for student in spec.students}
+    for student in readers.values():
         chat = _chat(student, inputs, ctx)
+        config = {"max_position_embeddings": CONTEXT} if student.tokenizer else read_config(chat)
         if student.start is not None:
-            readers[chat] = read_config(chat)
-            coming.require(coming.unadaptable(spec.lora, readers[chat]), ctx.stage)
-        asked[chat] = CONTEXT if student.tokenizer else coming.context_of(read_config(chat))
-    for chat, config in readers.items():
-        asking.check_replies(spec, label, chat, coming.context_of(config), ctx.stage)
-    for chat, context in asked.items() if spec.on_policy is not None else ():
-        assert spec.on_policy is not None
-        asking.check(spec.on_policy, label, chat, context, f"{ctx.stage}.on_policy")
+            coming.require(coming.unadaptable(spec.lora, config), ctx.stage)
+            asking.check_replies(spec, label, chat, coming.context_of(config), ctx.stage)
+        if spec.on_policy is not None:
+            asking.check(spec.on_policy, label, chat, coming.context_of(config), f"{ctx.stage}.on_policy")
 
 
 def _learn(
