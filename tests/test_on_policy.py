@@ -111,8 +111,8 @@ def test_a_student_comes_nearer_to_its_teacher(begun: Path, weak: Path, dataset:
 
 
 def test_a_student_made_here_can_go_on_with_adapters(begun: Path, weak: Path, dataset: Path, tmp_path: Path) -> None:
-    """By then it is a model like any other: it comes nearer, and to the same bits whatever the workers."""
-    lora = {"rank": 8, "targets": ["q_proj", "o_proj", "down_proj"]}
+    """By then it is a model like any other: it learns, and to the same bits whatever the workers."""
+    lora = {"rank": 8, "targets": ["q_proj", "o_proj", "kv_b_proj"]}
     more = {"lora": lora, "grid_from": 1.0, "optimiser": {"adam": 1e-2}, "steps": 12}
     ends, told = set(), []
     for count in (1, 2):
@@ -122,7 +122,7 @@ def test_a_student_made_here_can_go_on_with_adapters(begun: Path, weak: Path, da
             told.append(world.report.told["loss"])
         ends |= {worker.state.digest() for worker in world.workers}
     assert len(ends) == 1
-    assert sum(told[8:12]) < 0.8 * sum(told[:4])
+    assert all(again < first for first, again in zip(told[::2], told[1::2], strict=True)), "the same replies, once more"
 
 
 def test_a_teacher_that_is_the_student_teaches_nothing(begun: Path, dataset: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which linear layers a model has, by its config.json alone: where adapters can be put is known before it is loaded."""
+"""On which linear layers of a model adapters can be put: by its config.json alone, before it is loaded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
 def linear(config: Mapping[str, Any]) -> frozenset[str] | None:
-    """The last parts of the names of the linear layers that are matrices of their own; None of an unknown family.
+    """The last parts of the names of the linear layers that can have adapters; None of an unknown family.
 
-    Routed experts are none: they are fused into one tensor. Nor is a head that is the embeddings.
+    A head that is the embeddings cannot. Nor can feed-forward layers of a model with routed experts: these are fused
+    into one tensor, and peft takes the names of the dense ones for theirs.
     """
     family, deep = config.get("model_type"), int(config.get("num_hidden_layers") or 0)
     head = () if config.get("tie_word_embeddings") else ("lm_head",)
@@ -20,11 +21,11 @@ def linear(config: Mapping[str, Any]) -> frozenset[str] | None:
         return frozenset((*ATTENTION, *FEED_FORWARD, *head))
     if family == "qwen3_moe":
         sparse, skipped = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or ()
-        dense = any(layer in skipped or (layer + 1) % sparse for layer in range(deep))
+        dense = all(layer in skipped or (layer + 1) % sparse for layer in range(deep))
         return frozenset((*ATTENTION, *(FEED_FORWARD if dense else ()), *head))
     if family == "deepseek_v3":
         query = ("q_proj",) if config.get("q_lora_rank") is None else ("q_a_proj", "q_b_proj")
-        dense = bool(config.get("first_k_dense_replace")) or bool(config.get("n_shared_experts"))
+        dense = int(config.get("first_k_dense_replace") or 0) >= deep
         latent = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
         return frozenset((*query, *latent, *(FEED_FORWARD if dense else ()), *head))
     return None
@@ -34,5 +35,8 @@ def missing(targets: Iterable[str], known: Collection[str]) -> tuple[str, str] |
     """(what is wrong, how to mend it) where a target's last part is none of the layers that are known; or None."""
     for target in targets:
         if target.rpartition(".")[2] not in known:
-            return f"the model has no linear layer called {target!r}", f"it has: {', '.join(sorted(known))}"
+            return (
+                f"the model has no linear layer called {target!r} for adapters",
+                f"it has: {', '.join(sorted(known))}",
+            )
     return None
