@@ -190,7 +190,7 @@ def test_without_a_curriculum_a_run_keeps_its_name_and_records(begun: Path, data
             "no generation begins in the stretch until 0.2",
         ),
         ({"curriculum": {"stretches": [{"until": 1, "levels": {2: 0}}]}}, "greater than or equal to"),
-        ({"curriculum": {"forget": 0}}, "greater than or equal to"),
+        ({"curriculum": {"forget": 0}}, "greater than 0"),
     ],
 )
 def test_a_curriculum_that_could_not_be_followed_is_refused(said: dict[str, Any], why: str) -> None:
