@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -141,6 +142,34 @@ def test_a_loss_above_guessing_needs_no_history() -> None:
     guard.check_spike(5.7, [], Spike(), "x", guessing=math.log(44))
     with pytest.raises(Alarm, match="guessing would give"):
         guard.check_spike(5.9, [], Spike(), "x", guessing=math.log(44))
+
+
+@given(
+    st.lists(st.floats(0.0, 30.0), min_size=8, max_size=40), st.integers(4, 8), st.floats(0.1, 3.0), st.floats(0.5, 9.0)
+)
+def test_draws_are_compared_by_the_medians_of_two_windows(
+    told: list[float], window: int, nats: float, spreads: float
+) -> None:
+    """Against numpy; and one wild step alone never counts, whatever it is."""
+    spec = Spike(nats=nats, spreads=spreads, window=window)
+
+    def found(losses: list[float], most: float = math.inf) -> bool:
+        try:
+            guard.check_drawn(losses[-1], losses[:-1], spec, "x", most)
+        except Alarm:
+            return True
+        return False
+
+    expected = False
+    if len(told) > window:
+        before, now = np.array(told[-2 * window : -window]), np.array(told[-window:])
+        spread = max(np.median(np.abs(part - np.median(part))) for part in (before, now))
+        expected = bool(np.median(now) > np.median(before) + max(nats, spreads * spread))
+    assert found(told) == expected
+    calm = [1.0] * (2 * window - 1)
+    assert not found([*calm, 1e6])
+    assert found([*calm, 10.0], most=9.0 - nats)
+    assert not found([*calm, 10.0], most=10.1 - nats)
 
 
 def test_numbers_that_are_none() -> None:

@@ -341,7 +341,7 @@ def test_the_baseline_is_found(tmp_path: Path, held: Path, launcher: Any) -> Non
     assert heldout.model_folder(str(plain)) == plain
     assert heldout.model_folder(str(trained.parent)) == trained
     assert heldout.model_folder(str(tmp_path / "run")) == trained
-    for stage in ("reinforce", "train-2", "reinforce-2"):  # the later, the more it has learnt
+    for stage in ("reinforce", "train-2", "reinforce-2", "train-3", "train-10"):  # the later, the more it has learnt
         later = model("run", "artifacts", f"{stage}-0a1b", "model")
         assert heldout.model_folder(str(tmp_path / "run")) == later
     converted = model("run", "artifacts", "convert-1", "model")

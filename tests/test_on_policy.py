@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ottava.errors import DataError
+from ottava.errors import DataError, TrainingFailed
+from ottava.journal import Journal, read
 from ottava.models.load import load
-from ottava.trainer.divergences import divergence
+from ottava.recipe import Pool
+from ottava.supervisor.loop import Run, supervise
+from ottava.trainer import snapshot
+from ottava.trainer.divergences import divergence, furthest
 from ottava.trainer.rl_spec import OnPolicySpec
 from ottava.trainer.start import make_trainer
+from ottava.trainer.supervised import Fault
+from ottava.trainer.worker import export
 
 from .test_grpo import World
 
@@ -32,16 +42,26 @@ def args(begun: Path, dataset: Path, folder: Path, teacher: Path | None = None, 
 @pytest.fixture(scope="module")
 def weak(begun: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The teacher with noise on its weights: a student of its architecture that says other things."""
-    from ottava.trainer import snapshot
-    from ottava.trainer.worker import export
 
-    folder = tmp_path_factory.mktemp("weak")
+    def noisy(weights: torch.Tensor, _: torch.Tensor) -> None:
+        weights.mul_(1 + 0.15 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1)))
+
+    return changed(begun, dataset, tmp_path_factory.mktemp("weak"), noisy)
+
+
+@pytest.fixture(scope="module")
+def stranger(begun: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher with its words exchanged: a student that is sure of what its teacher would never say."""
+    return changed(begun, dataset, tmp_path_factory.mktemp("stranger"), lambda _, head: head.copy_(head.roll(1, 0)))
+
+
+def changed(begun: Path, dataset: Path, folder: Path, change: Callable[[torch.Tensor, torch.Tensor], object]) -> Path:
+    """The folder of a model whose weights were changed. change: of all of them [P], and the head [V, H]."""
     its = args(begun, dataset, folder / "rollouts")
     trainer = make_trainer(its)
-    draw = torch.Generator().manual_seed(1)
+    head = next(slot for slot in trainer.state.slots if slot.name == "lm_head.weight")
     with torch.no_grad():
-        noise = torch.randn(trainer.state.weights.shape, generator=draw)
-        trainer.state.weights.mul_(1 + 0.15 * noise)
+        change(trainer.state.weights, head.view(trainer.state.weights))
     (folder / "model").mkdir()
     for path in begun.iterdir():
         if path.name not in ("model.safetensors", "config.json"):
@@ -90,10 +110,82 @@ def test_a_student_comes_nearer_to_its_teacher(begun: Path, weak: Path, dataset:
     assert sum(told[-4:]) < 0.5 * sum(told[:4])
 
 
+def test_a_student_made_here_can_go_on_with_adapters(begun: Path, weak: Path, dataset: Path, tmp_path: Path) -> None:
+    """By then it is a model like any other: it learns, and to the same bits whatever the workers."""
+    lora = {"rank": 8, "targets": ["q_proj", "o_proj", "kv_b_proj"]}
+    more = {"lora": lora, "grid_from": 1.0, "optimiser": {"adam": 1e-2}, "steps": 12}
+    ends, told = set(), []
+    for count in (1, 2):
+        world = World(args(weak, dataset, tmp_path / str(count), begun, **more), count)
+        while world.workers[0].state.step < 12:
+            world.step()
+            told.append(world.report.told["loss"])
+        ends |= {worker.state.digest() for worker in world.workers}
+    assert len(ends) == 1
+    assert all(again < first for first, again in zip(told[::2], told[1::2], strict=True)), "the same replies, once more"
+
+
 def test_a_teacher_that_is_the_student_teaches_nothing(begun: Path, dataset: Path, tmp_path: Path) -> None:
     world = World(args(begun, dataset, tmp_path, begun, grid_from=1.0), 1)
     world.step()
     assert abs(world.report.told["loss"]) < 1e-6
+
+
+@given(st.integers(0, 2**32), st.floats(0.01, 30.0), st.floats(0.2, 3.0))
+def test_no_student_is_further_from_its_teacher_than_the_teacher_says(seed: int, scale: float, heat: float) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    student, teacher = (scale * torch.randn(50, 17, generator=draw, dtype=torch.float64) for _ in range(2))
+    assert (divergence(student, teacher, 1.0, heat) <= furthest(teacher, heat) + 1e-9).all()
+    worst = torch.full_like(teacher, -1e9).scatter(1, teacher.argmin(1, keepdim=True), 0.0)  # sure of the least likely
+    torch.testing.assert_close(divergence(worst, teacher, 1.0, heat), furthest(teacher, heat), rtol=1e-9, atol=1e-9)
+
+
+def judged(
+    student: Path, teacher: Path, dataset: Path, folder: Path, launcher: Any, fault: Fault | None = None, **more: Any
+) -> list[float]:
+    """The losses of a supervised run."""
+    its = args(student, dataset, folder / "rollouts", teacher, hang_s=60.0, **{"steps": 12, **more})
+    del its["rollouts"], its["run"], its["seals"]
+    journal = Journal(folder / "journal.jsonl")
+    spec = OnPolicySpec.model_validate(its["spec"])
+    run = Run("main", spec, (Pool(name="a", workers=2),), its, folder / "main", journal, launcher, folder / "logs")
+    try:
+        supervise(run, [] if fault is None else [fault])
+    finally:
+        found = [event["loss"] for event in read(journal.path) if event["event"] == "train.step"]
+    return found
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_a_student_may_begin_as_far_from_its_teacher_as_it_likes(
+    begun: Path, stranger: Path, dataset: Path, tmp_path: Path, launcher: Any, beta: float
+) -> None:
+    """Further than guessing, which bounds the surprise at a text that is given and nothing else."""
+    told = judged(stranger, begun, dataset, tmp_path, launcher, divergence={"beta": beta}, spike={"window": 4})
+    words = load(begun).get_input_embeddings().num_embeddings  # type: ignore[operator]
+    assert told[0] > math.log(words) + 2.0
+    assert len(told) == 12
+
+
+@pytest.mark.parametrize("divergence", [{"beta": 1.0}, {"beta": 0.5}, {"kind": "uld"}])
+def test_a_loss_that_no_student_can_have_is_found_in_its_step(
+    begun: Path, weak: Path, dataset: Path, tmp_path: Path, launcher: Any, divergence: dict[str, Any]
+) -> None:
+    fault = Fault(at_step=2, kind="spike", phase="forward", sticky=True)
+    with pytest.raises(TrainingFailed, match="no student can have more"):
+        judged(weak, begun, dataset, tmp_path, launcher, fault, divergence=divergence)
+    told = [event for event in read(tmp_path / "journal.jsonl") if event["event"] == "train.fault"]
+    assert told
+    assert all("no student can have more" in event["message"] and event["step"] == 2 for event in told)
+
+
+def test_a_student_that_runs_away_from_its_teacher_is_stopped(
+    begun: Path, dataset: Path, tmp_path: Path, launcher: Any
+) -> None:
+    """It begins as its teacher, and its rate is a thousand times too large."""
+    rates = {"adam": 0.5, "embedding": 0.5}
+    with pytest.raises(TrainingFailed, match="the median loss of the 16 steps up to step 17"):
+        judged(begun, begun, dataset, tmp_path, launcher, optimiser=rates, steps=24)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(begun: Path, dataset: Path, tmp_path: Path) -> None:

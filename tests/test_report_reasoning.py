@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ottava import stages as house
-from ottava.console import dots, reasoning, report, source, terminal, words
+from ottava.console import dots, reasoning, report, source, students, terminal, words
 from ottava.console.charts import Move
 from ottava.console.history import Generation, generations
 from ottava.errors import ArtifactError
@@ -158,7 +158,8 @@ def test_the_object_has_what_was_promised(reasoned: Made) -> None:
     assert found["modes"]["direct"]["low"] < 0 < found["modes"]["direct"]["high"]
     assert [one["name"] for one in content["students"]] == [one["name"] for one in STUDENTS]
     promised = ("name", "arch", "params", "thinking", "control", "low", "high", "kept", "n", "stands_for", "pool")
-    assert content["students"] == [{key: one[key] for key in promised} for one in STUDENTS]
+    more = {"mode": "thinking", "control_mode": "thinking", "start": None, "before": None, "on_policy": None}
+    assert content["students"] == [{key: one[key] for key in promised} | more for one in STUDENTS]
     low, high = wilson(407, 599)
     assert content["traces"] == {"teacher": TEACHER, **TRACES, "low": low, "high": high}
     assert content["algorithms"] is None
@@ -450,9 +451,9 @@ def test_headlines_of_the_stages() -> None:
 
 def test_a_share_is_kept_by_what_was_counted_and_not_by_its_rounding() -> None:
     assert [one["kept"] for one in STUDENTS[1:3]] == [0.98, 0.9816]
-    assert reasoning.keeping(STUDENTS[1:2], TEACHER) == 0
-    assert reasoning.keeping([{"thinking": 588 / N}], 1.0) == 1
-    assert reasoning.keeping([{"thinking": 587 / N}], 1.0) == 0
+    assert students.keeping(STUDENTS[1:2], TEACHER) == 0
+    assert students.keeping([{"thinking": 588 / N}], 1.0) == 1
+    assert students.keeping([{"thinking": 587 / N}], 1.0) == 0
 
 
 # --- the page ----------------------------------------------------------------------------------------------------

@@ -566,7 +566,7 @@ def test_ids_without_a_share_are_never_drawn() -> None:
         ([[7], []], None, "row 1 is empty"),
         ([[7], [7, VOCABULARY]], None, f"row 1 has the id {VOCABULARY}"),
         ([[-1, 7]], None, "row 0 has the id -1"),
-        ([[7] * 509], None, "the context holds 512"),
+        ([[7] * 509], None, "context holds 512"),
         ([[7], [8]], [1], "2 prompts and 1 different"),
         ([[7], [8]], [4, 4], "2 prompts and 1 different"),
         ([[7], [8]], [1, 2, 3], "2 prompts and 3 different"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,43 @@ def test_failures(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
             go(tmp_path, recipe(tmp_path, "train.fail=verdict"))
     assert fakes["train"].runs == 3
     assert fakes["serve"].runs == 0
+
+
+@pytest.mark.parametrize(
+    ("sets", "names", "why"),
+    [
+        ((), ("label", "train", "serve"), None),
+        (("label.value=2",), ("label", "train", "serve"), "that of 'label' which is there was made .* label.value"),
+        (("train.value=2",), ("label", "train", "serve"), "the one that is there was made with another train.value"),
+        (("train.value=2", "label.value=2"), ("label", "train", "serve"), "that of 'label' .* another label.value\\n"),
+        (("seed=9",), ("label", "train", "serve"), "that of 'label' which is there was made with the seed 0, not 9"),
+        (("serve.value=2",), ("qualify", "label", "train", "serve"), "that of 'qualify' .* for the recipe as it was"),
+    ],
+)  # fmt: skip
+def test_one_stage_alone_says_whose_artifact_does_not_fit(
+    tmp_path: Path, fakes: dict[str, FakeStage], sets: tuple[str, ...], names: tuple[str, ...], why: str | None
+) -> None:
+    go(tmp_path, recipe(tmp_path, names=names), until="train")
+    if why is None:
+        go(tmp_path, recipe(tmp_path, *sets, names=names), only="serve")
+        return
+    with pytest.raises(ArtifactError, match=f"'serve' needs the artifact of 'train', and {why}") as error:
+        go(tmp_path, recipe(tmp_path, *sets, names=names), only="serve")
+    assert error.value.exit_code == 2
+    go(tmp_path, recipe(tmp_path, *sets, names=names), until="train")  # what it says to do
+    go(tmp_path, recipe(tmp_path, *sets, names=names), only="serve")
+
+
+def test_one_stage_alone_of_another_version_says_so(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
+    go(tmp_path, recipe(tmp_path), until="train")
+    fakes["label"].VERSION = "2"
+    with pytest.raises(ArtifactError, match="that of 'label' which is there was made by another version of the stage"):
+        go(tmp_path, recipe(tmp_path), only="serve")
+    for path in (tmp_path / "run" / "artifacts").glob("label-*"):
+        shutil.rmtree(path)
+    with pytest.raises(ArtifactError, match="artifact of 'train', which is not there, as 'label' is not") as error:
+        go(tmp_path, recipe(tmp_path), only="serve")
+    assert "--only label" in str(error.value.fix)
 
 
 def test_corrupt_artifact(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:

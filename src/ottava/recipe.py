@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ottava.artifact import digest_of
 from ottava.document import Document, read, suggest
@@ -54,6 +55,20 @@ def earlier(name: str, stages: Mapping[str, Spec]) -> dict[str, Spec]:
     """The sections that stand before the stage `name` in a recipe."""
     names = list(stages)
     return {before: stages[before] for before in names[: names.index(name)]}
+
+
+def unused(said: Any, keys: Mapping[str, str], section: str, place: tuple[str | int, ...] = ()) -> Any:
+    """`said` as it is, where it has none of these keys, which would be ignored; else a mistake, with its place.
+
+    said: what a field is given, before it is checked; keys: why each has no effect here, and what to do; place: where
+    in the field it stands. Raises ValidationError, as the validator of a section.
+    """
+    for key in said if isinstance(said, dict) else ():
+        if key in keys:
+            what = PydanticCustomError("value_error", "it would be ignored: {why}", {"why": keys[key]})
+            details = InitErrorDetails(type=what, loc=(*place, key), input=said)
+            raise ValidationError.from_exception_data(section, [details])
+    return said
 
 
 class Sourced(Frozen):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -245,12 +246,55 @@ class Walk:
             if stage in self.done:
                 inputs[called] = self.done[stage]
             elif not wanted.startswith("?"):
-                raise ArtifactError(
-                    f"the stage {name!r} needs the artifact of {stage!r}, which is not there",
-                    where=self.folder,
-                    fix=f"run without --only first, or --only {stage}",
-                )
+                raise self._lacking(name, str(stage))
         return inputs
+
+    def _lacking(self, name: str, stage: str) -> ArtifactError:
+        """Why a stage has not what it needs: nobody made it, or what is there does not fit, by its own cause."""
+        first, why = self._cause(stage)
+        needs = f"the stage {name!r} needs the artifact of {stage!r}"
+        if why is None:
+            fix = f"run without --only first, or --only {first}"
+            what = f"{needs}, which is not there"
+            return ArtifactError(what if first == stage else f"{what}, as {first!r} is not", where=self.folder, fix=fix)
+        whose = "the one that is there" if first == stage else f"that of {first!r} which is there"
+        what = f"{needs}, and {whose} was made {why}"
+        fix = f"take that back, or make the stages from {first!r} on anew: run without --only"
+        return ArtifactError(what, where=self.folder, fix=fix)
+
+    def _cause(self, stage: str) -> tuple[str, str | None]:
+        """The earliest stage for whose sake `stage` has no artifact that fits, and how its newest was made otherwise;
+        None where it has none at all."""
+        for wanted in stages.load(stage).INPUTS:
+            before, _ = stages.resolve(wanted, stage, list(self.recipe.stages))
+            if before is not None and before not in self.done:
+                first, why = self._cause(before)
+                if why is not None or not wanted.startswith("?"):
+                    return first, why
+        names = (self.folder / "artifacts").glob(f"{stage}-*")
+        there = [path for path in names if re.fullmatch(rf"{re.escape(stage)}-[0-9a-f]+", path.name)]
+        if not there:
+            return stage, None
+        made = artifact.load(max(there, key=lambda path: path.stat().st_mtime)).manifest
+        why = self._otherwise(stage, made)
+        looks = [name for name in ("plan", "qualify") if name in self.recipe.stages and name not in self.done]
+        if why is None and looks and stage != looks[0]:
+            return looks[0], "for the recipe as it was: it looks at the whole of it, and says which pools stages are on"
+        return stage, why or "for another fleet"
+
+    def _otherwise(self, stage: str, made: Mapping[str, Any]) -> str | None:
+        """What a stage's artifact was made with that is not so now; None where that is not of the stage itself."""
+        asked = json.loads(json.dumps(self.recipe.stages[stage].model_dump(mode="json")))
+        keys = sorted({*asked, *made["spec"]} - NOT_KEYED)
+        differ = [f"{stage}.{key}" for key in keys if asked.get(key) != made["spec"].get(key)]
+        if differ:
+            return f"with another {', '.join(differ)}"
+        if made["seed"] != self.recipe.seed:
+            return f"with the seed {made['seed']}, not {self.recipe.seed}"
+        if made["version"] != stages.load(stage).VERSION:
+            return "by another version of the stage"
+        inputs = {called: found.digest for called, found in self._inputs(stage).items()}
+        return None if made["inputs"] == inputs else "from something else than is there now"
 
     def _place(self, name: str) -> Placement:
         """The recipe's word, else the plan's, else the fleet's order; pools that failed to qualify are left out."""

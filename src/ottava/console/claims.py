@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ottava.console import reasoning
+from ottava.console import reasoning, students
 from ottava.console.rows import LEVELS, Content, artifact, model, row
 from ottava.console.words import interval, listed, percent, plural, scientific, seconds, short
 
@@ -379,7 +379,7 @@ def standing(content: Content) -> dict[str, list[str]]:
         real.append("The reinforcement: every reply, verdict, step, state and byte")
     if content["students"] is not None:
         real.append("The students and their controls: each was trained and evaluated")
-        rehearsal += reasoning.stand_ins(content)
+        rehearsal += students.stand_ins(content)
     for stage in (content["training"], content["reinforce"]):
         for fault in stage["injected"] if stage else ():
             what = f"{fault['kind'].upper()} to worker {fault['rank']} of {fault['pool']}"

@@ -9,9 +9,9 @@ from markupsafe import Markup
 
 from ottava.console import charts
 from ottava.console.charts import Bin, Frame, Move, linear, svg, tag, ticks
-from ottava.console.history import Generation
-from ottava.console.reasoning import mode_of, solved
-from ottava.console.words import percent, plural
+from ottava.console.history import Generation, Point
+from ottava.console.students import mode_of, solved
+from ottava.console.words import percent, plural, scientific
 
 
 def reward(points: Sequence[Generation], pools: Sequence[str], move: Move | None, width: int, height: int) -> Markup:
@@ -42,6 +42,30 @@ def _bin(group: Sequence[Generation]) -> Bin:
         group[0].number, group[-1].number, min(rewards), sum(rewards) / len(group), max(rewards),
         sum(mixed) / len(group), group[0].pool,
     )  # fmt: skip
+
+
+def divergence(points: Sequence[Point], pools: Sequence[str], name: str, unit: str, width: int, height: int) -> Markup:
+    """How far a student's own replies are from its teacher over steps, on a linear axis from 0: the mean of
+    neighbouring steps, and the band they lie in. pools: their order decides their colours."""
+    frame = Frame(62, 34, width - 16, height - 44)
+    shown = [_mean_of(group) for group in charts.groups(points, int(frame.right - frame.left) // 4)]
+    first, last = points[0].step, points[-1].step
+    low, high = min(0.0, *(b.low for b in shown)), max(1e-9, *(b.high for b in shown))
+    x = linear(first, max(last, first + 1), frame.left, frame.right)
+    y = linear(low, high, frame.bottom, frame.top)
+    parts = [*charts.axes(x, y, (first, last), ticks(low, high, 4), frame, f"step of {name}", unit)]
+    parts += charts.curves(shown, pools, x, y, frame, "steps")
+    parts += [charts.hover(b, x, frame, "step", f"divergence {scientific(b.mean)}") for b in shown]
+    span = f"from {scientific(points[0].loss)} to {scientific(points[-1].loss)}"
+    return svg(
+        parts, width, height, f"Divergence of {name} from its teacher over {plural(len(points), 'step')}: {span}"
+    )
+
+
+def _mean_of(group: Sequence[Point]) -> Bin:
+    losses = [one.loss for one in group]
+    mean = sum(losses) / len(losses)
+    return Bin(group[0].step, group[-1].step, min(losses), mean, max(losses), None, group[0].pool)
 
 
 def students(rows: Sequence[Mapping[str, Any]], teacher: float, width: int) -> Markup:

@@ -18,6 +18,7 @@ KEY = 12  # hex digits of a stage's key in its artifact's name
 KILLED = "the process was killed; the same command goes on where it was"
 NUMBER = (int, float)
 REINFORCED = ("reinforce", "reinforce-2")  # stages, and what their runs are called
+OWN_REPLIES = "on-policy:"  # and before a student's name, what its run on its own replies is called
 PARTS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {  # what an event must have to be told
     "run.start": {"recipe": str, "stages": list},
     "stage.start": {"stage": str, "key": str},
@@ -78,8 +79,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class History:
-    """A run as far as it is of the present recipe. curve: of training; generations: of reinforcement; injected: the
-    faults that were planned; verdicts: of go or no-go, as far as they still count."""
+    """A run as far as it is of the present recipe. curve: of training; generations: of reinforcement; own_replies: the
+    curve of each student that learnt from its own, by name; injected: the faults that were planned; verdicts: of go or
+    no-go, as far as they still count."""
 
     state: RunState
     curve: Sequence[Point] = ()
@@ -87,6 +89,7 @@ class History:
     bars: Sequence[Bar] = ()
     injected: Sequence[Event] = ()
     verdicts: Sequence[Event] = ()
+    own_replies: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     peak_memory_mb: float | None = None
 
 
@@ -136,7 +139,7 @@ def history(events: Iterable[Event], digest: str, alive: bool) -> History:
     verdicts = journal.standing(kept, "train.verdict", "main")
     return History(
         state, curve(state.steps), generations(state.steps), bars(attempts), injected, verdicts,
-        max(memory, default=None),
+        _own_replies(state.steps), max(memory, default=None),
     )  # fmt: skip
 
 
@@ -213,13 +216,19 @@ def _interrupted(attempt: _Attempt) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def curve(steps: Iterable[Event]) -> list[Point]:
+def curve(steps: Iterable[Event], phase: str = "main") -> list[Point]:
     """The losses of the run itself, without its replay; a step that was taken again counts as it was last."""
-    last = {e["step"]: e for e in steps if e.get("phase", "main") == "main" and e.get("loss") is not None}
+    last = {e["step"]: e for e in steps if e.get("phase", "main") == phase and e.get("loss") is not None}
     return [
         Point(step, float(e["loss"]), e.get("direct_loss"), str(e.get("pool", "")), bool(e.get("on_grid")))
         for step, e in sorted(last.items())
     ]
+
+
+def _own_replies(steps: Sequence[Event]) -> dict[str, list[Point]]:
+    phases = dict.fromkeys(str(event.get("phase", "main")) for event in steps)
+    mine = [phase for phase in phases if phase.startswith(OWN_REPLIES)]
+    return {phase.removeprefix(OWN_REPLIES): curve(steps, phase) for phase in mine}
 
 
 def generations(steps: Iterable[Event]) -> list[Generation]:

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ottava.console import charts, dots, reasoning, words
+from ottava.console import algorithms, charts, dots, students, words
 from ottava.console.charts import Lane, Move
 from ottava.console.history import Bar, History
 
@@ -38,7 +38,8 @@ def render(content: Content, history: History) -> str:
     )
     filters = ("percent", "interval", "seconds", "scientific", "short", "plural", "listed", "points", "range_of")
     environment.filters |= {name: getattr(words, name) for name in filters}
-    environment.filters |= {name: getattr(reasoning, name) for name in ("compared", "spent", "undecided")}
+    environment.filters |= {name: getattr(algorithms, name) for name in ("compared", "spent", "undecided")}
+    environment.filters |= {name: getattr(students, name) for name in ("begun", "between", "descent")}
     pools = [pool["pool"] for pool in content["fleet"]]
     return environment.get_template("report.html").render(
         r=content,
@@ -54,7 +55,8 @@ def render(content: Content, history: History) -> str:
         reward=_reward(content, history, pools),
         gains=_gains(content),
         students=_students(content),
-        kept=reasoning.kept(content),
+        descents=_descents(content, history, pools),
+        kept=students.kept(content),
     )
 
 
@@ -94,6 +96,17 @@ def _gains(content: Content) -> Markup | None:
 def _students(content: Content) -> Markup | None:
     rows = content["students"]
     return _sizes(lambda width: dots.students(rows, content["traces"]["teacher"], width)) if rows else None
+
+
+def _descents(content: Content, history: History, pools: Sequence[str]) -> list[Markup]:
+    """A chart for each student that learnt from its own replies."""
+    drawn = [one for one in content["students"] or () if len(history.own_replies.get(one["name"], ())) > 1]
+
+    def chart(one: Content) -> Callable[[int], Markup]:
+        points, unit = history.own_replies[one["name"]], (one["on_policy"] or {}).get("unit") or "divergence"
+        return lambda width: dots.divergence(points, pools, one["name"], unit, width, 220)
+
+    return [_sizes(chart(one)) for one in drawn]
 
 
 def _gantt(content: Content, history: History, pools: Sequence[str]) -> Markup | None:

@@ -1,4 +1,4 @@
-"""What a report tells of reinforcement, of the students and of a comparison of algorithms.
+"""What a report tells of reinforcement and of fine-tuning; with `students` and `algorithms`, of learning to reason.
 
 Every difference stands with its interval and with what it was taken over. One run has one seed: what a gain is over
 seeds, a run cannot tell, and its report does not.
@@ -9,22 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ottava.console import algorithms, students
 from ottava.console.history import REINFORCED, Generation
 from ottava.console.rows import Content, artifact, row
 from ottava.console.source import MODES, Source, entry, move
-from ottava.console.words import bracket, interval, listed, percent, plural, points, range_of, scientific, seconds
-from ottava.tasks.statistics import paired, wilson
+from ottava.console.words import bracket, called, percent, plural, points, range_of, scientific
+from ottava.tasks.statistics import paired
 
-KEEPS = 0.98  # of the teacher's accuracy, for a student to count as having kept it
-STUDENT = ("name", "arch", "params", "thinking", "control", "low", "high", "kept", "n", "stands_for", "pool")
-LATER = ("mode", "control_mode", "direct", "start", "before")  # only of students that were not asked with thinking on
 TUNED = ("train", "train-2")
-ASKED = ("asked", "right", "checked", "steps_right", "steps_respelt", "steps_right_share")
-ALGORITHM = ("name", "gain", "low", "high", "seeds", "default")
-BESIDE = ("name", "cpu_s", "rows", "updates", "difference", "difference_low", "difference_high")
-"""Of an algorithm, beside its gain: means over seeds, and how far its gain is from the baseline's."""
-EQUAL = {"rows": "equal replies", "updates": "equal updates"}
-"""What a comparison gave every algorithm as much of, by `compare.equal`."""
 
 
 # --- the object --------------------------------------------------------------------------------------------------
@@ -33,15 +25,7 @@ EQUAL = {"rows": "equal replies", "updates": "equal updates"}
 def content(source: Source) -> dict[str, Any]:
     """The report's keys reinforce, students, traces, algorithms and comparison, null where their stage has not
     finished; and tuned where a published model was fine-tuned."""
-    distilled, compared = source.summary("distill"), source.summary("compare")
-    return {
-        "reinforce": _reinforce(source),
-        "students": distilled and [_student(one) for one in distilled["students"]],
-        "traces": distilled and _traces(distilled),
-        "algorithms": compared and [{key: one.get(key) for key in ALGORITHM} for one in compared["algorithms"]],
-        "comparison": compared and _comparison(compared),
-        **_tuned(source),
-    }
+    return {"reinforce": _reinforce(source), **students.content(source), **algorithms.content(source), **_tuned(source)}
 
 
 def _tuned(source: Source) -> dict[str, Any]:
@@ -57,21 +41,6 @@ def _tuned(source: Source) -> dict[str, Any]:
         if "gain" in summary
     ]
     return {"tuned": rows} if rows else {}
-
-
-def _student(one: Mapping[str, Any]) -> dict[str, Any]:
-    more = {key: one[key] for key in LATER if key in one and ("mode" in one or key != "direct")}
-    return {key: one.get(key) for key in STUDENT} | more
-
-
-def solved(student: Mapping[str, Any]) -> float:
-    """A student's accuracy in the mode that it was taught."""
-    return float(student["direct"] if mode_of([student]) == "direct" else student["thinking"])
-
-
-def mode_of(students: Sequence[Mapping[str, Any]]) -> str:
-    """The mode that students were taught: one for all of them."""
-    return str(students[0].get("mode", "thinking"))
 
 
 def _reinforce(source: Source) -> dict[str, Any] | None:
@@ -128,28 +97,12 @@ def _modes(source: Source, stage: str) -> dict[str, Any]:
     return found
 
 
-def _traces(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The teacher's own accuracy, how much it was asked, and the share of its right answers whose steps are right."""
-    counts = {key: summary["traces"].get(key) for key in ASKED}
-    low, high = wilson(counts["steps_right"], counts["checked"]) if counts["checked"] else (None, None)
-    return {"teacher": summary["teacher"], **counts, "low": low, "high": high}
-
-
-def _comparison(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What was equal, by what rule the default follows, and what could not be told from the baseline."""
-    return {
-        **{key: summary[key] for key in ("baseline", "equal", "rule")},
-        "undecided": summary["not_shown"],
-        "algorithms": [{key: one[key] for key in BESIDE} for one in summary["algorithms"]],
-    }
-
-
 # --- claims ------------------------------------------------------------------------------------------------------
 
 
 def claims(found: Content) -> Iterator[dict[str, Any]]:
     """Rows of the evidence."""
-    for part in (_fine_tuned, _gained, _agreed, _taught, _traced, _compared):
+    for part in (_fine_tuned, _gained, _agreed, students.claims, algorithms.claims):
         yield from part(found)
 
 
@@ -159,7 +112,7 @@ def _fine_tuned(found: Content) -> Iterator[dict[str, Any]]:
         told = "" if one["asked"] is None else f"; {one['right']:,} right replies to {one['asked']:,} training problems"
         yield row(
             "measured",
-            f"Fine-tuning on {learnt} ({one['stage']}) takes {_mode(one['mode'])} from {percent(one['before'])} to "
+            f"Fine-tuning on {learnt} ({one['stage']}) takes {called(one['mode'])} from {percent(one['before'])} to "
             f"{percent(one['after'])}: {points(one['after'] - one['before'])} points (95%: {range_of(one)})",
             f"the model that it began from and the model after the last step, on the same {one['n']} test problems, "
             f"greedy decoding, paired score interval; one seed{told}",
@@ -177,9 +130,9 @@ def _gained(found: Content) -> Iterator[dict[str, Any]]:
     span = f"from {percent(gain['before'])} to {percent(gain['after'])}"
     said = f"{span}: {points(gain['after'] - gain['before'])} points (95%: {range_of(gain)})"
     if gain["low"] > 0 or gain["high"] < 0:
-        claim, holds = f"Reinforcement raises {_mode(mode)} {said}", gain["low"] > 0
+        claim, holds = f"Reinforcement raises {called(mode)} {said}", gain["low"] > 0
     else:
-        claim, holds = f"Nothing shows that reinforcement changes {_mode(mode)}, {said}", None
+        claim, holds = f"Nothing shows that reinforcement changes {called(mode)}, {said}", None
     yield row(
         "measured",
         claim,
@@ -188,10 +141,6 @@ def _gained(found: Content) -> Iterator[dict[str, Any]]:
         holds,
         f'python -c "import json; from ottava.tasks.statistics import paired; print(paired(*({files})))"',
     )
-
-
-def _mode(mode: str) -> str:
-    return {"thinking": "thinking", "direct": "answering directly"}[mode]
 
 
 def _agreed(found: Content) -> Iterator[dict[str, Any]]:
@@ -219,190 +168,19 @@ def _held(drawn: Mapping[str, Any]) -> str:
     )
 
 
-def keeping(students: Sequence[Mapping[str, Any]], teacher: float) -> int:
-    """How many students have at least KEEPS of the teacher's accuracy, in the mode that is taught."""
-    return sum(teacher > 0 and solved(one) >= KEEPS * teacher - 1e-9 for one in students)
-
-
-def ahead(students: Sequence[Mapping[str, Any]]) -> int:
-    """How many students are above their controls, by the whole interval of the difference."""
-    return sum(one["low"] > 0 for one in students)
-
-
-def kept(found: Content) -> str | None:
-    """How many students keep KEEPS of the teacher, in words."""
-    students = found["students"]
-    return f"{keeping(students, found['traces']['teacher'])} of {len(students)}" if students else None
-
-
-def _of(count: int, students: Sequence[Mapping[str, Any]]) -> str:
-    return f"{count} of {plural(len(students), 'student')}"
-
-
-def _taught(found: Content) -> Iterator[dict[str, Any]]:
-    students = found["students"]
-    if not students:
-        return
-    teacher, check = found["traces"]["teacher"], f"cat {artifact(found, 'distill')}/students.json"
-    same = f"the same {students[0]['n']} test problems for all and for the teacher, greedy decoding; one seed"
-    kept, mode = listed([f"{one['name']} {percent(solved(one))}" for one in students]), mode_of(students)
-    yield row(
-        "measured",
-        f"{_of(keeping(students, teacher), students)} keep at least {KEEPS:.0%} of the teacher's {percent(teacher)} "
-        f"{_mode(mode)}",
-        f"{same}; {kept}, as measured, without an interval of the share",
-        None,
-        check,
-    )
-    beside = listed([f"{one['name']} {points(solved(one) - one['control'])} ({range_of(one)})" for one in students])
-    less = sum(one["high"] < 0 for one in students)
-    yield row(
-        "measured",
-        f"{_of(ahead(students), students)} solve more {_mode(mode)} than their controls"
-        + (f", and {less} less" if less else ""),
-        f"a control is the same student from the same first weights, with as many examples in as many steps, "
-        f"{_instead(students)}; student minus control on the same problems, in points "
-        f"(paired 95%, each by itself): {beside}; one seed",
-        None,
-        check,
-    )
-    yield from _since(students, check)
-    if not _places(students):
-        return
-    shapes = f"dense models with {_sizes(students)} parameters"
-    yield row(
-        "rehearsal",
-        f"{plural(len(students), 'small student')} stand in for published ones",
-        f"{shapes}: {_places(students)}; nothing is shown of the published models",
-    )
-
-
-def _instead(students: Sequence[Mapping[str, Any]]) -> str:
-    """What controls learn in the place of what the teacher said."""
-    if students[0].get("control_mode", "thinking") == "thinking":
-        return "on the cold-start traces in the place of the teacher's"
-    return "on the answers alone to all training problems, asked directly; its examples may be shorter"
-
-
-def _since(students: Sequence[Mapping[str, Any]], check: str) -> Iterator[dict[str, Any]]:
-    """Of students that began from a model that was there."""
-    for one in students:
-        if (gain := one.get("before")) is not None:
-            yield row(
-                "measured",
-                f"{one['name']} began at {percent(gain['before'])} and is at {percent(gain['after'])}: "
-                f"{points(gain['after'] - gain['before'])} points (95%: {range_of(gain)})",
-                f"{one['start']} before its first step and after its last, on the same {gain['n']} test problems, "
-                "greedy decoding, paired score interval; one seed",
-                None,
-                check,
-            )
-
-
-def _sizes(students: Sequence[Mapping[str, Any]]) -> str:
-    sizes = [one["params"] for one in students]
-    return f"{min(sizes):,} to {max(sizes):,}"
-
-
-def _places(students: Sequence[Mapping[str, Any]]) -> str:
-    return listed([f"{one['name']} for {one['stands_for']}" for one in students if one["stands_for"]])
-
-
-def _traced(found: Content) -> Iterator[dict[str, Any]]:
-    traces = found["traces"]
-    if traces is None or not traces["checked"]:
-        return
-    yield row(
-        "measured",
-        f"Of the teacher's traces with a right answer, {percent(_share(traces))} have right steps "
-        f"(95%: {interval(traces)}); {percent(traces['steps_respelt'] / traces['checked'])} more do the same steps in "
-        "another writing",
-        f"{traces['asked']:,} problems asked, {traces['right']:,} answered rightly, {traces['checked']:,} traces "
-        "checked step by step, Wilson interval; the students learn from every right answer, whatever its steps",
-        None,
-        f'grep -o \'"steps": *"[a-z]*"\' {artifact(found, "distill")}/traces/cold_start.jsonl | sort | uniq -c',
-    )
-
-
-def _share(traces: Mapping[str, Any]) -> float | None:
-    return traces["steps_right"] / traces["checked"] if traces["checked"] else None
-
-
-def compared(found: Content) -> list[dict[str, Any]]:
-    """The algorithms with all that is told of each, in the table's order. verdict: beside the baseline."""
-    how = found["comparison"]
-    both = zip(found["algorithms"], how["algorithms"], strict=True)
-    return [{**one, **beside, "verdict": _verdict(how, beside)} for one, beside in both]
-
-
-def _verdict(how: Mapping[str, Any], one: Mapping[str, Any]) -> str:
-    if one["name"] == how["baseline"]:
-        return "baseline"
-    if one["name"] in how["undecided"]:
-        return "undecided"
-    return "better" if one["difference_low"] > 0 else "worse"
-
-
-def undecided(found: Content) -> str:
-    """Which algorithms could not be told from the baseline, as a sentence."""
-    how = found["comparison"]
-    if not how["undecided"]:
-        return f"Every algorithm was told from the baseline, {how['baseline']}."
-    return f"Undecided, as they could not be told from the baseline {how['baseline']}: {listed(how['undecided'])}."
-
-
-def spent(found: Content) -> str:
-    """What was equal, and what was not."""
-    costs = [one["cpu_s"] for one in found["comparison"]["algorithms"]]
-    took = f"a run took {seconds(min(costs))} to {seconds(max(costs))} of CPU in the mean"
-    return f"At {EQUAL[found['comparison']['equal']]}; {took}."
-
-
-def _compared(found: Content) -> Iterator[dict[str, Any]]:
-    if not found["algorithms"]:
-        return
-    rows = compared(found)
-    default = next(one["name"] for one in rows if one["default"])
-    each = [
-        f"{one['name']} {points(one['gain'])} ({range_of(one)}, {plural(one['seeds'], 'seed')}, "
-        f"{seconds(one['cpu_s'])} of CPU, {one['verdict']})"
-        for one in sorted(rows, key=lambda one: -one["gain"])
-    ]
-    yield row(
-        "measured",
-        f"{len(rows)} algorithms were compared at {EQUAL[found['comparison']['equal']]}; {default} is the default",
-        f"gain in thinking accuracy, in points (95% over seeds; CPU seconds of a run, mean): {listed(each)}. "
-        f"{undecided(found)} The rule, written before: {found['comparison']['rule']}",
-        None,
-        f"cat {artifact(found, 'compare')}/algorithms.json",
-    )
-
-
 # --- sentences ---------------------------------------------------------------------------------------------------
 
 
 def story(found: Content) -> Iterator[str]:
     """Sentences of the verdict."""
-    gain, students = found["reinforce"], found["students"]
+    gain = found["reinforce"]
     if gain is not None:
         yield (
-            f"Reinforcement took its {_mode(gain['mode'])} from {percent(gain['before'])} to {percent(gain['after'])} "
+            f"Reinforcement took its {called(gain['mode'])} from {percent(gain['before'])} to {percent(gain['after'])} "
             f"of the same {gain['n']} problems: "
             f"{points(gain['after'] - gain['before'])} points (95%: {range_of(gain)}; one seed)."
         )
-    if students:
-        teacher = found["traces"]["teacher"]
-        yield (
-            f"{_of(keeping(students, teacher), students)} keep at least {KEEPS:.0%} of the teacher's "
-            f"{percent(teacher)}; {ahead(students)} solve more than their controls, which had no teacher (one seed)."
-        )
-
-
-def stand_ins(found: Content) -> Iterator[str]:
-    """What the students are a rehearsal of."""
-    students = found["students"] or ()
-    if places := _places(students):
-        yield f"The students, dense models with {_sizes(students)} parameters: {places}"
+    yield from students.story(found)
 
 
 # --- the terminal ------------------------------------------------------------------------------------------------
@@ -428,36 +206,3 @@ def reinforce_lines(found: Content) -> Iterator[str]:
     if gain["gap_max"] is not None:
         allowed = "" if gain["gap_bound"] is None else f", {scientific(gain['gap_bound'])} allowed"
         yield f"sampler against learner   within {scientific(gain['gap_max'])} nats a token{allowed}"
-
-
-def student_lines(found: Content) -> Iterator[str]:
-    """Each student beside its control, and what the traces are worth."""
-    students, traces = found["students"], found["traces"]
-    if not students:
-        return
-    teacher = traces["teacher"]
-    yield (
-        f"{keeping(students, teacher)} of {len(students)} keep {KEEPS:.0%} of the teacher's {percent(teacher)}; n "
-        f"{students[0]['n']} each, one seed"
-    )
-    for one in students:
-        yield (
-            f"{one['name']:<9}{one['params']:>9,}  {percent(solved(one)):>6}  control "
-            f"{percent(one['control']):>6}  {points(solved(one) - one['control']):>5} {bracket(one)}"
-        )
-    steps = f"; steps right in {percent(_share(traces))} [{interval(traces).replace(' to ', ', ')}]"
-    yield f"traces: {traces['right']:,} right of {traces['asked']:,} asked{steps if traces['checked'] else ''}"
-
-
-def algorithm_lines(found: Content) -> Iterator[str]:
-    """Each algorithm's gain over seeds, what it cost, and how the default follows."""
-    if not found["algorithms"]:
-        return
-    for one in compared(found):
-        yield (
-            f"{one['name']:<10}{points(one['gain']):>6} points {bracket(one)}  {plural(one['seeds'], 'seed')}  "
-            f"{seconds(one['cpu_s'])} CPU  {'default' if one['default'] else one['verdict']}"
-        )
-    yield spent(found)
-    yield undecided(found)
-    yield found["comparison"]["rule"]

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ottava.console import reasoning
+from ottava.console import algorithms, reasoning, students
 from ottava.console.words import listed, percent, plural, scientific, seconds, short
 
 Content = Mapping[str, Any]
@@ -21,8 +21,8 @@ def text(content: Content) -> str:
     head = f"{content['recipe']}: {content['status']}, {seconds(content['seconds'])} of work, seed {content['seed']}"
     blocks = (
         ("accuracy", _accuracy), ("fallback", _fallback), ("go/no-go", _go_no_go),
-        ("reinforce", reasoning.reinforce_lines), ("students", reasoning.student_lines),
-        ("algorithms", reasoning.algorithm_lines), ("weights", _weights), ("labels", _labels), ("served", _served),
+        ("reinforce", reasoning.reinforce_lines), ("students", students.lines),
+        ("algorithms", algorithms.lines), ("weights", _weights), ("labels", _labels), ("served", _served),
         ("rehearsal", _rehearsal), ("claims", _claims),
     )  # fmt: skip
     lines = [head, "", *(line for said in content["verdict"] for line in textwrap.wrap(said, WIDTH)), ""]

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from ottava.console.reasoning import KEEPS, keeping
+from ottava.console.students import KEEPS, keeping
 from ottava.console.words import bracket, points
 
 BYTES = "bytes"

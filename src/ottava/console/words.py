@@ -70,3 +70,8 @@ def plural(count: int, noun: str) -> str:
 def listed(items: list[str]) -> str:
     """a; a and b; a, b and c."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
+
+
+def called(mode: str) -> str:
+    """What a model does in a mode, as the object or the manner of a sentence."""
+    return {"thinking": "thinking", "direct": "answering directly"}[mode]

@@ -23,6 +23,7 @@ from ottava.artifact import digest_of
 from ottava.engine.evaluate import well_formed
 from ottava.engine.generate import ThinkBudget
 from ottava.engine.rollout import InProcess, Sampling
+from ottava.engine.room import lacking
 from ottava.errors import DataError
 from ottava.models.chat import Chat
 from ottava.models.load import load
@@ -268,11 +269,8 @@ class _Asking:
         prompts = self.chat.prompts(self._questions, thinking)
         longest = max(map(len, prompts))
         room = self.engine.context - longest
-        if room < 1:
-            raise DataError(
-                f"a question has {longest} ids, the model's context holds {self.engine.context}",
-                fix="ask shorter questions: --levels chooses among a task's",
-            )
+        if (wrong := lacking(self.terms.max_new or 1, self.engine.context, longest)) is not None:
+            raise DataError(wrong[0], fix=wrong[1])
         assert self.chat.think_end is not None or budget is None
         think = None if budget is None else ThinkBudget(self.chat.think_end or 0, budget)
         max_new = self.terms.max_new or min(LIMIT, room)

@@ -23,6 +23,7 @@ from ottava.engine import bare
 from ottava.engine.bare import Decoder
 from ottava.engine.generate import PAD, Cached, ThinkBudget
 from ottava.engine.handoff import Handoff, offer
+from ottava.engine.room import lacking
 from ottava.engine.sampling import Chosen, sample, uniform
 from ottava.errors import DataError
 
@@ -221,11 +222,8 @@ class InProcess:
                     f"row {row} has the id {min(ids) if min(ids) < 0 else max(ids)}",
                     fix=f"the model's ids are 0 to {self.vocabulary - 1}: does the tokenizer belong to it?",
                 )
-            if len(ids) + more > self.context:
-                raise DataError(
-                    f"row {row} has {len(ids)} ids and {more} may follow, the context holds {self.context}",
-                    fix="shorter prompts, or a smaller max_new",
-                )
+            if (wrong := lacking(more, self.context, len(ids))) is not None:
+                raise DataError(f"row {row}: {wrong[0]}", fix=wrong[1])
 
 
 def _generate(decoder: Decoder, out: _Out, group: list[int], seed: int) -> None:

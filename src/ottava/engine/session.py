@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ottava.engine.generate import ThinkBudget, step
+from ottava.engine.room import lacking
 from ottava.engine.sampling import choose, uniform
 from ottava.errors import DataError, ResourceError
 from ottava.models.chat import Chat, Detokeniser
@@ -165,8 +166,8 @@ class Engine:
         """
         if not ids:
             raise DataError("the prompt is empty")
-        if len(ids) >= self.context:
-            raise DataError(f"the prompt has {len(ids)} tokens, the model's context holds {self.context}")
+        if (wrong := lacking(1, self.context, len(ids))) is not None:
+            raise DataError(wrong[0])
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         cache = DynamicCache(config=self.model.config)
         job = Job(ids, sampling, deliver, seed, cache, thinking=sampling.think is not None)

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ottava import recipe, tasks
@@ -59,6 +59,26 @@ RULE = (
 )
 
 
+_UNSUPERVISED = (
+    "fault", "audit", "spike", "restarts", "hang_s", "hang_least_s", "leave_stragglers", "checkpoint_every", "drift",
+    "go_no_go",
+)  # fmt: skip
+_WHOLE = "it is the whole stage's; say it beside arms"
+_NONE_OF_IT = {
+    **dict.fromkeys(_UNSUPERVISED, "a trial has no supervisor: one that is cut off is done again; leave it out"),
+    "budget_s": _WHOLE, "pool": _WHOLE,
+    "min_thinking": "the table has no verdict; leave it out",
+}  # fmt: skip
+"""Keys of a trial's section that nothing would read, and why."""
+
+_NOT_BY_STARTS = {
+    **_NONE_OF_IT,
+    "harvest": "a cold start learns from the label artifact's traces; leave it out",
+    "lora": "a cold start begins from random weights; say lora in reinforce, for adapters on what it made",
+    "max_new": "replies are evaluated as long as their questions allow; leave it out",
+}
+
+
 Change = Annotated[dict[str, Any], Part(ReinforceSpec)]
 
 
@@ -68,6 +88,18 @@ class Arm(Frozen):
     name: Name
     change: Annotated[Change, Field(default_factory=dict)]
     tries: Annotated[tuple[Change, ...], Field(min_length=1)] = ({},)
+
+    @field_validator("change", mode="before")
+    @classmethod
+    def _heard(cls, said: Any) -> Any:
+        return recipe.unused(said, _NONE_OF_IT, "change")
+
+    @field_validator("tries", mode="before")
+    @classmethod
+    def _each_heard(cls, said: Any) -> Any:
+        for index, one in enumerate(said if isinstance(said, list | tuple) else ()):
+            recipe.unused(one, _NONE_OF_IT, "tries", (index,))
+        return said
 
 
 ARMS = tuple(Arm(name=loss, change={"policy": {"loss": loss}}) for loss in ("grpo", "dr_grpo", "dapo", "gspo", "cispo"))
@@ -95,6 +127,16 @@ class Spec(recipe.Spec):
     ] = "rows"
     search: Search | None = None
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _of_starts(cls, said: Any) -> Any:
+        return recipe.unused(said, _NOT_BY_STARTS, "train")
+
+    @field_validator("reinforce", mode="before")
+    @classmethod
+    def _of_all(cls, said: Any) -> Any:
+        return recipe.unused(said, _NONE_OF_IT, "reinforce")
+
     @model_validator(mode="after")
     def _consistent(self) -> Spec:
         names = [arm.name for arm in self.arms]
@@ -121,7 +163,8 @@ class Spec(recipe.Spec):
             what = f"a seed's cold start is to have {self.cold_start} traces, and the stage 'label' makes {there}"
             return ("cold_start",), what, "raise label.cold_start, or lower compare.cold_start"
         asked = [self.asked(change) for arm in self.arms for change in self.changes(arm)]
-        found = next(filter(None, (one.unfit(before, CONTEXT) for one in asked)), None)
+        model = self.train.shape.config(0)
+        found = next(filter(None, (one.unfit(before, model) for one in asked)), None)
         return found and (("reinforce", *found[0]), *found[1:])
 
     def changes(self, arm: Arm) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, computed_field, model_validator
 
+from ottava import recipe
 from ottava.artifact import Artifact, file_digest, write_json
 from ottava.checkpoint.source import Source, folder_of
 from ottava.context import Context
@@ -46,6 +47,12 @@ class Spec(Source):
         if self.calibration is not None and not Path(self.calibration).expanduser().is_file():
             raise ValueError(f"calibration: no such file: {self.calibration}")
         return self
+
+    def unmet(self, name: str, stages: Mapping[str, recipe.Spec]) -> tuple[tuple[str, ...], str, str] | None:
+        if self.source is None or self.package is not None or Path(self.source).expanduser().is_dir():
+            return None
+        fix = "name a Hugging Face folder, or package:NAME; without it, the model that the recipe makes is converted"
+        return ("source",), f"there is no such folder: {self.source}", fix
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, computed_field, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field, computed_field, field_validator, model_validator
 
 from ottava import recipe
 from ottava.artifact import Artifact, write_json
@@ -32,7 +31,7 @@ from ottava.recipe import Frozen, Name
 from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
 from ottava.tasks.statistics import paired
-from ottava.trainer import asking
+from ottava.trainer import asking, coming
 from ottava.trainer.rl_spec import OnPolicySpec
 from ottava.trainer.spec import CONTEXT, Dense, FineTuning, Harvest, TrainSpec
 from ottava.trainer.supervised import Fault, Positive, Supervised
@@ -123,12 +122,7 @@ class Spec(FineTuning):
     @field_validator("on_policy", mode="before")
     @classmethod
     def _of_its_own(cls, said: Any) -> Any:
-        for key in IGNORED if isinstance(said, dict) else ():
-            if key in said:
-                what = PydanticCustomError("value_error", "it would be ignored: {why}", {"why": IGNORED[key]})
-                details = InitErrorDetails(type=what, loc=(key,), input=said)
-                raise ValidationError.from_exception_data("on_policy", [details])
-        return said
+        return recipe.unused(said, IGNORED, "on_policy")
 
     @model_validator(mode="after")
     def _whole(self) -> Spec:
@@ -164,11 +158,26 @@ class Spec(FineTuning):
             found = self._unable(student, "problems" in stages)
             if found is not None:
                 return ("students",), f"the student {student.name!r} {found[0]}", found[1]
-        if self.on_policy is None:
-            return None
-        tiny = "start" not in stages and all(student.start is None for student in self.students)
-        unfit = self.on_policy.unfit(recipe.earlier(name, stages), CONTEXT if tiny else None)
-        return unfit and (("on_policy", *unfit[0]), *unfit[1:])
+        before = recipe.earlier(name, stages)
+        teacher = coming.so_far(before)
+        wrong = coming.too_long(self.limit, teacher)
+        for student in self.students:
+            config = self._known(student, teacher)
+            unfit = None if self.on_policy is None else self.on_policy.unfit(before, config)
+            wrong = (
+                wrong
+                or coming.too_long(self.limit, config)
+                or coming.unadaptable(self.lora, config)
+                or (unfit and (("on_policy", *unfit[0]), *unfit[1:]))
+            )
+        return wrong
+
+    def _known(self, student: Student, teacher: coming.Config | None) -> coming.Config | None:
+        """What is known of a student's config: its start's, or its shape's with the context of whose words it has."""
+        if student.shape is None:
+            return coming.of_source(str(student.start))
+        context = CONTEXT if student.tokenizer is not None else coming.context_of(teacher)
+        return {**student.shape.config(0), "max_position_embeddings": context}
 
     def _unable(self, student: Student, answers_alone: bool) -> tuple[str, str] | None:
         """What is wrong with a student, and how to mend it."""
@@ -197,11 +206,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Harvest, then train and evaluate each student and its control."""
     label, teacher = inputs["label"], inputs["model"]
     _same_ids(spec, inputs, ctx)
-    if spec.on_policy is not None:
-        for student in spec.students:
-            chat = _chat(student, inputs, ctx)
-            context = CONTEXT if student.tokenizer else read_config(chat).get("max_position_embeddings")
-            asking.check(spec.on_policy, label.path, chat, context, f"{ctx.stage}.on_policy")
+    _able(spec, inputs, ctx)
     traces = ctx.out / "traces"
     ctx.progress(0.0, "asking the teacher")
     reached = _reached(spec, teacher, label, ctx)
@@ -223,7 +228,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     summary = {"steps": spec.steps, "teacher": reached, "traces": counts, "students": rows}
     if spec.mode != "thinking":
         summary["mode"] = spec.mode
-    best = max(row["kept"] for row in rows)
+    best = max((row["on_policy"] or row)["kept"] for row in rows)  # of the models that come out
     reason = f"the best student keeps {best:.1%} of the teacher, and min_kept is {spec.min_kept:.1%}"
     good = best >= spec.min_kept
     return ctx.commit({**summary, **({} if good else {"reason": reason})}, verdict=good)
@@ -268,6 +273,21 @@ def _same_ids(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> None:
                 where=f"{ctx.stage}.on_policy.divergence",
                 fix="set it to {kind: alm} or {kind: uld}",
             )
+
+
+def _able(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> None:
+    """See that the teacher and every student can be asked, and adapted. Those who read alike are looked at once."""
+    label, teacher = inputs["label"].path, inputs["model"].file("model")
+    asking.check_replies(spec, label, teacher, coming.context_of(read_config(teacher)), ctx.stage)
+    readers = {student.start or student.tokenizer: student for student in spec.students}
+    for student in readers.values():
+        chat = _chat(student, inputs, ctx)
+        config = {"max_position_embeddings": CONTEXT} if student.tokenizer else read_config(chat)
+        if student.start is not None:
+            coming.require(coming.unadaptable(spec.lora, config), ctx.stage)
+            asking.check_replies(spec, label, chat, coming.context_of(config), ctx.stage)
+        if spec.on_policy is not None:
+            asking.check(spec.on_policy, label, chat, coming.context_of(config), f"{ctx.stage}.on_policy")
 
 
 def _learn(
@@ -373,14 +393,30 @@ def _row(
         "control": control["value"],
         "low": both.low,
         "high": both.high,
-        "kept": round(own["value"] / teacher, 4) if teacher else 0.0,
+        "kept": _kept(own, teacher),
         "n": both.n,
-        "on_policy": found["on_policy"][modes[0]]["value"] if "on_policy" in found else None,
+        "on_policy": _went_on(own, found["on_policy"][modes[0]], teacher) if "on_policy" in found else None,
         "direct": found["student"]["direct"]["value"],
         "control_direct": found["control"]["direct"]["value"],
         **({} if modes == ("thinking", "thinking") else {"mode": modes[0], "control_mode": modes[1]}),
+        **({"control_thinking": found["control"]["thinking"]["value"]} if _also_thinks(found, modes) else {}),
         **({} if "before" not in found else _since(student, found["before"][modes[0]], own)),
     }
+
+
+def _kept(own: Mapping[str, Any], teacher: float) -> float:
+    """The share of the teacher's accuracy, on the same problems in the same mode with as long a reply."""
+    return round(own["value"] / teacher, 4) if teacher else 0.0
+
+
+def _went_on(before: Mapping[str, Any], after: Mapping[str, Any], teacher: float) -> dict[str, Any]:
+    """What a student's own replies brought: its accuracy before and after, the paired interval, and what it keeps."""
+    return {**proofs.gain(before, after), "kept": _kept(after, teacher)}
+
+
+def _also_thinks(found: Mapping[str, Mapping[str, Any]], modes: tuple[Mode, Mode]) -> bool:
+    """Whether a control that is asked directly was asked with thinking on as well, as its student is."""
+    return modes == ("thinking", "direct") and "thinking" in found["control"]
 
 
 def _since(student: Student, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

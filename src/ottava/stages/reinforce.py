@@ -18,7 +18,7 @@ from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
 from ottava.tasks import verify
 from ottava.tasks.base import problem_of, read_lines
-from ottava.trainer import asking, curriculum, heldout
+from ottava.trainer import asking, coming, curriculum, heldout
 from ottava.trainer.rl_spec import ReinforceSpec
 
 VERSION = "1"
@@ -34,7 +34,9 @@ def run(spec: ReinforceSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Ar
     model = ctx.out / "model"
     shutil.copytree(came, model, ignore=shutil.ignore_patterns(*OF_ITS_WEIGHTS))
     max_new = spec.rollout.max_new if spec.mode == "direct" else None
-    asking.check(spec, label.path, came, read_config(came).get("max_position_embeddings"), ctx.stage)
+    config = read_config(came)
+    coming.require(coming.unadaptable(spec.lora, config), ctx.stage)
+    asking.check(spec, label.path, came, coming.context_of(config), ctx.stage)
     heldout.check(spec, label.path, came)
     _trusted(label, ctx)
     before = proofs.evaluate(ctx, came, label, ctx.pool, max_new)

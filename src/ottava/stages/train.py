@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from typing import Any
 
 from ottava.artifact import Artifact, write_json
+from ottava.checkpoint.layouts import read_config
 from ottava.checkpoint.source import OF_ITS_WEIGHTS
 from ottava.context import Context
-from ottava.errors import RecipeError
 from ottava.labels import harvest
 from ottava.models.chat import write_tiny
 from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
-from ottava.trainer import heldout
-from ottava.trainer.spec import Harvest, TrainSpec
+from ottava.trainer import asking, coming, heldout
+from ottava.trainer.spec import TrainSpec
 
 VERSION = "1"
 INPUTS = ("?@model", "?start", "@label")
@@ -32,16 +31,16 @@ Spec = TrainSpec
 
 def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Train, prove, evaluate, export."""
-    label, so_far = inputs["label"], inputs.get("model")
-    came = so_far if spec.harvest is None else inputs.get("start")  # on its own replies a model learns from the start
-    if came is None and spec.lora is not None:
-        fix = "add a `start` stage, or leave lora out"
-        raise RecipeError("adapters (lora) need a model to begin from", where=f"{ctx.stage}.lora", fix=fix)
+    label = inputs["label"]
+    came = inputs.get("model" if spec.harvest is None else "start")  # on its own replies a model learns from the start
     model, content = ctx.out / "model", [label.digest]
     base = {"spec": spec.model_dump(mode="json"), "seed": ctx.seed, "data": str(label.path), "chat": str(model)}
     if came is None:
         write_tiny(model, label.json(VOCABULARY))
     else:
+        config = read_config(came.file("model"))
+        coming.require(coming.unadaptable(spec.lora, config), ctx.stage)
+        asking.check_replies(spec, label.path, came.file("model"), coming.context_of(config), ctx.stage)
         shutil.copytree(came.file("model"), model, ignore=shutil.ignore_patterns(*OF_ITS_WEIGHTS))
         base |= {"start_model": str(came.file("model"))}
         content.append(came.digest)
@@ -52,7 +51,8 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
         write_json(ctx.out / "before.json", {**before, "pool": ctx.pool.name})
     harvested = None
     if spec.harvest is not None:
-        harvested = _harvested(spec.harvest, spec, so_far, label, ctx)
+        ctx.progress(0.0, "asking the model so far")
+        harvested = harvest.collect(spec.harvest, inputs["model"], label, ctx, ctx.out / "traces", spec)
         base |= {"data": str(ctx.out / "traces")}
         content.append(inputs["model"].digest)
     base["content"] = content
@@ -70,14 +70,3 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
     }
     reason = proofs.reason(spec.min_thinking, carried.proof, last, spec.mode)
     return ctx.commit({**summary, **({"reason": reason} if reason else {})}, verdict=reason is None)
-
-
-def _harvested(
-    asked: Harvest, spec: TrainSpec, so_far: Artifact | None, label: Artifact, ctx: Context
-) -> dict[str, Any]:
-    """What the model so far says rightly, in the folder `traces`, and how much that is."""
-    if so_far is None:
-        fix = "put it into a later round (train-2), or leave harvest out"
-        raise RecipeError("there is no model yet whose replies could be learnt from", where=ctx.stage, fix=fix)
-    ctx.progress(0.0, "asking the model so far")
-    return harvest.collect(asked, so_far, label, ctx, ctx.out / "traces", spec)

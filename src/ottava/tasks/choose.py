@@ -96,11 +96,14 @@ def estimates(
     return found
 
 
+Share = Annotated[float, Field(ge=1e-6, le=1e6)]  # beside the others of its stretch; their sum is a number
+
+
 class Stretch(Frozen):
     """Until this share of the run, these levels are asked, with these weights."""
 
     until: Annotated[float, Field(gt=0, le=1)]
-    levels: Annotated[dict[int, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    levels: Annotated[dict[int, Share], Field(min_length=1)]
 
 
 class Schedule(Frozen):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from ottava.engine.room import lacking
 from ottava.errors import DataError
 from ottava.models.chat import Chat
 from ottava.tasks.base import problem_of, read_lines, task_of
 from ottava.trainer.rl_spec import ReinforceSpec
+from ottava.trainer.spec import FineTuning
 
 
 def check(spec: ReinforceSpec, data: Path, chat: Path, context: int | None, key: str) -> None:
@@ -24,12 +27,26 @@ def check(spec: ReinforceSpec, data: Path, chat: Path, context: int | None, key:
         field, what, fix = missing
         raise DataError(what, where=f"{key}.{field}, {data / 'answers.jsonl'}", fix=fix)
     asked = [task.prompt(problem) for problem in problems if problem.steps in (spec.levels or there)]
-    longest = max(map(len, Chat.load(chat).prompts(asked, spec.mode == "thinking")))
-    if context is not None and longest + spec.rollout.max_new > context:
-        left = context - longest
-        raise DataError(
-            f"a question has up to {longest} ids and its reply {spec.rollout.max_new}, and the model's context holds "
-            f"{context}",
-            where=f"{key}.rollout.max_new",
-            fix=f"max_new: {left} or less" if left > 0 else "shorter questions (other levels), or a longer context",
-        )
+    _fit(asked, spec.mode, spec.rollout.max_new, chat, context, f"{key}.rollout.max_new")
+
+
+def check_replies(how: FineTuning, data: Path, chat: Path, context: int | None, key: str) -> None:
+    """Whether replies fit behind the questions that a model is evaluated on and, where it is harvested, learnt from.
+
+    As `check`. Where no length is said, replies are as long as their questions allow.
+    """
+    if how.limit is None or context is None:
+        return
+    names = ("answers.jsonl", "test.jsonl", "test_one_step.jsonl")
+    lines = [line for name in names if (data / name).exists() for line in read_lines(data / name)]
+    task = task_of(lines)
+    _fit([task.prompt(problem_of(line)) for line in lines], how.mode, how.limit, chat, context, f"{key}.max_new")
+
+
+def _fit(asked: Sequence[str], mode: str, reply: int, chat: Path, context: int | None, where: str) -> None:
+    """Raise DataError where a reply does not fit behind the longest question."""
+    if context is None:
+        return
+    longest = max(map(len, Chat.load(chat).prompts(asked, mode == "thinking")))
+    if (wrong := lacking(reply, context, longest)) is not None:
+        raise DataError(wrong[0], where=where, fix=wrong[1])

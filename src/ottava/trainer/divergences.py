@@ -59,6 +59,14 @@ def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float
     return beta * _kl(theirs, mixture) + (1 - beta) * _kl(ours, mixture)
 
 
+def furthest(teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """What KL(S, T) of no student is above, in nats: logits [..., V] -> [...], -log of the teacher's least probability.
+
+    KL(S, T) is a mean over S of -log T, less the entropy of S.
+    """
+    return -_log_softmax(teacher, temperature).amin(-1)
+
+
 def uld(
     student: Tensor,
     teacher: Tensor,

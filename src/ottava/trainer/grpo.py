@@ -9,7 +9,7 @@ restart changes a bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -193,7 +193,7 @@ class Grpo(Objective):
         bound = {"gap_bound": self._floor.most} if math.isfinite(self._floor.most) else {}
         return _about(self._now.facts.values()) | bound
 
-    def kind(self, step: int) -> None:
+    def kind(self, step: int) -> Hashable:
         return None
 
     def balances(self, step: int) -> bool:

@@ -90,19 +90,45 @@ def check_finite(values: Sequence[float], sound: Sequence[bool], where: str) -> 
 def check_spike(loss: float, recent: Sequence[float], spec: Spike, where: str, guessing: float = math.inf) -> None:
     """Raise the Alarm of a loss far above that of guessing, or above the median of the recent ones of its kind.
 
-    recent: losses of batches like this one; while they are too few, only `guessing` is a bound, the logarithm of the
-    vocabulary's size: a curriculum that opens a harder kind of problem is no fault.
+    recent: losses of batches like this one, the last of which count; while they are too few, only `guessing` is a
+    bound, the logarithm of the vocabulary's size: a curriculum that opens a harder kind of problem is no fault.
     """
+    recent = list(recent)[-spec.window :]
     if loss > guessing + spec.nats:
         raise Alarm("spike", f"the loss of {where} is {loss:.4f}, and guessing would give {guessing:.4f}")
     if len(recent) < spec.window:
         return
-    middle = statistics.median(recent)
-    spread = statistics.median(abs(value - middle) for value in recent)
+    middle, spread = _middle(recent)
     if loss > middle + max(spec.nats, spec.spreads * spread):
         raise Alarm(
             "spike", f"the loss of {where} is {loss:.4f}, and the median of the last {len(recent)} {middle:.4f}"
         )
+
+
+def check_drawn(loss: float, recent: Sequence[float], spec: Spike, where: str, most: float = math.inf) -> None:
+    """Raise the Alarm of a divergence that no student can have, or of a student that keeps drifting from its teacher.
+
+    The text is the student's own. It may begin as far from its teacher as it likes, and one reply that the teacher
+    would never give can outweigh all the others of a step: neither guessing nor the step before bounds a single loss.
+    What bounds it is `most`, by the divergence itself; and what no draw explains is a whole window whose median lies as
+    far above that of the window before, or of as much as there was, as a spike above the median; of the two windows'
+    spreads the larger counts. recent: as for `check_spike`, oldest first.
+    """
+    if loss > most + spec.nats:
+        raise Alarm("spike", f"the loss of {where} is {loss:.4f}, and no student can have more than {most:.4f}")
+    known = [*recent, loss][-2 * spec.window :]
+    if len(known) <= spec.window:
+        return
+    (before, first), (now, last) = (_middle(part) for part in (known[: -spec.window], known[-spec.window :]))
+    if now > before + max(spec.nats, spec.spreads * max(first, last)):
+        what = f"the median loss of the {spec.window} steps up to {where} is {now:.4f}"
+        raise Alarm("spike", f"{what}, and that of the {len(known) - spec.window} before {before:.4f}")
+
+
+def _middle(losses: Sequence[float]) -> tuple[float, float]:
+    """Their median, and the median of their distances from it."""
+    middle = statistics.median(losses)
+    return middle, statistics.median(abs(value - middle) for value in losses)
 
 
 def outliers(losses: Sequence[float]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Everything that may be wrong with a comparison is found here, before training be
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,11 @@ TEST = "test.jsonl"
 
 KEY = "go_no_go"  # of whichever stage
 
-RUN_MODELS = ("convert", "reinforce-2", "train-2", "reinforce", "train", "start")
-"""Stages that make the model of a run, the last one first."""
+RUN_MODELS = ("start", "train", "reinforce", "convert")
+"""Stages that make the model of a run, in their order within a round; what is converted is the last of all rounds."""
+
+
+_MADE = re.compile(rf"(?P<stage>{'|'.join(RUN_MODELS)})(-(?P<round>[0-9]+))?-[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,19 @@ def model_folder(name: str) -> Path:
     for place in (folder, folder / "model"):
         if (place / "config.json").is_file():
             return place.resolve()
-    for stage in RUN_MODELS:
-        made = re.compile(rf"{stage}-[0-9a-f]+")  # `train-*` would take the artifacts of train-2, too
-        found = folder.glob(f"artifacts/{stage}-*/model/config.json")
-        models = sorted(config.parent for config in found if made.fullmatch(config.parts[-3]))
+    made: defaultdict[tuple[bool, int, int], list[Path]] = defaultdict(list)
+    for config in sorted(folder.glob("artifacts/*/model/config.json")):
+        if (found := _MADE.fullmatch(config.parts[-3])) is not None:
+            order, number = RUN_MODELS.index(found["stage"]), int(found["round"] or 1)
+            made[order == len(RUN_MODELS) - 1, number, order].append(config.parent)
+    if made:
+        last = max(made)
+        models = made[last]
         if len(models) == 1:
             return models[0].resolve()
-        if models:
-            what = f"the run of the baseline has {len(models)} models of the stage {stage!r}"
-            raise CheckpointError(what, where=folder, fix=f"name one of them, such as {models[-1]}")
+        stage = RUN_MODELS[last[2]] + (f"-{last[1]}" if last[1] > 1 else "")
+        what = f"the run of the baseline has {len(models)} models of the stage {stage!r}"
+        raise CheckpointError(what, where=folder, fix=f"name one of them, such as {models[-1]}")
     what = "there is no model of the baseline" if folder.is_dir() else "there is no such baseline"
     raise CheckpointError(what, where=folder, fix=f"let {KEY}.baseline name a folder with config.json and safetensors")
 

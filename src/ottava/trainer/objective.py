@@ -6,6 +6,7 @@ holds nothing that a restart could lose: what it returns is a function of the mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 
 
 class Objective(Protocol):
-    """columns: names of the sums over shards that travel with the gradient; the first is the loss that is judged."""
+    """columns: names of the sums over shards that travel with the gradient; the first is the loss that is judged.
+
+    drawn: whether that loss is how far the model is from another one on its own draws, and not a surprise at what it
+    was given: then single losses cannot be compared (`guard.check_drawn`).
+    """
+
+    drawn: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]: ...
@@ -54,6 +61,10 @@ class Objective(Protocol):
 
     def kind(self, step: int) -> Hashable:
         """Losses of steps of one kind are compared with each other."""
+
+    def most(self, sums: Mapping[str, float], words: int) -> float:
+        """What the loss of a sound step is hardly above: guessing among so many words. sums: the step's columns."""
+        return math.log(words)
 
     def balances(self, step: int) -> bool:
         """Whether the routers' bias, where it is not frozen, moves at the end of a step."""

@@ -8,7 +8,8 @@ A teacher with another tokenizer is asked at the same text in its own ids (`cros
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from ottava.tasks import Problem
 from ottava.tasks.base import Task
 from ottava.trainer import crossing
 from ottava.trainer.crossing import Reading
-from ottava.trainer.divergences import Chunk, alm, gkd, uld
+from ottava.trainer.curriculum import begins
+from ottava.trainer.divergences import Chunk, alm, furthest, gkd, uld
 from ottava.trainer.groups import Groups
 from ottava.trainer.grpo import Grpo, Place
 from ottava.trainer.losses import Scale
@@ -33,10 +35,12 @@ from ottava.trainer.rl_spec import OnPolicySpec
 class OnPolicy(Grpo):
     """teacher: a model which nothing trains. reader: its tokenizer and template, or None where they are the student's.
 
-    `divergence` is told in nats an id (gkd) or a chunk (alm), or as the mean distance of replies (uld).
+    `divergence` is told in nats an id (gkd) or a chunk (alm), or as the mean distance of replies (uld); `most` is what
+    it cannot be above where the teacher alone says so (`divergences.furthest`), else 0.
     """
 
-    columns = ("divergence",)
+    columns = ("divergence", "most")
+    drawn = True
 
     def __init__(
         self,
@@ -74,6 +78,22 @@ class OnPolicy(Grpo):
         generation = {"generation": step // self.spec.every, **self._about()}
         return {"loss": round(sums["divergence"], 6), **generation, **self._covered()}
 
+    def kind(self, step: int) -> Hashable:
+        """Losses of one stretch of the curriculum are compared: another asks for other replies."""
+        curriculum = self.spec.curriculum
+        done = begins(self.spec, step // self.spec.every)
+        return None if curriculum is None else next((s.until for s in curriculum.stretches if done < s.until), None)
+
+    def most(self, sums: Mapping[str, float], words: int) -> float:
+        how = self._divergence
+        if how.kind == "uld":
+            return 2.0  # the L1 distance of two distributions
+        if how.kind == "alm" or how.beta == 0:
+            return math.inf  # it is large where the student gives no probability, and nothing bounds that
+        if how.beta == 1:
+            return sums["most"]
+        return -how.beta * math.log(how.beta) - (1 - how.beta) * math.log1p(-how.beta)  # entropy of the mixture's coin
+
     def _covered(self) -> dict[str, float]:
         """The share of the generation's ids that the teacher could be asked about, where it has a tokenizer."""
         facts = self._now.facts.values()
@@ -90,16 +110,21 @@ class OnPolicy(Grpo):
     ) -> tuple[Tensor, Tensor]:
         mask, _ = self._counted(record.rollouts, rows, record.old[rows])
         if self._divergence.kind == "gkd":
-            loss = self._of_ids(model, record.rollouts, rows, mask, scale)
+            loss, most = self._of_ids(model, record.rollouts, rows, mask, scale)
         else:
             loss = self._of_text(model, record, rows, mask, scale)
-        return loss, loss.detach()[None]
+            most = torch.zeros_like(loss)
+        return loss, torch.stack([loss.detach(), most])
 
-    def _of_ids(self, model: nn.Module, rollouts: Rollouts, rows: Tensor, mask: Tensor, scale: Scale) -> Tensor:
+    def _of_ids(
+        self, model: nn.Module, rollouts: Rollouts, rows: Tensor, mask: Tensor, scale: Scale
+    ) -> tuple[Tensor, Tensor]:
         own, how = self._logits(model, rollouts, rows), self._divergence
         with torch.no_grad():
             its = self._logits(self._teacher, rollouts, rows, own=False)[..., : own.shape[-1]]
-        return gkd(own, its, mask.to(own.device), scale.tokens, beta=how.beta, temperature=how.temperature)
+            counting = mask.to(own.device)
+            most = furthest(its[counting], how.temperature).sum() / max(scale.tokens, 1)
+        return gkd(own, its, counting, scale.tokens, beta=how.beta, temperature=how.temperature), most
 
     def _of_text(self, model: nn.Module, record: Record, rows: Tensor, mask: Tensor, scale: Scale) -> Tensor:
         reading, how = self._reading(record.rollouts, record.problems), self._divergence

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ottava.recipe import Frozen, Spec, earlier
 from ottava.tasks.choose import Schedule
-from ottava.trainer.spec import CONTEXT
+from ottava.trainer import coming
 from ottava.trainer.supervised import Drift, Fraction, Optimiser, Positive, Rate, Supervised
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
@@ -206,20 +206,19 @@ class ReinforceSpec(Supervised):
 
     def unmet(self, name: str, stages: Mapping[str, Spec]) -> tuple[tuple[str, ...], str, str] | None:
         before = earlier(name, stages)
-        return self.unfit(before, CONTEXT if "train" in before and "start" not in before else None)
+        return self.unfit(before, coming.so_far(before))
 
-    def unfit(self, before: Mapping[str, Spec], context: int | None) -> tuple[tuple[str, ...], str, str] | None:
-        """As `unmet`, for a model that holds so many ids, where that is known before it is there. Whether replies fit
+    def unfit(self, before: Mapping[str, Spec], config: coming.Config | None) -> coming.Unmet | None:
+        """As `unmet`, for a model with this config, where that is known before it is there. Whether replies fit
         behind their questions is seen where the stage starts (`trainer.asking`)."""
         given = before.get("problems") or before.get("label")
         missing = None if given is None else self.without(getattr(given, "levels", self.levels))
         if missing is not None:
             field, what, fix = missing
             return tuple(field.split(".")), what, fix
-        if context is None or self.rollout.max_new < context:
-            return None
-        what = f"a reply may have {self.rollout.max_new} ids, and the model's context holds {context} with the question"
-        return ("rollout", "max_new"), what, "a smaller max_new"
+        return coming.too_long(self.rollout.max_new, config, ("rollout", "max_new")) or coming.unadaptable(
+            self.lora, config
+        )
 
     @model_validator(mode="after")
     def _asked_at_some_time(self) -> ReinforceSpec:

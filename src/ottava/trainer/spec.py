@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ottava.recipe import Frozen, Spec, earlier
+from ottava.trainer import coming
 from ottava.trainer.supervised import Fraction, Positive, Supervised
 
 CONTEXT = 128
@@ -110,8 +111,9 @@ class Dense(Frozen):
         }
 
 
-class Curriculum(Frozen):
-    """Chains grow from `start` steps to the longest by `open_at`, from when all lengths are drawn alike."""
+class Opening(Frozen):
+    """`train.curriculum`: chains grow from `start` steps to the longest by `open_at`, from when all lengths are drawn
+    alike. What `reinforce.curriculum` is, which questions are asked when, is another thing: `tasks.choose.Schedule`."""
 
     start: Positive = 3
     open_at: Fraction = 0.6
@@ -145,7 +147,7 @@ MAKERS = frozenset({"start", "train", "reinforce"})
 class FineTuning(Supervised):
     """What supervised fine-tuning needs, whatever the model."""
 
-    curriculum: Curriculum = Curriculum()
+    curriculum: Opening = Opening()
     direct: Direct = Direct()
     batch: Annotated[int, Field(ge=1, description="thinking examples per virtual shard")] = 16
     mode: Annotated[
@@ -189,7 +191,12 @@ class TrainSpec(FineTuning):
         came = "start" in before if self.harvest is not None else bool(made)
         if self.lora is not None and not came:
             return ("lora",), "adapters need a model to begin from", "add a `start` stage, or leave lora out"
-        return self._unknown(came) if "problems" in stages else None
+        config = coming.so_far(before) if came else self.shape.config(0)
+        return (
+            (self._unknown(came) if "problems" in stages else None)
+            or coming.unadaptable(self.lora, config)
+            or coming.too_long(self.limit, config)
+        )
 
     def _unknown(self, came: bool) -> tuple[tuple[str, ...], str, str] | None:
         """What is asked of the stage `problems`, which gives neither traces nor a vocabulary."""

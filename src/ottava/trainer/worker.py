@@ -6,7 +6,6 @@ Functions here take and return plain data, because they are started by name in a
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections import deque
@@ -104,7 +103,7 @@ class Worker:
         self.recent: dict[Hashable, deque[float]] = {}
         for step, loss in args.get("recent", ()):
             self._like(step).append(loss)
-        self.guessing = math.log(self.trainer.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        self.words = int(self.trainer.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         self.keep = {int(step): Path(path) for step, path in args["keep"].items()}
         self.digest = ""
         self.vouched, self.saving = int(args["vouched"]), -1
@@ -212,11 +211,12 @@ class Worker:
 
     def _check_losses(self, total: Any, norm: float, sound: bool, mine: Mapping[str, float]) -> None:
         """Before the update: are the numbers numbers, is the loss like those before? Others are asked only if not."""
-        sums, step = self.trainer.sums(total), self.trainer.state.step + 1
-        judged = self.trainer.objective.columns[0]
+        sums, step, objective = self.trainer.sums(total), self.trainer.state.step + 1, self.trainer.objective
+        judged, check = objective.columns[0], guard.check_drawn if objective.drawn else guard.check_spike
         try:
             guard.check_finite([*sums.values(), norm], [sound], f"step {step}")
-            guard.check_spike(sums[judged], self._like(step), self.spec.spike, f"step {step}", self.guessing)
+            most = objective.most(sums, self.words)
+            check(sums[judged], self._like(step), self.spec.spike, f"step {step}", most)
         except Alarm as alarm:
             everyone = self.group.gather([sound, mine[judged]])
             guard.check_finite([*sums.values(), norm], [good for good, _ in everyone], f"step {step}")
@@ -224,8 +224,8 @@ class Worker:
         self._like(step).append(sums[judged])
 
     def _like(self, step: int) -> deque[float]:
-        """The last losses of steps of this one's kind."""
-        return self.recent.setdefault(self.trainer.objective.kind(step - 1), deque(maxlen=self.spec.spike.window))
+        """The last losses of steps of this one's kind: two windows."""
+        return self.recent.setdefault(self.trainer.objective.kind(step - 1), deque(maxlen=2 * self.spec.spike.window))
 
     def _keep(self, report: Report, audited: bool) -> None:
         """Compare the new state with the other workers' and keep it. What differs is not kept."""
