@@ -14,6 +14,7 @@ from ottava.console.rows import Content, artifact, row
 from ottava.console.source import MODES, Source, entry, move
 from ottava.console.words import bracket, interval, listed, percent, plural, points, range_of, scientific, seconds
 from ottava.tasks.statistics import paired, wilson
+from ottava.trainer import verdicts
 
 KEEPS = 0.98  # of the teacher's accuracy, for a student to count as having kept it
 STUDENT = ("name", "arch", "params", "thinking", "control", "low", "high", "kept", "n", "stands_for", "pool")
@@ -42,6 +43,21 @@ def content(source: Source) -> dict[str, Any]:
         "comparison": compared and _comparison(compared),
         **_tuned(source),
     }
+
+
+def remarks(source: Source) -> list[dict[str, str]]:
+    """What stages say of verdicts, beside what they found: rows {stage, remark}. Of a round of reinforcement that has
+    not finished, what its generations so far come to, by the rule that it will be judged by."""
+    rows = [
+        {"stage": stage, "remark": str(remark)}
+        for stage in source.asked["stages"]
+        for remark in (source.summary(stage) or {}).get("remarks", ())
+    ]
+    drawn = source.history.generations
+    if drawn and source.summary(drawn[-1].round) is None:
+        told = verdicts.of_generations([vars(one) for one in drawn])
+        rows += [{"stage": drawn[-1].round, "remark": f"so far, {remark}"} for remark in told]
+    return rows
 
 
 def _tuned(source: Source) -> dict[str, Any]:
@@ -379,6 +395,12 @@ def _compared(found: Content) -> Iterator[dict[str, Any]]:
 
 
 # --- sentences ---------------------------------------------------------------------------------------------------
+
+
+def remark_lines(found: Content) -> Iterator[str]:
+    """What stages say of verdicts, for the terminal."""
+    for one in found["remarks"]:
+        yield f"{one['stage']}: {one['remark']}"
 
 
 def story(found: Content) -> Iterator[str]:

@@ -11,8 +11,9 @@ and is evaluated before its first step too.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,7 @@ from ottava.recipe import Frozen, Name
 from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
 from ottava.tasks.statistics import paired
-from ottava.trainer import asking
+from ottava.trainer import asking, verdicts
 from ottava.trainer.rl_spec import OnPolicySpec
 from ottava.trainer.spec import CONTEXT, Dense, FineTuning, Harvest, TrainSpec
 from ottava.trainer.supervised import Fault, Positive, Supervised
@@ -221,6 +222,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
         rows.append(_row(student, found, reached, (spec.mode, _control_mode(spec, label))))
     write_json(ctx.out / "students.json", rows)
     summary = {"steps": spec.steps, "teacher": reached, "traces": counts, "students": rows}
+    summary |= verdicts.said(verdicts.of_harvest(counts), *_ungraded(ctx.out))
     if spec.mode != "thinking":
         summary["mode"] = spec.mode
     best = max(row["kept"] for row in rows)
@@ -381,6 +383,13 @@ def _row(
         **({} if modes == ("thinking", "thinking") else {"mode": modes[0], "control_mode": modes[1]}),
         **({} if "before" not in found else _since(student, found["before"][modes[0]], own)),
     }
+
+
+def _ungraded(out: Path) -> Iterator[list[str]]:
+    """What is to be said of the evaluations: the teacher's, and every student's."""
+    for path in [*out.glob("teacher.json"), *sorted(out.glob("students/*/*.json"))]:
+        whose = "the teacher" if path.name == "teacher.json" else f"{path.parent.name}, {path.stem}"
+        yield verdicts.of_evaluation(json.loads(path.read_text()), whose)
 
 
 def _since(student: Student, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
