@@ -411,8 +411,8 @@ def test_generations_are_those_of_the_run_and_as_last_told() -> None:
         {"event": "train.step", "phase": "main", "pool": "a", "step": 1, "loss": 1.0},
     ]
     assert generations(events) == [
-        Generation(0, 0.1, 0.5, 1e-7, 1e-6, "a", 2),
-        Generation(1, 0.3, 0.5, 1e-7, 1e-6, "b", 3),
+        Generation(0, 0.1, 0.5, 1e-7, 1e-6, "a", 2, round="reinforce"),
+        Generation(1, 0.3, 0.5, 1e-7, 1e-6, "b", 3, round="reinforce"),
     ]
 
 

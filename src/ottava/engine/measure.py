@@ -159,7 +159,10 @@ def choose(
     problems: Sequence[Problem], where: Path, n: int | None, seed: int, levels: Sequence[int] = ()
 ) -> list[Problem]:
     """Those of a file's problems that are asked, in its order: all of these levels (none: of every level), or n of
-    them, as many of each level as can be, by the seed. Raises DataError where there are not so many, or none of a level."""
+    them, as many of each level as can be, by the seed.
+
+    Raises DataError where there are not so many, or none of a level.
+    """
     there = sorted({problem.steps for problem in problems})
     missing = [level for level in levels if level not in there]
     if missing:

@@ -124,6 +124,9 @@ def _guarded(task: Own, name: str, function: Callable[..., Any]) -> Callable[...
 def described(error: BaseException) -> str:
     """An error in one bounded line that begins with its type."""
     try:
+        if isinstance(error, OttavaError):  # whose text has several lines
+            place = "" if error.where is None else f" ({error.where})"
+            return f"{type(error).__name__}: {error.what}{place}"[:500]
         return f"{type(error).__name__}: {error}"[:500]
     except Exception:
         return type(error).__name__
