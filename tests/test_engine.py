@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ from ottava.models.published import published, stored
 from ottava.tasks import Problem, chains
 from ottava.tasks.base import row as line_of
 from ottava.tasks.base import write_lines
+from ottava.tasks.verify import grade
 
 END, THINK, ETHINK = 1, 4, 5
 VOCABULARY = 6 + len(chains.vocabulary())
@@ -308,7 +309,7 @@ def test_evaluation_counts_right_answers_by_steps(thinking: bool) -> None:
     asked = problems()
     wrong = {asked[0].id, asked[1].id, asked[7].id}
     for batch in (1, 4, 256):
-        found = evaluate(scripted_student(wrong), tiny_chat(), asked, thinking, chains.check_answer, batch=batch)
+        found = evaluate(scripted_student(wrong), tiny_chat(), asked, thinking, partial(grade, chains), batch=batch)
         assert (found["n"], found["correct"], found["value"]) == (15, 12, 0.8)
         assert found["by_steps"] == {
             "1": {"n": 5, "correct": 4},
@@ -339,7 +340,7 @@ def test_evaluation_counts_right_answers_by_steps(thinking: bool) -> None:
 )
 def test_ill_formed_answers_do_not_count(thinking: bool, spoil: Callable[[list[int]], list[int]]) -> None:
     model = scripted_student(spoil=spoil)
-    assert evaluate(model, tiny_chat(), problems(), thinking, chains.check_answer)["correct"] == 0
+    assert evaluate(model, tiny_chat(), problems(), thinking, partial(grade, chains))["correct"] == 0
 
 
 def test_a_think_token_of_its_own_at_the_front_is_well_formed() -> None:

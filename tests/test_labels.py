@@ -206,12 +206,12 @@ def test_planted_test_problems_are_removed() -> None:
     seven = planted("7 a -3 b *3 =", Problem("t", 2, "7 a -3 b *3 =", "2"))
     leaks = [test[3], planted(test[5].question.replace(" ", ""), test[5]), planted("7 d +7 e *3", seven)]
     removed = Removed()
-    assert decontaminate([leaks[0], *train, *leaks[1:]], [*test, seven], chains.family, removed) == train
+    assert decontaminate([leaks[0], *train, *leaks[1:]], [*test, seven], [chains.family], removed) == train
     assert removed == Removed(contaminated=3)
-    require_disjoint(train, test, chains.family)
+    require_disjoint(train, test, [chains.family])
     for leak in leaks:
         with pytest.raises(DataError, match="is the test problem"):
-            require_disjoint([*train, leak], [*test, seven], chains.family)
+            require_disjoint([*train, leak], [*test, seven], [chains.family])
 
 
 # ---- audit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -302,8 +303,8 @@ def test_direct_mode_asks_and_grades_without_thinking(start: Path, dataset: Path
     length = int(record.rollouts.prompt_lengths[0])
     assert record.rollouts.prompts[0, :length].tolist() == chat.prompts([task.prompt(problem)], False)[0]
     right, thought = chat.reply(problem.answer), chat.reply(problem.answer, problem.answer)
-    assert (grpo._reward(problem, right), grpo._reward(problem, thought)) == (1.0, 0.0)
-    assert grpo._reward(problem, right[:-1]) == 0.0, "a reply that was cut off"
+    assert (grpo._reward(Counter(), problem, right), grpo._reward(problem, thought)) == (1.0, 0.0)
+    assert grpo._reward(Counter(), problem, right[:-1]) == 0.0, "a reply that was cut off"
 
 
 # ---------------------------------------------------------------- a recipe

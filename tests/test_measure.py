@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from ottava.engine.measure import Terms, compare, draw, measure_folders, read
 from ottava.errors import DataError
 from ottava.tasks import Problem, chains
 from ottava.tasks.base import generator, row, write_lines
+from ottava.tasks.verify import grade
 from tests.test_engine import CONFIG, END, VOCABULARY, random_model, tiny_chat, write_folder
 
 Say = Callable[[tuple[int, ...], int], Mapping[int, float]]
@@ -84,7 +86,7 @@ def test_greedy_figures_are_those_of_evaluate(thinking: bool) -> None:
     figures = ours["modes"][mode]
 
     # `evaluate` keeps its batches whole, and so never asks the student to select rows
-    theirs = evaluate(model, tiny_chat(), asked, thinking, chains.check_answer)
+    theirs = evaluate(model, tiny_chat(), asked, thinking, partial(grade, chains))
     assert figures["digest"] == theirs["digest"]
     assert figures["greedy"] == {key: theirs[key] for key in ("value", "low", "high")}
     assert [int(one["right"]) for one in ours["rows"][mode]] == theirs["right"]

@@ -412,8 +412,8 @@ def test_generations_are_those_of_the_run_and_as_last_told() -> None:
         {"event": "train.step", "phase": "main", "pool": "a", "step": 1, "loss": 1.0},
     ]
     assert generations(events) == [
-        Generation(0, 0.1, 0.5, 1e-7, 1e-6, "a", 2),
-        Generation(1, 0.3, 0.5, 1e-7, 1e-6, "b", 3),
+        Generation(0, 0.1, 0.5, 1e-7, 1e-6, "a", 2, round="reinforce"),
+        Generation(1, 0.3, 0.5, 1e-7, 1e-6, "b", 3, round="reinforce"),
     ]
 
 
@@ -511,3 +511,20 @@ def test_a_model_without_a_thinking_switch_has_its_page(tmp_path: Path, monkeypa
     assert content["accuracy"]["thinking"] is None
     (solved,) = claims(content, "Answering directly, the model solves")
     assert "'max_new': 32" in solved["check"]
+
+
+def test_a_remark_is_in_the_object_the_text_the_page_and_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remark = "3 of 16 replies could not be graded: <b>nothing</b>"
+    made = walk(Made(tmp_path / "run", STAGES[:4]), *STAGES[:4], changed={"reinforce": {"remarks": [remark]}})
+    content = report.build(made.folder)
+    assert content["remarks"] == [{"stage": "reinforce", "remark": remark}]
+    assert f"reinforce: {remark}" in " ".join(report.text(content).split())
+    assert remark in " ".join(page(made).text.split()), "as text, whatever it has in it"
+    with terminal.Terminal(["reinforce"]) as drawn:
+        drawn.done("reinforce", 1.0, False, {**MORE["reinforce"], "remarks": [remark]})
+    assert remark in " ".join(capsys.readouterr().err.split())
+    quiet = walk(Made(tmp_path / "other", STAGES[:4]), *STAGES[:4])
+    assert report.build(quiet.folder)["remarks"] == []
+    assert "Remarks" not in page(quiet).text

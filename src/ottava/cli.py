@@ -397,9 +397,16 @@ def evaluate(
         str | None, typer.Option(help="chains, gym:chain_sum, maths:FILE, code:FILE; by default that of --problems.")
     ] = None,
     problems: Annotated[Path | None, typer.Option(help="Ask all problems of this data set (test.jsonl).")] = None,
-    n: Annotated[int, typer.Option(min=1, help="Problems to draw; fewer where the task has no more.")] = 500,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Problems to ask; by default 500 of a task, fewer where it has no more, and all of --problems."
+        ),
+    ] = None,
     levels: Annotated[str | None, typer.Option(help="Their numbers of steps: 2,3,4; by default all.")] = None,
-    split: Annotated[Split, typer.Option(help="The side of the task's split; test: no training saw it.")] = Split.test,
+    split: Annotated[
+        Split | None, typer.Option(help="The side of the task's split, by default test: no training saw it.")
+    ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Of pass@k; 4 by default, with 8 samples or more.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Replies drawn to each problem; 8 by default.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of these replies; 0: greedy ones only.")] = 1.0,
@@ -418,7 +425,7 @@ def evaluate(
     from ottava.artifact import write_json
     from ottava.console import measures
     from ottava.errors import RecipeError, check_file, check_folder
-    from ottava.tasks import get
+    from ottava.tasks import content, get
 
     if task is None and problems is None:
         raise RecipeError("there is nothing to ask", where="--task", fix="name a task, such as --task chains")
@@ -429,6 +436,8 @@ def evaluate(
             check_folder(folder)
     if problems is not None:
         check_file(problems)
+        if split is not None:
+            raise RecipeError("the problems of a file have no sides", where="--split", fix="leave --split out")
 
     from ottava.console.terminal import work_bar  # only now what takes seconds to import
     from ottava.engine import measure
@@ -442,15 +451,18 @@ def evaluate(
     chosen = measures.numbers(levels, "--levels")
     if problems is None:
         asked_of = get(task or "")
-        asked = measure.draw(asked_of, n, seed, split.value, chosen)
+        asked = measure.draw(asked_of, n or 500, seed, (split or Split.test).value, chosen)
     else:
         asked_of, asked = measure.read(problems, task)
+        asked = measure.choose(asked, problems, n, seed, chosen)
     names = [] if harness is None else harness.split(",")
     if harness is not None:
         harnesses.check(names, asked_of)
     with work_bar(("asking", "replies")) as (told,):
         folders = [model] if other is None else [model, other]
         result = measure.measure_folders(folders, asked_of, asked, terms, platform, told)
+    if (made_of := content.of(asked_of.NAME)) is not None:
+        result["task_content"] = made_of
     if harness is not None:
         limits = {mode: figures["max_new"] for mode, figures in result["modes"].items()}
         result["harness"] = harnesses.run(model, names, asked_of, asked, limits, result["rows"])

@@ -61,7 +61,10 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """One stage's surroundings. out: becomes the artifact; work: survives kills, for resumption."""
+    """One stage's surroundings. out: becomes the artifact; work: survives kills, for resumption.
+
+    unchanged: raises where what the stage depends on outside the recipe is not what it was when the stage began.
+    """
 
     stage: str
     seed: int
@@ -77,6 +80,7 @@ class Context:
     destination: Path
     meta: Mapping[str, Any] = field(default_factory=dict)
     show: Callable[[float, str], None] = lambda fraction, message: None
+    unchanged: Callable[[], None] = lambda: None
 
     def progress(self, fraction: float, message: str = "") -> None:
         """Say how far the stage is: 0 to 1."""
@@ -96,7 +100,9 @@ class Context:
         return self.launcher.spawn(target, args, pool=pool or self.pool, logs=self.work, env=env)
 
     def commit(self, summary: Mapping[str, Any], verdict: bool | None = None) -> Artifact:
-        """Publish `out` as this stage's artifact. verdict False: the stage worked and its answer is no."""
+        """Publish `out` as this stage's artifact. verdict False: the stage worked and its answer is no. Raises
+        DataError where what it was judged by was edited meanwhile."""
+        self.unchanged()
         return artifact.commit(
             self.out, self.destination, **self.meta, pool=self.pool.name, summary=dict(summary), verdict=verdict
         )

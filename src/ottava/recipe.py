@@ -50,6 +50,11 @@ class Spec(Frozen):
         stages: all of the recipe's, in order. That a stage is not there at all is not said here."""
         return None
 
+    def outside(self) -> Mapping[str, str]:
+        """Digests of what the section names that lies outside the recipe and may be edited: part of the stage's key
+        where there is any."""
+        return {}
+
 
 def earlier(name: str, stages: Mapping[str, Spec]) -> dict[str, Spec]:
     """The sections that stand before the stage `name` in a recipe."""

@@ -21,10 +21,11 @@ from typing import Any, Protocol
 from ottava import artifact, stages
 from ottava.artifact import Artifact, digest_of, write_json
 from ottava.context import Context, Launcher
-from ottava.errors import ArtifactError, OttavaError, RecipeError, Verdict, from_os_error
+from ottava.errors import ArtifactError, DataError, OttavaError, RecipeError, Verdict, from_os_error
 from ottava.journal import Journal
 from ottava.recipe import Pool, Recipe, Spec
 from ottava.supervisor.memory import Watch
+from ottava.tasks import content
 
 NOT_KEYED = {"budget_s", "pool"}  # they say when and where, not what
 
@@ -154,18 +155,29 @@ class Walk:
         self.reporter.start(name, place.pool.name, spec.budget_s)
         begun = time.monotonic()
         before = _spent(work)
-        inputs = self._inputs(name)
+        inputs, outside = self._inputs(name), dict(spec.outside())
+        judged = next((a.json(content.RECORD) for a in inputs.values() if content.RECORD in a.manifest["files"]), None)
         meta = {
             "stage": name, "key": key, "version": module.VERSION,
             "inputs": {n: a.digest for n, a in inputs.items()}, "spec": spec.model_dump(mode="json"),
-            "recipe": self.recipe.name, "seed": self.recipe.seed,
+            "recipe": self.recipe.name, "seed": self.recipe.seed, **({"outside": outside} if outside else {}),
+            **({} if judged is None else {"task": judged}),
         }  # fmt: skip
+
+        def unchanged() -> None:
+            if judged is not None:
+                content.require_same(judged)
+            if spec.outside() != outside:
+                what = f"what the stage {name!r} names outside the recipe was edited while it ran"
+                raise DataError(what, where=name, fix="run the same command again: it is done anew")
+
         ctx = Context(
             name, self.recipe.seed, self.recipe.name, self.recipe.fleet, place.pool, place.fallback,
             self.recipe.stages, work / "out", work / "work", self.journal, self.launcher, destination, meta,
-            lambda fraction, message: self.reporter.progress(name, fraction, message),
+            lambda fraction, message: self.reporter.progress(name, fraction, message), unchanged,
         )  # fmt: skip
         try:
+            unchanged()
             result = module.run(spec, inputs, ctx)
         except KeyboardInterrupt:
             self._ended(name, work, before, begun, "interrupted", "stopped by the user")
@@ -228,16 +240,18 @@ class Walk:
     def _key(self, name: str, place: Placement | None, left_out: set[str]) -> str:
         """A digest of what a stage is asked, of what, by which version and, with a place, on which pools."""
         spec: Spec = self.recipe.stages[name]
-        content: dict[str, Any] = {
+        told: dict[str, Any] = {
             "stage": name, "version": stages.load(name).VERSION, "seed": self.recipe.seed,
             "spec": spec.model_dump(mode="json", exclude=left_out),
             "inputs": {n: a.digest for n, a in self._inputs(name).items()},
         }  # fmt: skip
+        if outside := spec.outside():
+            told["outside"] = dict(outside)
         if place is not None:
-            content["pools"] = [pool.model_dump(mode="json") for pool in (place.pool, *place.fallback)]
+            told["pools"] = [pool.model_dump(mode="json") for pool in (place.pool, *place.fallback)]
         if name in ("plan", "qualify"):  # they look at the whole recipe
-            content["recipe"] = self.recipe.digest
-        return digest_of(content)
+            told["recipe"] = self.recipe.digest
+        return digest_of(told)
 
     def _inputs(self, name: str) -> dict[str, Artifact]:
         inputs = {}

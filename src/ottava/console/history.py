@@ -48,7 +48,8 @@ class Generation:
 
     reward: the mean of its replies; mixed: the share of its groups with unequal rewards, the ones that teach; gap_max:
     the largest difference of a token's log-probability by sampler and learner, in nats, as `gap` is their mean; bound:
-    what gap_max was held against, or None.
+    what gap_max was held against, or None. drawn, unscorable: so many replies, and how many of them had no verdict;
+    round: the stage that drew them.
     """
 
     number: int
@@ -59,6 +60,9 @@ class Generation:
     pool: str
     last_step: int
     bound: float | None = None
+    drawn: int = 0
+    unscorable: int = 0
+    round: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,9 +245,25 @@ def generations(steps: Iterable[Event]) -> list[Generation]:
     last = {e["generation"]: e for e in whole}
     bounds = {n: e.get("gap_bound") if isinstance(e.get("gap_bound"), NUMBER) else None for n, e in last.items()}
     return [
-        Generation(n, e["reward"], e["mixed"], e["gap"], e["gap_max"], e["pool"], e["step"], bounds[n])
+        Generation(
+            number=n,
+            reward=e["reward"],
+            mixed=e["mixed"],
+            gap=e["gap"],
+            gap_max=e["gap_max"],
+            pool=e["pool"],
+            last_step=e["step"],
+            bound=bounds[n],
+            drawn=_count(e, "drawn"),
+            unscorable=_count(e, "unscorable"),
+            round=str(e["phase"]),
+        )
         for n, e in sorted(last.items())
     ]
+
+
+def _count(event: Event, name: str) -> int:
+    return int(event[name]) if isinstance(event.get(name), NUMBER) else 0
 
 
 def bars(attempts: Sequence[_Attempt]) -> list[Bar]:

@@ -15,6 +15,7 @@ from ottava.console.rows import Content, artifact, row
 from ottava.console.source import MODES, Source, entry, move
 from ottava.console.words import bracket, called, percent, plural, points, range_of, scientific
 from ottava.tasks.statistics import paired
+from ottava.trainer import verdicts
 
 TUNED = ("train", "train-2")
 
@@ -26,6 +27,21 @@ def content(source: Source) -> dict[str, Any]:
     """The report's keys reinforce, students, traces, algorithms and comparison, null where their stage has not
     finished; and tuned where a published model was fine-tuned."""
     return {"reinforce": _reinforce(source), **students.content(source), **algorithms.content(source), **_tuned(source)}
+
+
+def remarks(source: Source) -> list[dict[str, str]]:
+    """What stages say of verdicts, beside what they found: rows {stage, remark}. Of a round of reinforcement that has
+    not finished, what its generations so far come to, by the rule that it will be judged by."""
+    rows = [
+        {"stage": stage, "remark": str(remark)}
+        for stage in source.asked["stages"]
+        for remark in (source.summary(stage) or {}).get("remarks", ())
+    ]
+    drawn = source.history.generations
+    if drawn and source.summary(drawn[-1].round) is None:
+        told = verdicts.of_generations([vars(one) for one in drawn])
+        rows += [{"stage": drawn[-1].round, "remark": f"so far, {remark}"} for remark in told]
+    return rows
 
 
 def _tuned(source: Source) -> dict[str, Any]:
@@ -169,6 +185,12 @@ def _held(drawn: Mapping[str, Any]) -> str:
 
 
 # --- sentences ---------------------------------------------------------------------------------------------------
+
+
+def remark_lines(found: Content) -> Iterator[str]:
+    """What stages say of verdicts, for the terminal."""
+    for one in found["remarks"]:
+        yield f"{one['stage']}: {one['remark']}"
 
 
 def story(found: Content) -> Iterator[str]:

@@ -65,6 +65,7 @@ def _content(source: Source) -> dict[str, Any]:
         "fallback": _fallback(source),
         "go_no_go": _go_no_go(source),
         **reasoning.content(source),
+        "remarks": reasoning.remarks(source),
         "fp8": _fp8(source),
         "serve": _serve(source),
         "versions": _versions(source),

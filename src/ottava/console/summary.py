@@ -22,8 +22,8 @@ def text(content: Content) -> str:
     blocks = (
         ("accuracy", _accuracy), ("fallback", _fallback), ("go/no-go", _go_no_go),
         ("reinforce", reasoning.reinforce_lines), ("students", students.lines),
-        ("algorithms", algorithms.lines), ("weights", _weights), ("labels", _labels), ("served", _served),
-        ("rehearsal", _rehearsal), ("claims", _claims),
+        ("algorithms", algorithms.lines), ("remarks", reasoning.remark_lines), ("weights", _weights),
+        ("labels", _labels), ("served", _served), ("rehearsal", _rehearsal), ("claims", _claims),
     )  # fmt: skip
     lines = [head, "", *(line for said in content["verdict"] for line in textwrap.wrap(said, WIDTH)), ""]
     lines += _block("stages", [_stages(content)])

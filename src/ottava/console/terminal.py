@@ -148,6 +148,8 @@ class Terminal:
         took = "  done before" if cached else f"{seconds:9.1f} s  "
         self.console.print(f"{self._number(stage)} [bold]{stage:<8}[/] [green]ok[/] {took}", end=" ")
         self.console.print(headline(stage, summary), style="dim", markup=False)
+        for remark in summary.get("remarks", ()):
+            self.console.print(f"{self._number(stage)} {stage:<8} {remark}", style="yellow", markup=False)
 
     def failed(self, stage: str, message: str) -> None:
         self._clear()

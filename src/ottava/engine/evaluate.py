@@ -6,8 +6,9 @@ A thinking answer counts only when it is well formed: one </think>, an end, and 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ from ottava.models.load import load
 from ottava.tasks import Problem
 from ottava.tasks.base import Task, problem_of, read_lines, task_of
 from ottava.tasks.statistics import wilson
-from ottava.tasks.verify import grade
+from ottava.tasks.verify import Grade, grade
 
 BATCH = 256
 
-Grade = Callable[[Problem, str], bool]
+Judge = Callable[[Problem, str], Grade]
 
 
 def evaluate(
@@ -36,7 +37,7 @@ def evaluate(
     chat: Chat,
     problems: Sequence[Problem],
     thinking: bool,
-    grade: Grade,
+    judge: Judge,
     *,
     max_new: int | None = None,
     batch: int = BATCH,
@@ -44,16 +45,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Ask every problem once, greedily.
 
-    grade(problem, content): is the content right? prompt: what is asked. max_new: ids a reply may have (default:
-    twice the prompt and 16 when thinking, else 8). Problems are grouped by prompt length and asked in batches of
-    `batch`, in order, so equal models give equal ids. Returns n, correct, value, low, high (Wilson,
-    95%), by_steps, right (by problem: 1 or 0), and the digest of all generated ids in the order of `problems`.
+    judge(problem, content): the grade of the content; one that cannot be graded is not right. prompt: what is asked.
+    max_new: ids a reply may have (default: twice the prompt and 16 when thinking, else 8). Problems are grouped by
+    prompt length and asked in batches of `batch`, in order, so equal models give equal ids. Returns n, correct, value,
+    low, high (Wilson, 95%), by_steps, right (by problem: 1 or 0), the digest of all generated ids in the order of
+    `problems`, and where some could not be graded unscorable: {reason: replies}.
     """
     replies = answer(model, chat, [prompt(problem) for problem in problems], thinking, max_new=max_new, batch=batch)
-    right = [
-        well_formed(chat, ids, thinking) and grade(problem, chat.split(ids, thinking)[1])
+    grades = [
+        judge(problem, chat.split(ids, thinking)[1]) if well_formed(chat, ids, thinking) else Grade("wrong")
         for problem, ids in zip(problems, replies, strict=True)
     ]
+    right = [one.right for one in grades]
+    lost = Counter(one.why for one in grades if one.kind == "unscorable")
     by_steps: defaultdict[int, list[bool]] = defaultdict(list)
     for problem, ok in zip(problems, right, strict=True):
         by_steps[problem.steps].append(ok)
@@ -67,6 +71,7 @@ def evaluate(
         "high": high,
         "by_steps": {str(s): {"n": len(x), "correct": sum(x)} for s, x in sorted(by_steps.items())},
         "digest": digest_of(replies),
+        **({"unscorable": dict(sorted(lost.items()))} if lost else {}),
     }
 
 
@@ -132,11 +137,9 @@ def evaluation(
     if chat.thinking_key is None:
         del asked["thinking"]
 
-    def right(problem: Problem, text: str) -> bool:
-        return grade(task, problem, text).right
-
+    judge = partial(grade, task)
     results = {
-        mode: evaluate(model, chat, problems, thinking, right, max_new=max_new, prompt=task.prompt)
+        mode: evaluate(model, chat, problems, thinking, judge, max_new=max_new, prompt=task.prompt)
         for mode, (problems, thinking) in asked.items()
         if problems
     }

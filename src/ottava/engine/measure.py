@@ -156,6 +156,35 @@ def read(path: Path, name: str | None = None) -> tuple[Task, list[Problem]]:
     return get(names.pop()), [problem_of(line) for line in lines]
 
 
+def choose(
+    problems: Sequence[Problem], where: Path, n: int | None, seed: int, levels: Sequence[int] = ()
+) -> list[Problem]:
+    """Those of a file's problems that are asked, in its order: all of these levels (none: of every level), or n of
+    them, as many of each level as can be, by the seed.
+
+    Raises DataError where there are not so many, or none of a level.
+    """
+    there = sorted({problem.steps for problem in problems})
+    missing = [level for level in levels if level not in there]
+    if missing:
+        what = f"the file has no problem of level {missing[0]}"
+        raise DataError(what, where=where, fix=f"--levels {','.join(map(str, there))}, or some of these")
+    wanted = {level: [i for i, one in enumerate(problems) if one.steps == level] for level in levels or there}
+    most = sum(map(len, wanted.values()))
+    if n is None or n == most:
+        return [problems[i] for i in sorted(i for its in wanted.values() for i in its)]
+    if n > most:
+        of = f" of level {', '.join(map(str, levels))}" if levels else ""
+        raise DataError(f"{n} problems are to be asked, and the file has {most}{of}", where=where, fix=f"--n {most}")
+    chosen: list[int] = []
+    smallest = sorted(wanted, key=lambda level: (len(wanted[level]), level))
+    for number, level in enumerate(smallest):  # what a small level lacks the larger ones give
+        share = min(len(wanted[level]), -(-(n - len(chosen)) // (len(smallest) - number)))
+        order = generator(seed, "evaluate", "file", level).permutation(len(wanted[level]))
+        chosen += [wanted[level][i] for i in order[:share]]
+    return [problems[i] for i in sorted(chosen)]
+
+
 def measure(
     model: nn.Module, chat: Chat, task: Task, problems: Sequence[Problem], terms: Terms, told: Told | None = None
 ) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from ottava.labels.teachers import Proposal
-from ottava.tasks import Problem, Traced
+from ottava.tasks import Problem, Traced, verify
 
 MALFORMED, WRONG, RIGHT = "malformed", "wrong answer", "right answer"
 NO_ANSWER, NO_AGREEMENT, TIE = "no right answer", "too few agree", "tie"
@@ -54,7 +54,7 @@ def grade(task: Traced, problem: Problem, proposal: Proposal) -> str:
     """MALFORMED, WRONG or RIGHT, by the form and the final answer alone."""
     if not task.well_formed(problem, proposal.trace, proposal.answer):
         return MALFORMED
-    return RIGHT if task.check_answer(problem, proposal.answer) else WRONG
+    return RIGHT if verify.grade(task, problem, proposal.answer).right else WRONG
 
 
 def fuse(task: Traced, problem: Problem, proposals: Sequence[Proposal], agree: int, tally: Tally) -> Label | None:

@@ -20,12 +20,13 @@ from ottava.context import Context
 from ottava.engine.evaluate import well_formed
 from ottava.engine.rollout import InProcess, Sampling
 from ottava.errors import DataError
-from ottava.labels.hygiene import require_disjoint
+from ottava.labels.hygiene import normals, require_disjoint
 from ottava.models.chat import Chat
 from ottava.models.load import load
 from ottava.tasks import Problem, Task
 from ottava.tasks.base import Traced, problem_of, read_lines, row, write_lines
 from ottava.tasks.verify import grade
+from ottava.trainer import verdicts
 from ottava.trainer.data import REPLIES
 from ottava.trainer.spec import FineTuning, Harvest
 
@@ -40,9 +41,9 @@ def collect(
     asked: Harvest, teacher: Artifact, label: Artifact, ctx: Context, out: Path, how: FineTuning | None = None
 ) -> dict[str, Any]:
     """Fill the folder `out` with a data set as the label artifact's is, with the teacher's traces in the place of the
-    cold start's: {asked, right, checked, steps_right, steps_respelt, steps_right_share}. In direct mode the teacher's
-    replies are kept instead (`trainer.data.REPLIES`). how: the mode, and the ids that a reply may have;
-    without it as a model of the main job is asked.
+    cold start's: {asked, right, graded, unscorable, checked, steps_right, steps_respelt, steps_right_share}. In direct
+    mode the teacher's replies are kept instead (`trainer.data.REPLIES`). how: the mode, and the ids that a reply may
+    have; without it as a model of the main job is asked.
 
     Asked once: what is in the stage's work folder is not asked again. Raises DataError where the teacher is right in
     nothing, or a problem is of the test set.
@@ -77,14 +78,15 @@ def _collected(
     told = ctx.call("ottava.labels.harvest:ask", args, workers=ctx.pool.workers)
     counts: dict[str, Any] = {name: sum(one[name] for one in told) for name in told[0]}
     if not counts["right"]:
+        lost = "".join(f"; {remark}" for remark in verdicts.of_harvest(counts))
         raise DataError(
-            f"the teacher has no right answer to {counts['asked']} problems: there is nothing to learn from",
+            f"the teacher has no right answer to {counts['asked']} problems: there is nothing to learn from{lost}",
             fix="a teacher that was trained for longer, or more harvest.samples at a temperature above 0",
         )
     lines = [line for part in sorted(parts.glob("part-*.jsonl")) for line in read_lines(part)]
     names = ["test.jsonl", *([ONE_STEP] if apart else [])]
     tests = [problem_of(line) for name in names for line in read_lines(label.file(name))]
-    require_disjoint([problem_of(line) for line in lines], tests, task.family)
+    require_disjoint([problem_of(line) for line in lines], tests, normals(task))
     write_lines(parts / kept_in(how.mode), sorted(lines, key=lambda line: int(line["number"])))
     return {**counts, "steps_right_share": _share(counts["steps_right"], counts["checked"])}
 
@@ -100,7 +102,8 @@ def ask(args: Mapping[str, Any]) -> dict[str, int]:
     platform; mode (default: thinking), max_new (ids of a reply; default: by the prompt's length), apart (whether
     problems with one step are left out, as is the default), verbatim (what was said is what is learnt, not the answer
     as the task writes it; default: no). Returns asked, right, checked, steps_right and steps_respelt: of the `checked`
-    right answers, so many have right steps, and so many more are right but for how their steps are written.
+    right answers, so many have right steps, and so many more are right but for how their steps are written; and of the
+    `graded` replies, the well-formed ones, how many are unscorable.
     """
     device = platforms.asked(args).open()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -109,10 +112,10 @@ def ask(args: Mapping[str, Any]) -> dict[str, int]:
     asked = [problem for problem in everything if problem.steps > 1 or not args.get("apart", True)][: args["asks"]]
     own = list(enumerate(asked))[rank::world]
     chat, engine = Chat.load(folder), InProcess(load(folder).to(device))
-    lines, steps = [], Counter[str]()
+    lines, steps, grades = [], Counter[str](), Counter[str]()
     for start in range(0, len(own), BATCH):
         chunk = own[start : start + BATCH]
-        for (number, problem), found in zip(chunk, _solutions(engine, chat, task, chunk, args), strict=True):
+        for (number, problem), found in zip(chunk, _solutions(engine, chat, task, chunk, args, grades), strict=True):
             if found is None:
                 continue
             trace, answer = found
@@ -125,7 +128,8 @@ def ask(args: Mapping[str, Any]) -> dict[str, int]:
             )
     write_lines(Path(args["out"]) / f"part-{rank}.jsonl", lines)
     return {
-        "asked": len(own), "right": len(lines), "checked": len(lines) - steps["unknown"],
+        "asked": len(own), "right": len(lines), "graded": grades.total(), "unscorable": grades["unscorable"],
+        "checked": len(lines) - steps["unknown"],
         "steps_right": steps["right"], "steps_respelt": steps["respelt"],
     }  # fmt: skip
 
@@ -141,10 +145,15 @@ def _steps(task: Task, problem: Problem, trace: str) -> Literal["right", "respel
 
 
 def _solutions(
-    engine: InProcess, chat: Chat, task: Task, chunk: Sequence[tuple[int, Problem]], args: Mapping[str, Any]
+    engine: InProcess,
+    chat: Chat,
+    task: Task,
+    chunk: Sequence[tuple[int, Problem]],
+    args: Mapping[str, Any],
+    grades: Counter[str],
 ) -> list[tuple[str | None, str] | None]:
     """(trace, content) of the first reply to each problem that is well formed and right; None where none is. Direct
-    replies have no trace."""
+    replies have no trace. grades: counts what was graded, by its kind."""
     thinking = args.get("mode", "thinking") == "thinking"
     prompts = chat.prompts([task.prompt(problem) for _, problem in chunk], thinking)
     found: list[tuple[str | None, str] | None] = [None] * len(chunk)
@@ -157,14 +166,18 @@ def _solutions(
         numbers = [sample * args["asks"] + chunk[index][0] for index in left]
         drawn = engine.generate([prompts[index] for index in left], how, args["seed"], numbers)
         for index, ids in zip(left, drawn.ids(), strict=True):
-            found[index] = _right(chat, task, chunk[index][1], ids, thinking)
+            found[index] = _right(chat, task, chunk[index][1], ids, thinking, grades)
     return found
 
 
-def _right(chat: Chat, task: Task, problem: Problem, ids: list[int], thinking: bool) -> tuple[str | None, str] | None:
+def _right(
+    chat: Chat, task: Task, problem: Problem, ids: list[int], thinking: bool, grades: Counter[str]
+) -> tuple[str | None, str] | None:
     if not well_formed(chat, ids, thinking):
         return None
     trace, content = chat.split(ids, thinking)
-    if not grade(task, problem, content).right:
+    found = grade(task, problem, content)
+    grades[found.kind] += 1
+    if not found.right:
         return None
     return (trace or "" if thinking else None), content

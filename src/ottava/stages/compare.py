@@ -32,13 +32,13 @@ from ottava.artifact import Artifact, digest_of, write_json
 from ottava.context import Context
 from ottava.document import Part
 from ottava.errors import DataError
-from ottava.labels.hygiene import require_disjoint
+from ottava.labels.hygiene import normals, require_disjoint
 from ottava.models.chat import write_tiny
 from ottava.recipe import Frozen, Name
 from ottava.supervisor import loop
 from ottava.tasks.base import generator, problem_of, read_lines, row, write_lines
 from ottava.tasks.statistics import t_interval
-from ottava.trainer import asking
+from ottava.trainer import asking, verdicts
 from ottava.trainer.rl_spec import ReinforceSpec
 from ottava.trainer.spec import CONTEXT, TrainSpec
 from ottava.trainer.supervised import Positive
@@ -231,6 +231,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     summary = {
         "algorithms": rows, "baseline": spec.baseline, "seeds": list(spec.seeds), "equal": spec.equal, "rule": RULE,
         "not_shown": [row["name"] for row in rows if row["name"] != spec.baseline and not _shown(row)],
+        **_remarks(starts, final),
     }  # fmt: skip
     return ctx.commit(summary)
 
@@ -267,6 +268,20 @@ def table(baseline: str, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> li
 
 MEANS = ("before", "after", "updates", "rows", "ids", "cpu_s")
 """Of a trial; a row of the table has their means over seeds. rows, ids: replies that were drawn, and their ids."""
+
+
+def _remarks(starts: Mapping[int, Path], final: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
+    """What is to be said of the table's trials: replies without a verdict, and runs in which nothing was learnt."""
+    said = [verdicts.of_evaluation(_json(folder / RESULT), f"the start of seed {s}") for s, folder in starts.items()]
+    for name, folders in final.items():
+        results = [_json(folder / RESULT) for folder in folders]
+        said += [verdicts.of_evaluation(result, f"{name}, seed {_json(folder / TRIAL)['seed']}")
+                 for result, folder in zip(results, folders, strict=True)]  # fmt: skip
+        learnt: defaultdict[str, int] = defaultdict(int)
+        for remark in (remark for result in results for remark in result.get("remarks", ())):
+            learnt[remark] += 1
+        said += [[f"{name}, {count} of {len(results)} seeds: {remark}" for remark, count in learnt.items()]]
+    return verdicts.said(*said)
 
 
 def _shown(row: Mapping[str, Any]) -> bool:
@@ -336,7 +351,7 @@ def _data(spec: Spec, label: Artifact, seed: int, data: Path) -> None:
         for problem in task.sample(generator(seed, "compare", "test", steps), steps, spec.test_per_length, "test")
     ]  # fmt: skip
     answers = [problem_of(line) for line in read_lines(label.file("answers.jsonl"))]
-    require_disjoint([*map(problem_of, cold), *answers], test, task.family)
+    require_disjoint([*map(problem_of, cold), *answers], test, normals(task))
     write_lines(data / "cold_start.jsonl", cold)
     write_lines(data / "test.jsonl", (row(task.NAME, problem) for problem in test))
     shutil.copyfile(label.file("answers.jsonl"), data / "answers.jsonl")

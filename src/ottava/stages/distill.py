@@ -11,8 +11,9 @@ and is evaluated before its first step too.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ from ottava.recipe import Frozen, Name
 from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
 from ottava.tasks.statistics import paired
-from ottava.trainer import asking, coming
+from ottava.trainer import asking, coming, verdicts
 from ottava.trainer.rl_spec import OnPolicySpec
 from ottava.trainer.spec import CONTEXT, Dense, FineTuning, Harvest, TrainSpec
 from ottava.trainer.supervised import Fault, Positive, Supervised
@@ -226,6 +227,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
         rows.append(_row(student, found, reached, (spec.mode, _control_mode(spec, label))))
     write_json(ctx.out / "students.json", rows)
     summary = {"steps": spec.steps, "teacher": reached, "traces": counts, "students": rows}
+    summary |= verdicts.said(verdicts.of_harvest(counts), *_ungraded(ctx.out))
     if spec.mode != "thinking":
         summary["mode"] = spec.mode
     best = max((row["on_policy"] or row)["kept"] for row in rows)  # of the models that come out
@@ -417,6 +419,13 @@ def _went_on(before: Mapping[str, Any], after: Mapping[str, Any], teacher: float
 def _also_thinks(found: Mapping[str, Mapping[str, Any]], modes: tuple[Mode, Mode]) -> bool:
     """Whether a control that is asked directly was asked with thinking on as well, as its student is."""
     return modes == ("thinking", "direct") and "thinking" in found["control"]
+
+
+def _ungraded(out: Path) -> Iterator[list[str]]:
+    """What is to be said of the evaluations: the teacher's, and every student's."""
+    for path in [*out.glob("teacher.json"), *sorted(out.glob("students/*/*.json"))]:
+        whose = "the teacher" if path.name == "teacher.json" else f"{path.parent.name}, {path.stem}"
+        yield verdicts.of_evaluation(json.loads(path.read_text()), whose)
 
 
 def _since(student: Student, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

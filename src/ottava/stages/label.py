@@ -26,9 +26,9 @@ from ottava.artifact import Artifact, write_json
 from ottava.errors import DataError, OttavaError
 from ottava.labels.audit import Audit, audit, clopper_pearson_upper, require
 from ottava.labels.fusion import Label, Tally, collect
-from ottava.labels.hygiene import Removed, decontaminate, deduplicate, require_disjoint
+from ottava.labels.hygiene import Removed, decontaminate, deduplicate, normals, require_disjoint
 from ottava.labels.teachers import TEACHERS, propose
-from ottava.tasks import Problem, Traced
+from ottava.tasks import Problem, Traced, content
 from ottava.tasks.base import generator, problem_of, read_lines, row, write_lines
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Spec(recipe.Spec):
             tasks.traced(name)
         except OttavaError as error:  # pydantic wants a ValueError, and adds the place
             there = f"there is {', '.join(tasks.names(traced=True))}; for answers alone there is the stage 'problems'"
-            raise ValueError(f"{error.what}; {there}") from None
+            raise ValueError(f"{content.placed(error)}; {there}") from None
         return name
 
     @field_validator("teachers")
@@ -106,6 +106,9 @@ class Spec(recipe.Spec):
                 f"raise audit, or max_error ({self.max_error:.1%})"
             )
         return self
+
+    def outside(self) -> Mapping[str, str]:
+        return content.key(self.task)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -169,7 +172,7 @@ def _training(
         candidates = 2 * quota + 32 if quota else 0
         rng = generator(ctx.seed, "train", steps)
         pool = task.sample(rng, steps, share + candidates, "train", fewer=True)
-        pool = decontaminate(deduplicate(pool, task.canonical, removed), tests, task.family, removed)
+        pool = decontaminate(deduplicate(pool, task.canonical, removed), tests, normals(task), removed)
         got, used = _labels(spec, task, pool[:candidates], quota, ctx.seed, removed, tally)
         labels += got
         answers += [problem for problem in pool if problem.id not in used][:share]
@@ -241,6 +244,7 @@ def _write(
     for name, problems in (("answers", answers), ("test", test), ("test_one_step", one_step_test)):
         write_lines(ctx.out / f"{name}.jsonl", (row(spec.task, problem) for problem in problems))
     write_json(ctx.out / "vocabulary.json", task.vocabulary())
+    content.record(ctx.out, spec.task)
 
 
 def _report(
@@ -271,4 +275,4 @@ def _prove_disjoint(task: Traced, ctx: Context) -> None:
     def problems(*names: str) -> list[Problem]:
         return [problem_of(line) for name in names for line in read_lines(ctx.out / f"{name}.jsonl")]
 
-    require_disjoint(problems("cold_start", "answers"), problems("test", "test_one_step"), task.family)
+    require_disjoint(problems("cold_start", "answers"), problems("test", "test_one_step"), normals(task))

@@ -18,7 +18,7 @@ from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
 from ottava.tasks import verify
 from ottava.tasks.base import problem_of, read_lines
-from ottava.trainer import asking, coming, curriculum, heldout
+from ottava.trainer import asking, coming, curriculum, grpo, heldout, verdicts
 from ottava.trainer.rl_spec import ReinforceSpec
 
 VERSION = "1"
@@ -52,6 +52,11 @@ def run(spec: ReinforceSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Ar
     after = proofs.evaluations(ctx, model, label, carried.last, max_new)
     summary = {
         **proofs.summary(spec, carried),
+        **verdicts.said(
+            verdicts.of_generations(grpo.told(ctx.out / "rollouts")),
+            verdicts.of_evaluation(before, "the model that came in"),
+            verdicts.of_evaluation(after),
+        ),
         "parameters": exported["parameters"],
         "trained": exported["trained"],
         "accuracy": proofs.figures(after),

@@ -21,6 +21,7 @@ from pydantic import Field
 from ottava import recipe, tasks
 from ottava.artifact import Artifact, write_json
 from ottava.errors import PlatformError
+from ottava.tasks import verify
 from ottava.tasks.base import problem_of, read_lines
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _drained(client: OpenAI, request: Mapping[str, Any], process: Process) -> bo
 def _grade(spec: Spec, problem: Mapping[str, Any] | None) -> Callable[[str], bool] | None:
     """Whether an answer is right: by the problem's task, else by the words that are expected; None: nobody knows."""
     if problem is not None:
-        return lambda content: tasks.get(problem["task"]).check_answer(problem_of(problem), content)
+        return lambda content: verify.grade(tasks.get(problem["task"]), problem_of(problem), content).right
     if spec.expect is not None:
         wanted = spec.expect.casefold()
         return lambda content: wanted in content.casefold()

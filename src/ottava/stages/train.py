@@ -18,7 +18,7 @@ from ottava.labels import harvest
 from ottava.models.chat import write_tiny
 from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
-from ottava.trainer import asking, coming, heldout
+from ottava.trainer import asking, coming, heldout, verdicts
 from ottava.trainer.spec import TrainSpec
 
 VERSION = "1"
@@ -62,6 +62,11 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
     last = proofs.evaluations(ctx, model, label, carried.last, spec.limit)
     summary = {
         **proofs.summary(spec, carried),
+        **verdicts.said(
+            verdicts.of_harvest(harvested or {}),
+            verdicts.of_evaluation(before or {}, "the model that came in"),
+            verdicts.of_evaluation(last),
+        ),
         "parameters": exported["parameters"],
         "trained": exported["trained"],
         "accuracy": proofs.figures(last),

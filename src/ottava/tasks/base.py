@@ -37,7 +37,7 @@ _KINDS = {  # how the name is written -> the module
     "gym": ("gym:DATASET", "ottava.tasks.gym"),
     "maths": ("maths:FILE", "ottava.tasks.maths"),
     "code": ("code:FILE", "ottava.tasks.code"),
-    "own": ("own:MODULE", "ottava.tasks.base"),
+    "own": ("own:MODULE", "ottava.tasks.own"),
 }
 _TRACED = _SALTED = ("chains",)
 
@@ -126,8 +126,6 @@ def get(name: str) -> Task:
     written, module = _KINDS.get(kind, ("", ""))
     if not written or ((":" in written) != bool(rest) and kind not in _SALTED):
         raise DataError(f"there is no task {name!r}", fix=suggest(name, names()))
-    if kind == "own":
-        return _own(rest)
     found = importlib.import_module(module)
     return cast(Task, found.make(rest) if rest else found)
 
@@ -142,28 +140,6 @@ def traced(name: str) -> Traced:
             fix="use chains; or the stage `problems` instead of `label`, and reinforce, which learn from answers alone",
         )
     return cast(Traced, get(name))
-
-
-def _own(module: str) -> Task:
-    """A user's module as a task. Its NAME is set where it has none."""
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(
-            f"the task's module cannot be imported: {error}", where=f"own:{module}", fix="put its folder on PYTHONPATH"
-        ) from error
-    for name, default in (("NAME", f"own:{module}"), ("SAFE", False), ("MAX_STEPS", 1)):
-        if not hasattr(found, name):
-            setattr(found, name, default)
-    needed = ("sample", "held_out", "canonical", "family", "prompt", "check_answer")
-    missing = [function for function in needed if not callable(getattr(found, function, None))]
-    if missing:
-        raise DataError(
-            f"the module has no {', '.join(missing)}",
-            where=f"own:{module}",
-            fix="a task has the functions of ottava.tasks.base.Task",
-        )
-    return cast(Task, found)
 
 
 def require(library: str, package: str, what: str) -> None:

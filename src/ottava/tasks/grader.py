@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from ottava.tasks.base import get, problem_of
+from ottava.tasks.own import described
 
 
 def judge(request: dict[str, Any]) -> dict[str, Any]:
@@ -30,15 +31,7 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
             return {"right": verdict}
         return {"raised": f"NotABool: the verifier returned {verdict!r}"[:500]}
     except BaseException as error:  # sys.exit in a verifier is a verdict on the verifier
-        return {"raised": describe(error)}
-
-
-def describe(error: BaseException) -> str:
-    """An error in one bounded line that begins with its type."""
-    try:
-        return f"{type(error).__name__}: {error}"[:500]
-    except Exception:
-        return type(error).__name__
+        return {"raised": described(error)}
 
 
 def _follow(parent: int) -> None:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from ottava.errors import OttavaError
 from ottava.tasks.base import Problem, Task, generator, row
-from ottava.tasks.grader import describe
+from ottava.tasks.own import described
 
 Kind = Literal["right", "wrong", "unscorable"]
 
@@ -188,7 +188,7 @@ def _judged(task: Task, problem: Problem, text: str, limit_s: float) -> Grade:
     try:
         return Grade("right" if task.check_answer(problem, text) else "wrong")
     except Exception as error:
-        return _grade({"raised": describe(error)})
+        return _grade({"raised": described(error)})
 
 
 def count(grades: Iterable[Grade]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ restart changes a bit.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -278,8 +280,9 @@ class Grpo(Objective):
             with merged(model) as whole:  # what samples is what would be served
                 return (engine or InProcess(whole)).generate(repeated, self._sampling, self.seed, numbers)
 
+        why: Counter[str] = Counter()
         drawn = groups.draw(
-            self._questions(number, shard), generate, self._reward,
+            self._questions(number, shard), generate, partial(self._reward, why),
             first=(number * spec.virtual_shards + shard) * most, wanted=wanted, group=group, rounds=rounds,
         )  # fmt: skip
         rollouts, rewards = drawn.rollouts, self._shaped(drawn)
@@ -290,6 +293,8 @@ class Grpo(Objective):
             "rows": drawn.rows, "ids": drawn.ids, "scored": drawn.scored, "right": drawn.right,
             "compared": gap.count, "gap_sum": gap.total, "gap_max": gap.largest, "beyond": gap.beyond, "ties": gap.ties,
         }  # fmt: skip
+        if why:
+            facts["why"] = dict(sorted(why.items()))
         if self._curriculum is not None:
             facts[ASKED] = facts_of(drawn.asked)
         run, pool = ("", "") if self._place is None else (self._place.run, self._place.pool)
@@ -359,11 +364,14 @@ class Grpo(Objective):
         corrected = correct(self._correction, old, rollouts.logprobs[rows], mask)
         return corrected.mask, corrected.weights
 
-    def _reward(self, problem: Problem, ids: list[int]) -> float:
-        """1 for a well-formed reply of its mode with the right content, 0 for another, NaN without a verdict."""
+    def _reward(self, why: Counter[str], problem: Problem, ids: list[int]) -> float:
+        """1 for a well-formed reply of its mode with the right content, 0 for another, NaN without a verdict: its
+        reason is counted in `why`."""
         if not well_formed(self._chat, ids, self._thinking):
             return 0.0
-        return grade(self._task, problem, self._chat.split(ids, self._thinking)[1]).reward
+        found = grade(self._task, problem, self._chat.split(ids, self._thinking)[1])
+        why.update([found.why] if found.kind == "unscorable" else [])
+        return found.reward
 
     # ------------------------------------------------------------ tensors
 
@@ -442,6 +450,17 @@ def _rows(part: int, spec: ReinforceSpec) -> Tensor:
 def _part(groups: Tensor, part: int, spec: ReinforceSpec) -> Tensor:
     """The groups [Q, G] of a minibatch."""
     return groups[part :: spec.rollout.minibatches]
+
+
+def told(rollouts: Path) -> list[dict[str, Any]]:
+    """What the generations of a finished run say, from its records, as `trainer.verdicts` reads it."""
+    found: list[dict[str, Any]] = []
+    for shards in records.facts(rollouts).values():
+        why: Counter[str] = Counter()
+        for its in shards.values():
+            why.update(its.get("why", {}))
+        found.append({**_about(shards.values()), "why": dict(why)})
+    return found
 
 
 def _about(facts: Any) -> dict[str, float]:

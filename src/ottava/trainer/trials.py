@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from ottava.errors import Busy
 from ottava.models.chat import Chat
 from ottava.models.load import load
 from ottava.tasks.base import problem_of, read_lines
-from ottava.trainer import snapshot, worker
+from ottava.tasks.verify import grade
+from ottava.trainer import snapshot, verdicts, worker
 from ottava.trainer.loop import Trainer
 from ottava.trainer.rl_spec import ReinforceSpec
 from ottava.trainer.start import make_trainer
@@ -101,6 +103,7 @@ def _arm(args: Mapping[str, Any]) -> dict[str, Any]:
         "mixed": [one["mixed"] for one in told],
         "digest": trainer.state.digest(),
         "stopped": stopped,
+        **verdicts.said(verdicts.of_generations(told)),
     }
 
 
@@ -129,7 +132,11 @@ def _train(trainer: Trainer, rows: int | None) -> tuple[list[dict[str, float]], 
 
 
 def _accuracy(model: Any, args: Mapping[str, Any]) -> dict[str, Any]:
-    """The thinking accuracy on the trial's test: n, value, low, high, right."""
+    """The thinking accuracy on the trial's test: n, value, low, high, right; and unscorable, as `evaluate` says.
+
+    Graded as in training: apart, with a deadline.
+    """
     test = [problem_of(line) for line in read_lines(Path(args["data"]) / "test.jsonl")]
-    found = evaluate(model, Chat.load(Path(args["chat"])), test, True, tasks.get(args["task"]).check_answer)
-    return {name: found[name] for name in ("n", "value", "low", "high", "right")}
+    task = tasks.get(args["task"])
+    found = evaluate(model, Chat.load(Path(args["chat"])), test, True, partial(grade, task), prompt=task.prompt)
+    return {name: found[name] for name in ("n", "value", "low", "high", "right", "unscorable") if name in found}
