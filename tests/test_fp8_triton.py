@@ -253,25 +253,25 @@ def test_what_is_supported_where_triton_compiles() -> None:
 
 
 SOURCES = {
-    "quantise": (kernels._quantise_kernel, {"w": "*i32", "codes": "*u8", "scales": "*u8"}, {"FRACTION": 23}),
-    "quantise bf16": (kernels._quantise_kernel, {"w": "*i16", "codes": "*u8", "scales": "*u8"}, {"FRACTION": 7}),
-    "project": (kernels._project_kernel, {"w": "*i32", "out": "*i32", "scales": "*u8"}, {"FRACTION": 23}),
-    "project bf16": (kernels._project_kernel, {"w": "*i16", "out": "*i16", "scales": "*u8"}, {"FRACTION": 7}),
+    "quantise": (kernels._quantise_kernel, {"w": "*i32", "codes": "*u8", "scales": "*u8"}, {"FRACTION": 23, "ROWS": 128}),
+    "quantise bf16": (kernels._quantise_kernel, {"w": "*i16", "codes": "*u8", "scales": "*u8"}, {"FRACTION": 7, "ROWS": 128}),
+    "project": (kernels._project_kernel, {"w": "*i32", "out": "*i32", "scales": "*u8"}, {"FRACTION": 23, "ROWS": 128}),
+    "project bf16": (kernels._project_kernel, {"w": "*i16", "out": "*i16", "scales": "*u8"}, {"FRACTION": 7, "ROWS": 128}),
     "dequantise": (
         kernels._dequantise_kernel,
         {"codes": "*u8", "scales": "*u8", "out": "*i16"},
-        {"HEIGHT": 128, "WIDTH": 128, "FRACTION": 10, "OFFSET": 112},
+        {"HEIGHT": 128, "WIDTH": 128, "FRACTION": 10, "OFFSET": 112, "ROWS": 128},
     ),
     "dequantise one number": (  # a launch makes constants of arguments that are 1
         kernels._dequantise_kernel,
         {"codes": "*u8", "scales": "*u8", "out": "*i32"},
         dict.fromkeys(("rows", "columns", "down", "across", "scales_down", "scales_across"), 1)
-        | {"HEIGHT": 1, "WIDTH": 32, "FRACTION": 23, "OFFSET": 0},
+        | {"HEIGHT": 1, "WIDTH": 32, "FRACTION": 23, "OFFSET": 0, "ROWS": 128},
     ),
     "project one number": (
         kernels._project_kernel,
         {"w": "*i32", "out": "*i32", "scales": "*u8"},
-        dict.fromkeys(("rows", "columns", "down", "across"), 1) | {"FRACTION": 23},
+        dict.fromkeys(("rows", "columns", "down", "across"), 1) | {"FRACTION": 23, "ROWS": 128},
     ),
 }
 FLOATING_POINT = re.compile(r"\.(?:f16|f32|f64|bf16|tf32|e4m3|e5m2|ue8m0)\w*\b")
