@@ -32,6 +32,8 @@ _WORD = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 _FORM = {torch.float32: (23, 0), torch.bfloat16: (7, 0), torch.float16: (10, 112)}
 """Bits of fraction, and how far the exponent's bias lies below float32's."""
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+STRIP = BLOCK
+"""Rows of a block that a program holds at once; a divisor of BLOCK. GPUs hold all of it; Ascend's vector buffers 16."""
 
 _SIDE = tl.constexpr(BLOCK)
 _LOWEST = tl.constexpr(BYTE_MIN)
@@ -94,7 +96,7 @@ def dequantise(
     tiles = grid(rows, columns)
     _dequantise_kernel[(math.prod(codes.shape[:-2]) * tiles[0] * tiles[1],)](
         codes.contiguous().view(torch.uint8), scales.contiguous(), words, rows, columns, *tiles, *scales.shape[-2:],
-        *block, *_FORM[dtype], BLOCK, **_OPTIONS,
+        *block, *_FORM[dtype], STRIP, **_OPTIONS,
     )  # fmt: skip
     return words.view(dtype)
 
@@ -104,7 +106,7 @@ def _launch(kernel: Any, w: Tensor, out: Tensor, rows: int, columns: int) -> Ten
     tiles = grid(rows, columns)
     scales = torch.empty((*w.shape[:-2], *tiles), dtype=torch.uint8, device=w.device)
     words = w.contiguous().view(_WORD[w.dtype])
-    kernel[(scales.numel(),)](words, out, scales, rows, columns, *tiles, _FORM[w.dtype][0], BLOCK, **_OPTIONS)
+    kernel[(scales.numel(),)](words, out, scales, rows, columns, *tiles, _FORM[w.dtype][0], STRIP, **_OPTIONS)
     if bool((scales == _BAD.value).any()):
         raise reference.not_finite()
     return scales
@@ -112,7 +114,7 @@ def _launch(kernel: Any, w: Tensor, out: Tensor, rows: int, columns: int) -> Ten
 
 @triton.jit
 def _strip(rows, columns, down, across, first, ROWS: tl.constexpr):
-    """ROWS rows of this program's block, from `first` on: the matrix, rows and columns in it, offsets in memory, a mask."""
+    """ROWS rows of this program's block, from `first` on: matrix, rows and columns in it, offsets in memory, a mask."""
     program = tl.program_id(0)
     matrix = program // (down * across)
     row = program // across % down * _SIDE + first + tl.arange(0, ROWS)[:, None]
