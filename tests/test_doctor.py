@@ -106,7 +106,22 @@ def test_what_is_shipped_claims_no_chip() -> None:
     """No NPU was at hand: a record of L4 here would be a mistake, and so would one of numerics or speed."""
     found = {entry["capability"]: entry["level"] for entry in evidence.capabilities()}
     assert "L4" not in found.values()
-    assert found["numerics"] == found["speed"] == found["triton kernels"] == "none"
+    assert found["numerics"] == found["speed"] == "none"
+    assert found["triton kernels"] in ("none", "L3")  # lowered, never run
+
+
+def test_runs_of_both_kinds_keep_out_of_each_other_s_record() -> None:
+    there = {"level": "L2", "tests": 3, "files": ["tests/test_trainer.py"]}
+    lowered = {"level": "L3", "tests": 2, "files": ["tests/hivm/test_lowering.py"]}
+    first = record.merged({}, {"training": there}, {"torch_npu": "1"}, lowering=False)
+    both = record.merged(first, {"triton kernels": lowered}, {"triton-ascend": "2"}, lowering=True)
+    assert both["versions"] == first["versions"]
+    assert both["capabilities"]["training"] == there
+    assert both["capabilities"]["triton kernels"]["versions"] == {"triton-ascend": "2"}
+    assert record.merged(both, {"training": there}, {"torch_npu": "1"}, lowering=False) == both
+    assert record.merged(both, {"triton kernels": lowered}, {"triton-ascend": "2"}, lowering=True) == both
+    assert set(record.merged(both, {}, {"triton-ascend": "2"}, lowering=True)["capabilities"]) == {"training"}
+    assert set(record.merged(both, {}, {"torch_npu": "1"}, lowering=False)["capabilities"]) == {"triton kernels"}
 
 
 def test_a_capability_is_shown_by_all_of_its_tests_or_not_at_all() -> None:

@@ -32,6 +32,8 @@ _WORD = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 _FORM = {torch.float32: (23, 0), torch.bfloat16: (7, 0), torch.float16: (10, 112)}
 """Bits of fraction, and how far the exponent's bias lies below float32's."""
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+STRIP = BLOCK
+"""Rows of a block that a program holds at once; a divisor of BLOCK. GPUs hold all of it; Ascend's vector buffers 16."""
 
 _SIDE = tl.constexpr(BLOCK)
 _LOWEST = tl.constexpr(BYTE_MIN)
@@ -94,7 +96,7 @@ def dequantise(
     tiles = grid(rows, columns)
     _dequantise_kernel[(math.prod(codes.shape[:-2]) * tiles[0] * tiles[1],)](
         codes.contiguous().view(torch.uint8), scales.contiguous(), words, rows, columns, *tiles, *scales.shape[-2:],
-        *block, *_FORM[dtype], **_OPTIONS,
+        *block, *_FORM[dtype], STRIP, **_OPTIONS,
     )  # fmt: skip
     return words.view(dtype)
 
@@ -104,21 +106,37 @@ def _launch(kernel: Any, w: Tensor, out: Tensor, rows: int, columns: int) -> Ten
     tiles = grid(rows, columns)
     scales = torch.empty((*w.shape[:-2], *tiles), dtype=torch.uint8, device=w.device)
     words = w.contiguous().view(_WORD[w.dtype])
-    kernel[(scales.numel(),)](words, out, scales, rows, columns, *tiles, _FORM[w.dtype][0], **_OPTIONS)
+    kernel[(scales.numel(),)](words, out, scales, rows, columns, *tiles, _FORM[w.dtype][0], STRIP, **_OPTIONS)
     if bool((scales == _BAD.value).any()):
         raise reference.not_finite()
     return scales
 
 
 @triton.jit
-def _tile(rows, columns, down, across):
-    """This program's block: its place among all matrices', rows and columns in it, offsets in memory, and a mask."""
+def _strip(rows, columns, down, across, first, ROWS: tl.constexpr):
+    """ROWS rows of this program's block, from `first` on: matrix, rows and columns in it, offsets in memory, a mask."""
     program = tl.program_id(0)
     matrix = program // (down * across)
-    row = program // across % down * _SIDE + tl.arange(0, _SIDE)[:, None]
+    row = program // across % down * _SIDE + first + tl.arange(0, ROWS)[:, None]
     column = program % across * _SIDE + tl.arange(0, _SIDE)[None, :]
     offset = (matrix.to(tl.int64) * rows + row) * columns + column
     return matrix, row, column, offset, (row < rows) & (column < columns)
+
+
+@triton.jit
+def _bits(w, offset, inside, FRACTION: tl.constexpr):
+    """The values there as float32's bit patterns (int32); zeros outside of the matrix."""
+    return tl.load(w + offset, mask=inside, other=0).to(tl.int32) << (23 - FRACTION)
+
+
+@triton.jit
+def _top(w, rows, columns, down, across, ROWS: tl.constexpr, FRACTION: tl.constexpr):
+    """The bit pattern of the block's largest magnitude. As integers these are ordered as the values, NaN at the end."""
+    top = 0
+    for first in range(0, _SIDE, ROWS):
+        _, _, _, offset, inside = _strip(rows, columns, down, across, first, ROWS)
+        top = tl.maximum(top, tl.max(_bits(w, offset, inside, FRACTION) & _MAGNITUDE))
+    return top
 
 
 @triton.jit
@@ -166,26 +184,27 @@ def _decode(code, byte, FRACTION: tl.constexpr, OFFSET: tl.constexpr):
 
 @triton.jit
 def _quantise_kernel(
-    w, codes, scales, rows, columns, down, across, FRACTION: tl.constexpr
+    w, codes, scales, rows, columns, down, across, FRACTION: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    _, _, _, offset, inside = _tile(rows, columns, down, across)
-    bits = tl.load(w + offset, mask=inside, other=0).to(tl.int32) << (23 - FRACTION)
-    top = tl.max(bits & _MAGNITUDE)
+    top = _top(w, rows, columns, down, across, ROWS, FRACTION)
     byte = _scale(top)
-    tl.store(codes + offset, _encode(bits, byte).to(tl.uint8), mask=inside)
+    for first in range(0, _SIDE, ROWS):
+        _, _, _, offset, inside = _strip(rows, columns, down, across, first, ROWS)
+        code = _encode(_bits(w, offset, inside, FRACTION), byte)
+        tl.store(codes + offset, code.to(tl.uint8), mask=inside)
     tl.store(scales + tl.program_id(0), _stored(top, byte).to(tl.uint8))
 
 
 @triton.jit
 def _project_kernel(
-    w, out, scales, rows, columns, down, across, FRACTION: tl.constexpr
+    w, out, scales, rows, columns, down, across, FRACTION: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    _, _, _, offset, inside = _tile(rows, columns, down, across)
-    bits = tl.load(w + offset, mask=inside, other=0).to(tl.int32) << (23 - FRACTION)
-    top = tl.max(bits & _MAGNITUDE)
+    top = _top(w, rows, columns, down, across, ROWS, FRACTION)
     byte = _scale(top)
-    word = _decode(_encode(bits, byte), byte, FRACTION, 0)
-    tl.store(out + offset, word.to(out.dtype.element_ty), mask=inside)
+    for first in range(0, _SIDE, ROWS):
+        _, _, _, offset, inside = _strip(rows, columns, down, across, first, ROWS)
+        word = _decode(_encode(_bits(w, offset, inside, FRACTION), byte), byte, FRACTION, 0)
+        tl.store(out + offset, word.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + tl.program_id(0), _stored(top, byte).to(tl.uint8))
 
 
@@ -193,11 +212,12 @@ def _project_kernel(
 def _dequantise_kernel(
     codes, scales, out, rows, columns, down, across,
     scales_down, scales_across, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    FRACTION: tl.constexpr, OFFSET: tl.constexpr,
+    FRACTION: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    matrix, row, column, offset, inside = _tile(rows, columns, down, across)
-    code = tl.load(codes + offset, mask=inside, other=0).to(tl.int32)
-    place = (matrix.to(tl.int64) * scales_down + row // HEIGHT) * scales_across + column // WIDTH
-    byte = tl.load(scales + place, mask=inside, other=0).to(tl.int32)
-    word = _decode(code, byte, FRACTION, OFFSET)
-    tl.store(out + offset, word.to(out.dtype.element_ty), mask=inside)
+    for first in range(0, _SIDE, ROWS):
+        matrix, row, column, offset, inside = _strip(rows, columns, down, across, first, ROWS)
+        code = tl.load(codes + offset, mask=inside, other=0).to(tl.int32)
+        place = (matrix.to(tl.int64) * scales_down + row // HEIGHT) * scales_across + column // WIDTH
+        byte = tl.load(scales + place, mask=inside, other=0).to(tl.int32)
+        word = _decode(code, byte, FRACTION, OFFSET)
+        tl.store(out + offset, word.to(out.dtype.element_ty), mask=inside)

@@ -1,7 +1,8 @@
 """How far each thing that Ottava says about Ascend has been shown: read from recorded results, never supposed.
 
-`make test-npu` writes evidence.json beside this file (tests/npu/record.py). A capability has the level at which all of
-its tests passed and none was skipped; without such a record its level is none. What nobody has tested is listed too.
+`make test-npu` and `make test-hivm` write evidence.json beside this file (tests/npu/record.py). A capability has the
+level at which all of its tests passed and none was skipped; without such a record its level is none. What nobody has
+tested is listed too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CAPABILITIES = {
     "numerics": "what the chip computes, against the project's error bounds",
     "speed": "steps and tokens a second",
 }
-"""What could be claimed, in words. The last three were shown nowhere."""
+"""What could be claimed, in words. The last two were shown nowhere."""
 
 RECORD = Path(__file__).with_name("evidence.json")
 
@@ -63,9 +64,9 @@ def read(record: Path = RECORD) -> dict[str, Any]:
 def _shown(entry: dict[str, Any] | None, record: dict[str, Any]) -> dict[str, str]:
     if entry is None or entry.get("level") not in LEVELS:
         return {"level": "none", "evidence": "nothing is recorded"}
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in entry.get("versions", record["versions"]).items())
     where = ", ".join(entry["files"])
     return {
         "level": entry["level"],
-        "evidence": f"{entry['tests']} tests passed ({where}) on {record['date']}: {versions}",
+        "evidence": f"{entry['tests']} tests passed ({where}) on {entry.get('date', record['date'])}: {versions}",
     }
