@@ -1,15 +1,18 @@
-"""How good the gate is: python -m benchmarks.qualify [--json] [--clean 50] [--each 6] [--load 2] [--seed 0]
+"""How good the gate is: python -m benchmarks.qualify [--json] [--clean 50] [--each 6] [--load 2] [--minutes 0]
 
 clean    examinations of pools without a fault, on a machine kept busy: how often anybody is accused
 planted  faults of every kind, at chips and places drawn from the seed: how often exactly the right worker is named
 
 Pools have 2 or 4 CPU processes in turn. The machine is kept busy by `load` processes that compute in bursts, drawn
-from the seed. Intervals are 95% ones of Clopper and Pearson.
+from the seed. minutes: after so many no other examination begins; 0: all are made, in an order drawn from the seed.
+Intervals are 95% ones of Clopper and Pearson.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -86,15 +89,19 @@ def row(name: str, good: int, runs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    args = options(__doc__ or "", clean=50, each=6, load=2, seed=0)
-    draw, wrong, seconds = random.Random(args.seed), [], []
+    args = options(__doc__ or "", clean=50, each=6, load=2, seed=0, minutes=0)
+    draw, wrong, seconds, loads = random.Random(args.seed), [], [], []
     named: dict[str, list[bool]] = defaultdict(list)
+    begun = time.monotonic()
     with busy(args.load, args.seed), LocalLauncher() as launcher:
         work: list[tuple[str, int]] = [("clean", 2 + 2 * (n % 2)) for n in range(args.clean)]
         # without a majority nobody can say which of two rounds as it should
         work += [(kind, 4 if kind == "rounding" else 2 + 2 * (n % 2)) for n in range(args.each) for kind in KINDS]
         draw.shuffle(work)
         for number, (kind, workers) in enumerate(work):
+            if args.minutes and time.monotonic() - begun > 60 * args.minutes:
+                break
+            loads.append(os.getloadavg()[0])
             plants = [] if kind == "clean" else [drawn(kind, workers, draw)]
             one = examined(launcher, workers, args.seed + number, plants)
             right = one["named"] == [str(plant["chip"]) for plant in plants]
@@ -108,7 +115,15 @@ def main() -> None:
     rows += [row(f"right worker named, {kind}", right.count(True), len(right)) for kind, right in sorted(named.items())]
     planted = [right for each in named.values() for right in each]
     rows += [row("right worker named, all", planted.count(True), len(planted))] if planted else []
-    show(rows, args.json, wrong=wrong, load=args.load, seed=args.seed, median_s=sorted(seconds)[len(seconds) // 2])
+    show(
+        rows,
+        args.json,
+        wrong=wrong,
+        load=args.load,
+        seed=args.seed,
+        median_s=statistics.median(seconds),
+        loadavg=statistics.median(loads),
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def findings(found: Found, limits: Limits, free_disk: float) -> list[Finding]:
     out += _numbers(found.data.get("numbers", {}), limits, free_disk)
     out += _links(found, limits)
     out += _speed(found)
-    out += _repeated(found)
+    out += _repeated(found, {finding.chip for finding in out})
     named = {finding.chip for finding in out}
     out += _collectives(found.data.get("collectives", {}), named - {None} != set())
     return sorted(set(out), key=lambda f: (f.chip is None, f.chip or 0, f.check, f.reason))
@@ -76,7 +76,7 @@ def _odd(values: Mapping[int, str], check: str, known: set[int | None]) -> list[
         return [
             Finding(chip, check, f"computes other bits ({values[chip][:12]}) than most ({value[:12]})") for chip in odd
         ]
-    if known & set(values):
+    if known - {None}:
         return []
     return [
         Finding(chip, check, "the workers compute different bits, and no majority tells who is wrong")
@@ -136,7 +136,8 @@ def _speed(found: Found) -> list[Finding]:
     return out
 
 
-def _repeated(found: Found) -> list[Finding]:
+def _repeated(found: Found, wrong: set[int | None]) -> list[Finding]:
+    """wrong: whom something speaks against already, which explains that the bits differ."""
     out: list[Finding] = []
     for name in ("repeat", "soak"):
         part = found.data.get(name, {})
@@ -151,7 +152,7 @@ def _repeated(found: Found) -> list[Finding]:
     out += [Finding(c, "repeatability", "other bits from the same work") for c in sorted(found.changed - known)]
     unsound = {finding.chip for finding in out}
     firsts = {chip: data["first"] for chip, data in found.data.get("repeat", {}).items() if chip not in unsound}
-    return out + _odd(firsts, "numerics class", unsound)
+    return out + _odd(firsts, "numerics class", unsound | wrong)
 
 
 def _collectives(part: Mapping[int, Mapping[str, Any]], named: bool) -> list[Finding]:
