@@ -368,7 +368,7 @@ def _tree(bench: Bench, length: int) -> dict[str, Any] | None:
 
 
 def soak(bench: Bench, seconds: float, gradient: int) -> dict[str, Any]:
-    """All at once, for so long: digests of work and of the run's sum, compared in every round.
+    """All at once, for so long and REPEATS rounds at least: digests of work and of the run's sum, compared each time.
 
     Returns {"rounds", "seconds", "first": digest, "changed": rounds in which this worker contradicted itself, "sums":
     rounds in which it ended with another sum than most}. What is found is said at once.
@@ -390,7 +390,8 @@ def soak(bench: Bench, seconds: float, gradient: int) -> dict[str, Any]:
             changed.append(number)
         if changed[-1:] == [number] or sums[-1:] == [number]:
             bench.link.say("changed", at=f"soak:{number}")
-        if bench.group.gather(time.monotonic() - begun)[0] >= seconds:
+        enough = bench.group.gather(time.monotonic() - begun)[0] >= seconds
+        if enough and number + 1 >= REPEATS:
             break
     return {
         "rounds": number + 1, "seconds": time.monotonic() - begun, "first": first, "changed": changed, "sums": sums,

@@ -34,7 +34,7 @@ class Limits:
 
 
 def findings(found: Found, limits: Limits, free_disk: float) -> list[Finding]:
-    """All that speaks against chips or the pool, without doubles, chips first."""
+    """All that speaks against chips or the pool, chips first; what two parts found alike, once."""
     out = [Finding(f.chip, f.kind, f"{f.reason} (in {f.at})") for f in found.failures]
     out += _numbers(found.data.get("numbers", {}), limits, free_disk)
     out += _links(found, limits)
@@ -42,7 +42,8 @@ def findings(found: Found, limits: Limits, free_disk: float) -> list[Finding]:
     out += _repeated(found, {finding.chip for finding in out})
     named = {finding.chip for finding in out}
     out += _collectives(found.data.get("collectives", {}), named - {None} != set())
-    return sorted(set(out), key=lambda f: (f.chip is None, f.chip or 0, f.check, f.reason))
+    once = {(f.chip, f.check, f.reason if f.check == "straggler" else ""): f for f in reversed(out)}
+    return sorted(once.values(), key=lambda f: (f.chip is None, f.chip or 0, f.check, f.reason))
 
 
 def _numbers(part: Mapping[int, Mapping[str, Any]], limits: Limits, free_disk: float) -> list[Finding]:
@@ -142,6 +143,8 @@ def _repeated(found: Found, wrong: set[int | None]) -> list[Finding]:
     for name in ("repeat", "soak"):
         part = found.data.get(name, {})
         for chip, data in part.items():
+            if chip in {finding.chip for finding in out}:
+                continue
             if data["changed"]:
                 out.append(
                     Finding(chip, "repeatability", f"{len(data['changed'])} times other bits from the same work")
