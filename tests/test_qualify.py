@@ -17,6 +17,7 @@ from ottava.context import Context
 from ottava.errors import LauncherGone, OttavaError, PlatformError, ResourceError
 from ottava.journal import Journal
 from ottava.planner import reach
+from ottava.qualify import judges
 from ottava.recipe import Fleet, Pool, load_fleet
 from ottava.stages import qualify
 from ottava.supervisor.local import LocalLauncher
@@ -325,7 +326,7 @@ def test_stragglers_are_judged_against_the_median(
         {"rank": rank, "gflops": a, "together_gflops": t}
         for rank, (a, t) in enumerate(zip(alone, together, strict=True))
     ]
-    check = qualify.judge_speed(results, factor=1.5)
+    check = judges.judge_speed(results, factor=1.5)
     assert (check.passed, check.value) == (passed, ratio)
     assert bool(check.reason) != passed
 
@@ -351,7 +352,7 @@ def test_a_straggler_is_slow_every_time(tmp_path: Path) -> None:
 def test_memory_and_disk_are_judged(shared: bool, free_disk: float, passed: bool) -> None:
     """0.7 GB are free: enough for each of two devices of their own, not for two workers that share it."""
     results = [{"memory_used": 300_000_000, "memory_total": 1_000_000_000, "shared_memory": shared}] * 2
-    check = qualify.judge_resources(results, free_disk, qualify.Spec())
+    check = judges.judge_resources(results, free_disk, 0.5, 1.0)
     assert check.passed == passed
     assert ("GB" in check.reason) != passed
 

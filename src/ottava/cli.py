@@ -305,6 +305,53 @@ def supervise(
 
 
 @app.command()
+def qualify(
+    fleet: Annotated[Path, typer.Option(help="A fleet file, such as fleets/laptop.yaml.")],
+    pool: Annotated[str, typer.Option(help="The pool to examine.")],
+    recipe: Annotated[Path | None, typer.Option(help="A recipe, whose message sizes are sent.")] = None,
+    soak: Annotated[str, typer.Option(help="How long all work at once: 60s, 5m, 2h.")] = "60s",
+    hours: Annotated[float | None, typer.Option(help="Of the planned run; by default the recipe's budget.")] = None,
+    hang: Annotated[str, typer.Option(help="After how long without a step a worker hangs.")] = "30s",
+    out: Annotated[Path | None, typer.Option(help="Write qualification.json and calibration.json here.")] = None,
+    ray: Ray = None,
+    plant: Annotated[list[str] | None, typer.Option(hidden=True, help="A fault to plant: KIND:CHIP.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Examine a pool before a run: which of its workers may run, how fast, and will it last; exit 1 if one fails."""
+    from ottava import platforms, stages
+    from ottava.artifact import make_folder, write_json
+    from ottava.console.qualified import qualify_bar, table
+    from ottava.qualify import command, plants
+    from ottava.qualify.gate import Terms
+    from ottava.recipe import load_fleet, load_recipe
+    from ottava.supervisor.launch import cluster_for, launcher_for
+
+    loaded = load_fleet(fleet, platforms.names())
+    chosen = loaded.pool(pool)
+    asked = None if recipe is None else load_recipe(recipe, stages.specs(), (), platforms.names())
+    planted = tuple(plants.parse(text).model_dump() for text in plant or ())
+    terms = Terms(command.seconds_of(soak, "--soak"), command.seconds_of(hang, "--hang"), plants=planted)
+    command.check_hours(hours)
+    if out is not None:
+        make_folder(out)
+    with (
+        cluster_for(ray, (chosen,)) as where,
+        launcher_for(where.address, (chosen,))() as launcher,
+        qualify_bar(pool) as told,
+    ):
+        report = command.qualify(launcher, loaded, chosen, terms, asked, hours, told)
+    if out is not None:
+        write_json(out / "qualification.json", report)
+        write_json(out / "calibration.json", {"train": [], "qualify": [report["calibration"]]})
+    if as_json:
+        _print(report)
+    else:
+        typer.echo(table(report))
+    if not report["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def keygen(
     path: Annotated[Path, typer.Argument(help="Where to write the private key (PEM, readable by you only).")],
 ) -> None:

@@ -110,7 +110,7 @@ def _matmul_case(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.
     computed = torch.matmul(a, b).cpu().double()
     exact = torch.matmul(a.cpu().double(), b.cpu().double())
     size = torch.matmul(a.cpu().double().abs(), b.cpu().double().abs())
-    bound = (_gamma(k, torch.float32) + _gamma(k, torch.float64)) * size
+    bound = (gamma(k, torch.float32) + gamma(k, torch.float64)) * size
     if dtype != torch.float32:
         bound = bound + UNIT_ROUNDOFF[dtype] * computed.abs()
     error = (computed - exact).abs()
@@ -124,7 +124,8 @@ def _matmul_case(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.
     }
 
 
-def _gamma(k: int, dtype: torch.dtype) -> float:
+def gamma(k: int, dtype: torch.dtype) -> float:
+    """k u / (1 - k u), with the unit roundoff u of `dtype`."""
     ku = k * UNIT_ROUNDOFF[dtype]
     assert ku < 1, "the bound holds for k u < 1"
     return ku / (1 - ku)
@@ -208,8 +209,14 @@ def resources(args: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def group(platform: Platform) -> Iterator[tuple[int, int]]:
-    """A process group over torchrun's variables: yields (rank, world). A fault of the links is a PlatformError."""
+    """A process group over torchrun's variables: yields (rank, world). A fault of the links is a PlatformError.
+
+    One that the worker has opened already is used, and left open.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if dist.is_initialized():
+        yield rank, world
+        return
     try:
         if world > 1:
             dist.init_process_group(platform.backend(), timeout=TIMEOUT)

@@ -108,7 +108,7 @@ def students(args: Mapping[str, Any]) -> dict[str, Any]:
     """
     platform = platforms.asked(args)
     group, specs = join(platform), [TrainSpec.model_validate(spec) for spec in args["specs"]]
-    sizes = [_size(spec) for spec in specs]
+    sizes = [size(spec) for spec in specs]
     ends = sorted({sizes.index(min(sizes)), sizes.index(max(sizes))}, key=sizes.__getitem__)
     found = [_measure(specs[i], group, platform, int(args.get("repeats", 12)), int(args.get("seed", 0))) for i in ends]
 
@@ -125,7 +125,8 @@ def students(args: Mapping[str, Any]) -> dict[str, Any]:
     return {"parts": parts, "busy_seconds": sum(one.busy for one in found)}
 
 
-def _size(spec: TrainSpec) -> int:
+def size(spec: TrainSpec) -> int:
+    """The parameters of the model that a `train` section describes, without making it."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in from_config(spec.shape.config(VOCABULARY)).parameters())
 
