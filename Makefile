@@ -97,7 +97,7 @@ test-hivm: export OTTAVA_OUTCOMES := .venv-hivm/outcomes.jsonl
 test-hivm: export OMP_NUM_THREADS := 1
 test-hivm: .venv-hivm/installed
 	rm -f $(OTTAVA_OUTCOMES)
-	.venv-hivm/bin/pytest -p tests.npu.record tests/hivm
+	.venv-hivm/bin/python -m pytest -p tests.npu.record tests/hivm
 	.venv-hivm/bin/python -m tests.npu.record $(OTTAVA_OUTCOMES) src/ottava/platforms/ascend/evidence.json --lowering
 
 test-all: install .venv/ray .venv-vllm/installed .venv-harness/installed test-npu test-hivm
