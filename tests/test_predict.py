@@ -138,7 +138,7 @@ def test_parts_sum_to_the_step() -> None:
             assert sum(found.step.parts.values()) == pytest.approx(found.step.seconds, rel=1e-6), run.id
 
 
-def test_a_step_never_beats_the_peak() -> None:
+def test_without_losses_a_step_is_its_work_at_the_peak() -> None:
     """With every loss set to nothing, 6 N + attention FLOPs at the peak are what is left: a second count."""
     free = Terms(**dict.fromkeys(steptime.NAMES, 0.0) | {"efficiency": 1.0, "attention": 1.0, "fp8": 0.0})
     for name in ("llama3-70b", "gpt3-175b", "mixtral-8x7b"):
@@ -217,7 +217,7 @@ def test_the_state_is_that_of_zero() -> None:
     """arXiv 1910.02054, table 1, with its FP16 gradients: 7.5B parameters take 120, 31.4 and 1.9 GB on 64 chips."""
     size, model = 7.5e9, SHAPES["gpt-7.5b"]
     asked = work(model, n=64)
-    scale = size / memory.parameters_on_first_stage(asked, Layout())
+    scale = size / memory.parameters_on_first_stage(asked, Layout())[0]
     extra = memory.GRADIENT - 2  # Megatron's gradients are FP32
     alone = memory.state(asked.model_copy(update={"chips": 1}), Layout()) * scale - extra * size
     spread = memory.state(asked, Layout()) * scale - extra * size
@@ -246,17 +246,20 @@ def planted(families: dict[str, float], per: int, noise: float, seed: int) -> li
 
 
 def test_planted_families_are_found_and_few_runs_are_drawn_to_the_rest() -> None:
-    many = planted({"a": 0.2, "b": -0.2}, 12, 0.05, seed=1)
+    many = planted({"a": 0.1, "b": -0.1}, 12, 0.1, seed=1)
     lone = planted({"c": 0.6}, 1, 0.0, seed=2)
     fitted = fit.fit([*many, *lone])
-    for run, expected in ((many[0], 0.2), (many[-1], -0.2)):
+    for run, expected in ((many[0], 0.1), (many[-1], -0.1)):
         fresh = replace(run, site="new")
         base = run.speed(Terms())
-        assert fit.predictive(fresh, fitted)[0] - base == pytest.approx(expected, abs=0.06)
+        assert fit.predictive(fresh, fitted)[0] - base == pytest.approx(expected, abs=0.07)
     alone = fit.predictive(replace(lone[0], site="new"), fitted)
     shift = alone[0] - lone[0].speed(Terms())
-    assert 0.1 < shift < 0.5  # between the others' mean, which is 0, and what the one run says
-    assert alone[1] > fit.predictive(replace(many[0], site="new"), fitted)[1]
+    crowd = planted({"c": 0.6}, 12, 0.0, seed=2)
+    sure = fit.predictive(replace(crowd[0], site="new"), fit.fit([*many, *crowd]))
+    assert 0.1 < shift < 0.59  # between the others' mean, which is 0, and what the one run says
+    assert shift < sure[0] - crowd[0].speed(Terms()) < 0.61  # twelve runs are believed more than one
+    assert alone[1] > sure[1]
 
 
 def test_the_posterior_is_that_of_a_linear_gaussian_model() -> None:
