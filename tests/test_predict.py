@@ -25,6 +25,7 @@ CATALOGUE = chips.load(chips.locate("chips.json"))
 PUBLISHED = rows.read(rows.published())
 SHAPES = rows.known_shapes()
 GPT3 = SHAPES["gpt3-175b"]
+SIZED = {"arch": "llama3-8b", "chip": "H100", "n": 64, "seq": 8192, "gbs": 512}
 SMALL = {"L": 16, "h": 1024, "heads": 8, "kv": 8, "hd": 128, "ffn": 4096, "glu": 1, "vocab": 32000}
 
 
@@ -352,6 +353,9 @@ def test_every_published_row_has_an_interval_or_a_reason(tmp_path: Path) -> None
         ({"parallel": {"tp": 8, "qq": 2}}, "unknown key 'qq'"),
         ({"precision": "fp7"}, "precision"),
         ({"gbs": "many"}, "gbs"),
+        ({"gbs": None}, "gbs (batch) is not given"),
+        ({"parallel": [8, 1]}, "parallel"),
+        ({"arch": ["llama3-8b"]}, "no name and no shape"),
         ({"arch": {"L": 2}}, "missing"),
     ],
 )
@@ -368,13 +372,13 @@ def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, change: dict[str, An
 
 
 def test_two_rows_of_one_id_are_refused(tmp_path: Path) -> None:
-    row = {"id": "r", "arch": "llama3-8b", "chip": "H100", "n": 64}
+    row = SIZED | {"id": "r"}
     with pytest.raises(RecipeError, match="stands twice"):
         rows.read(write(tmp_path, [row, row]))
 
 
 def test_an_unknown_key_is_told(tmp_path: Path) -> None:
-    row = {"id": "r", "arch": "llama3-8b", "chip": "H100", "n": 64, "recompte": "full"}
+    row = SIZED | {"id": "r", "recompte": "full"}
     _, warnings = predict.predict_file(write(tmp_path, [row]))
     assert len(warnings) == 1
     assert "'recompte' is no key" in warnings[0]
@@ -390,6 +394,7 @@ def test_an_unknown_key_is_told(tmp_path: Path) -> None:
         ({"chip": "A100", "precision": "fp8"}, "no FP8"),
         ({"chip": "SPR-AMX-2core"}, "measure it"),
         ({"n": 60, "parallel": {"tp": 8}}, "cannot be shared"),
+        ({"arch": "deepseek-v3", "n": 7}, "alone take"),
     ],
 )  # fmt: skip
 def test_it_declines_where_it_is_not_good(tmp_path: Path, change: dict[str, Any], reason: str | None) -> None:
@@ -449,7 +454,7 @@ def test_rollouts_of_another_vendor_take_a_published_profile() -> None:
 
 
 def test_the_command_prints_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"id": "r", "arch": "llama3-8b", "chip": "H100", "n": 64, "tokens": 1e12}
+    row = SIZED | {"id": "r", "tokens": 1e12}
     command: Callable[..., Any] = cli.app
     command(["predict", str(write(tmp_path, [row])), "--json"], standalone_mode=False)
     [one] = json.loads(capsys.readouterr().out)["rows"]

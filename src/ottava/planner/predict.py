@@ -65,7 +65,9 @@ def predict(workload: Workload, chips: Catalogue, calibration: Calibration, prof
     if reason is not None:
         return Prediction(workload.id, None, None, None, workload.chips, declined=reason)
     trained = _train(workload, chips, calibration)
-    return trained if workload.kind == "train" or workload.rollout is None else _two(trained, workload, chips, profiles)
+    if workload.kind == "train" or workload.rollout is None or trained.declined is not None:
+        return trained
+    return _two(trained, workload, chips, profiles)
 
 
 def _unknown(work: Workload, chips: Catalogue) -> str | None:
@@ -89,6 +91,10 @@ def _train(work: Workload, chips: Catalogue, calibration: Calibration) -> Predic
     site = calibration.sites.get(work.site or "", work.site)
     work = work.model_copy(update={"site": site})
     run, found = calibrate.prepare(work, chips)
+    state, room = memory.state(work, found.layout) / 1e9, chips.chip(work.chip).memory_gb.value
+    if state > room:
+        reason = f"weights, gradients and optimiser alone take {state:,.0f} GB on a chip of {room:g} GB"
+        return Prediction(work.id, None, None, None, work.chips, found.memory_gb, state, found.layout, declined=reason)
     middle, low, high = calibrate.interval(run, calibration.fit(), work)
     why = [_evidence(run.family, work, calibration)]
     why.append("the layout is given" if work.layout else "the layout was searched for: the fastest that fits")
@@ -98,7 +104,7 @@ def _train(work: Workload, chips: Catalogue, calibration: Calibration) -> Predic
         why.append("a small model on one node: the error there is 36%, and the interval says so")
     seconds = work.batch * work.sequence / middle / work.chips
     return Prediction(
-        work.id, middle, low, high, work.chips, found.memory_gb, memory.state(work, found.layout) / 1e9, found.layout,
+        work.id, middle, low, high, work.chips, found.memory_gb, state, found.layout,
         seconds, _hours(work, middle, low, high, work.chips), found.step.parts, None, tuple(why),
     )  # fmt: skip
 
