@@ -393,7 +393,8 @@ def test_an_unknown_key_is_told(tmp_path: Path) -> None:
         ({"kind": "rl"}, "name them"),
         ({"chip": "A100", "precision": "fp8"}, "no FP8"),
         ({"chip": "SPR-AMX-2core"}, "measure it"),
-        ({"n": 60, "parallel": {"tp": 8}}, "cannot be shared"),
+        ({"n": 16, "parallel": {"tp": 8, "pp": 4}}, "are fewer than"),
+        ({"n": 60, "parallel": {"tp": 8}}, None),
         ({"arch": "deepseek-v3", "n": 7}, "alone take"),
     ],
 )  # fmt: skip

@@ -81,8 +81,8 @@ def _unknown(work: Workload, chips: Catalogue) -> str | None:
         return "a small model on one node: no published run of the data is as small, and the error there is 36%"
     if work.precision in ("fp8", "mxfp8") and chip.fp8_tflops is None:
         return f"{work.chip} has no FP8 arithmetic"
-    if work.layout is not None and work.chips % work.layout.size:
-        return f"{work.chips} chips cannot be shared by tp x pp x cp = {work.layout.size}"
+    if work.layout is not None and work.chips < work.layout.size:
+        return f"{work.chips} chips are fewer than tp x pp x cp = {work.layout.size}"
     return None
 
 
@@ -98,6 +98,8 @@ def _train(work: Workload, chips: Catalogue, calibration: Calibration) -> Predic
     middle, low, high = calibrate.interval(run, calibration.fit(), work)
     why = [_evidence(run.family, work, calibration)]
     why.append("the layout is given" if work.layout else "the layout was searched for: the fastest that fits")
+    if work.chips % found.layout.size:
+        why.append(f"{work.chips} chips are no multiple of tp x pp x cp = {found.layout.size}: taken for rounded")
     if not found.fits:
         why.append("it does not fit into the chip's memory as described: recompute more, or spread it further")
     if calibrate.alone(work):
