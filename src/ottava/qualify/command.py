@@ -150,7 +150,7 @@ def _row(fleet: Fleet, pool: Pool, found: Found) -> dict[str, Any]:
     peak = None
     if pool.chip is not None and not pool.rehearsal:
         try:
-            peak = chips.load(chips.locate("chips.json")).chip(pool.chip).bf16_tflops.value
+            peak = chips.load(chips.locate("chips.json")).chip(pool.chip).peak() / 1e12
         except OttavaError:  # a chip without figures: measured, but no share of a peak
             peak = None
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
