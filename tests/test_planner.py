@@ -47,7 +47,8 @@ def test_every_figure_and_price_has_a_source_and_a_date() -> None:
                 yield from provenances(value)
 
     found = list(provenances(CATALOGUE))
-    assert len(found) == 3 * len(CATALOGUE.chips) + 3 * len(CATALOGUE.families) + 7 * len(CATALOGUE.formats)
+    text = chips.locate("chips.json").read_text()  # every number stands beside a source, and is read as such
+    assert len(found) == text.count('"source":') >= 3 * (len(CATALOGUE.chips) + 4) + 7 * len(CATALOGUE.formats)
     assert all(p.source and p.date and p.certainty for p in found)
     for pool in (*LAPTOP.pools, *REFERENCE.pools):
         assert pool.usd_per_worker_hour is not None

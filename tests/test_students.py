@@ -39,7 +39,7 @@ def test_the_count_is_that_of_the_model_class(work: students.Distillation) -> No
 
 def test_memory_and_time_follow(work: students.Distillation) -> None:
     rows = students.plan(work, chips.load(FLEETS / "chips.json"))
-    assert len(rows) == 6 * len(chips.load(FLEETS / "chips.json").chips)
+    assert len(rows) == 6 * len(work.chips)
     for row in rows:
         chip = chips.load(FLEETS / "chips.json").chips[row["chip"]]
         assert row["chips"] * chip.memory_gb.value * students.USABLE >= row["memory_gb"]

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from ottava import document
-from ottava.checkpoint.chips import Formats, Provenance, locate
+from ottava.checkpoint.chips import DATA, Formats, Provenance, locate
 from ottava.errors import RecipeError
 from ottava.recipe import Frozen
 
@@ -46,14 +46,52 @@ class Range(Span):
         return self
 
 
+class Words(Provenance):
+    """A statement that is no number."""
+
+    value: str
+
+
 class Chip(Frozen):
-    """One model of chip. bf16_tflops: dense peak, 1e12 FLOP/s; memory_gb: 1e9 bytes; usd_per_hour: rent of one."""
+    """One model of chip, as it is sold (a package, where it has several dies).
+
+    bf16_tflops, fp8_tflops, int8_tops: dense peaks, 1e12 operations/s; memory_gb: 1e9 bytes; memory_tbs: 1e12 bytes/s;
+    scaleup_gbs: 1e9 bytes/s of one chip in one direction to the scaleup_chips it is linked with; network_gbps: 1e9
+    bits/s of one chip beyond them in the cluster it is usually sold in (a cluster's own figure comes before it);
+    usd_per_hour: rent of one. What is None is not known, or not there.
+    """
 
     vendor: str
     family: str
-    bf16_tflops: Figure
+    bf16_tflops: Figure | None = None
+    fp8_tflops: Figure | None = None
+    int8_tops: Figure | None = None
     memory_gb: Figure
-    usd_per_hour: Range
+    memory_tbs: Figure | None = None
+    scaleup_gbs: Figure | None = None
+    scaleup_chips: Figure | None = None
+    network_gbps: Figure | None = None
+    watts: Figure | None = None
+    usd_per_hour: Range | None = None
+    export: Words | None = None
+    note: str | None = None
+
+    def peak(self) -> float:
+        """Dense BF16 FLOP/s. Raises RecipeError where it is not known."""
+        return need(self.bf16_tflops, "BF16 speed") * 1e12
+
+    def rent(self) -> Range:
+        """Dollars an hour. Raises RecipeError where no price is known."""
+        if self.usd_per_hour is None:
+            raise RecipeError("the price of this chip is not known", fix="add usd_per_hour to its entry in chips.json")
+        return self.usd_per_hour
+
+
+def need(figure: Figure | None, what: str) -> float:
+    """The value of a figure that a calculation cannot do without; RecipeError where it is not known."""
+    if figure is None:
+        raise RecipeError(f"the {what} of this chip is not known", fix="measure it, and add it to chips.json")
+    return figure.value
 
 
 class Family(Frozen):
@@ -69,10 +107,13 @@ class Family(Frozen):
 
 
 class Catalogue(Frozen):
-    """All chips and families of a data file, and which formats chips take (`ottava.checkpoint.targets`)."""
+    """All chips and families of a data file, and which formats chips take (`ottava.checkpoint.targets`).
+
+    A family of which no published run is known is None.
+    """
 
     chips: dict[str, Chip]
-    families: dict[str, Family]
+    families: dict[str, Family | None]
     formats: dict[str, Formats]
 
     @model_validator(mode="after")
@@ -89,8 +130,11 @@ class Catalogue(Frozen):
         return self.chips[name]
 
     def family(self, chip: Chip) -> Family:
-        """What the chip's family reached."""
-        return self.families[chip.family]
+        """What the chip's family reached; RecipeError where no published run of it is known."""
+        found = self.families[chip.family]
+        if found is None:
+            raise RecipeError(f"no published run on chips of the family {chip.family!r} is known", where=DATA)
+        return found
 
 
 def load(path: Path) -> Catalogue:

@@ -80,7 +80,7 @@ def reference_seconds(flops: float, active_parameters: float, chip: Chip, family
     low: at the efficiency of matrix products alone, with nothing lost to links, memory or faults. mid and high: at
     the median and the 10% quantile of whole published runs; None for models outside of the published sizes.
     """
-    peak = chip.bf16_tflops.value * 1e12 * workers
+    peak = chip.peak() * workers
     low = flops / (peak * family.matmul_efficiency.value)
     if not family.parameters.low <= active_parameters <= family.parameters.high:
         return Estimate(low, None, None)

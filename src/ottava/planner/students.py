@@ -54,13 +54,14 @@ class Shape(Frozen):
 
 
 class Distillation(Frozen):
-    """The students, and what they are trained on."""
+    """The students, what they are trained on, and the chips that are compared."""
 
     source: str
     date: str
     samples: Figure
     tokens_per_sample: Range
     epochs: Figure
+    chips: Annotated[tuple[str, ...], Field(min_length=1)]
     students: Annotated[tuple[Shape, ...], Field(min_length=1)]
 
 
@@ -75,16 +76,17 @@ def plan(work: Distillation, catalogue: Catalogue) -> list[dict[str, Any]]:
     Rows {name, begins_from, parameters, memory_gb, served_gb (in FP8), chip, vendor, chips, hours, usd, claim}.
     chips: the smallest power of two whose memory holds the training state; hours and usd: {low, mid, high}.
     """
-    return [_row(work, shape, name, catalogue) for shape in work.students for name in catalogue.chips]
+    return [_row(work, shape, name, catalogue) for shape in work.students for name in work.chips]
 
 
 def _row(work: Distillation, shape: Shape, name: str, catalogue: Catalogue) -> dict[str, Any]:
-    chip = catalogue.chips[name]
+    chip = catalogue.chip(name)
     memory, chips = STATE_BYTES * shape.parameters() / 1e9, 1
     while chips * chip.memory_gb.value * USABLE < memory:
         chips *= 2
     seconds = _seconds(work, shape, name, catalogue, chips)
-    price = Estimate(chip.usd_per_hour.low, chip.usd_per_hour.mid, chip.usd_per_hour.high)
+    rent = chip.rent()
+    price = Estimate(rent.low, rent.mid, rent.high)
     known = "extrapolated from published runs"
     return {
         "name": shape.name, "begins_from": shape.begins_from, "parameters": shape.parameters(),
@@ -98,7 +100,7 @@ def _row(work: Distillation, shape: Shape, name: str, catalogue: Catalogue) -> d
 def _seconds(work: Distillation, shape: Shape, name: str, catalogue: Catalogue, chips: int) -> Estimate:
     """The fewest tokens at the best speed to the most at the slowest."""
     chip = catalogue.chips[name]
-    family, each = catalogue.families[chip.family], work.tokens_per_sample
+    family, each = catalogue.family(chip), work.tokens_per_sample
 
     def on(tokens: float) -> Estimate:
         flops = cost.training_flops(shape.active(), tokens * work.samples.value * work.epochs.value)

@@ -388,7 +388,7 @@ def price(fleet: Fleet, catalogue: Catalogue, works: Mapping[str, Workload | Non
 def _price_on(pool: Pool, catalogue: Catalogue, work: Workload) -> dict[str, Any]:
     assert pool.chip is not None
     chip = catalogue.chip(pool.chip)
-    family, rent = catalogue.family(chip), chip.usd_per_hour
+    family, rent = catalogue.family(chip), chip.rent()
     seconds = cost.reference_seconds(work.flops(), work.parameters, chip, family, pool.workers)
     mid = pool.usd_per_worker_hour.value if pool.usd_per_worker_hour else rent.mid
     usd = cost.usd(seconds, pool.workers, Estimate(min(rent.low, mid), mid, max(rent.high, mid)))

@@ -1,0 +1,71 @@
+"""Bytes of training on the fullest chip: arithmetic on shapes.
+
+State: BF16 weight, FP32 gradient and, spread over the replicas by the distributed optimiser, FP32 weight and two
+moments: 18 bytes a parameter on one replica (arXiv 1910.02054; Megatron's gradients are FP32). Activations: arXiv
+2205.05198, equations 1 to 5.
+"""
+
+from __future__ import annotations
+
+from ottava.planner import steptime
+from ottava.planner.workload import Layout, Workload
+
+WEIGHT, GRADIENT, MOMENTS = 2, 4, 12
+"""Bytes a parameter."""
+
+
+def parameters_on_first_stage(work: Workload, layout: Layout) -> float:
+    """On a chip of the first pipeline stage, which has the embedding beside its layers."""
+    model = work.model
+    tables = model.hidden * model.vocabulary * (1 if model.tied or layout.pipeline > 1 else 2)
+    whole = model.hidden * model.vocabulary * (1 if model.tied else 2)
+    experts = model.expert_parameters()
+    layers = model.parameters() - whole - experts + experts / layout.expert
+    return (layers / layout.pipeline + tables) / layout.tensor
+
+
+def state(work: Workload, layout: Layout, *, distributed: bool = True) -> float:
+    """Bytes of weights, gradients and optimiser. distributed: the optimiser is spread over the replicas."""
+    data = max(1, work.chips // layout.size)
+    if steptime.sharded(work, layout):
+        return work.model.parameters() * (WEIGHT + GRADIENT + MOMENTS) / data
+    return parameters_on_first_stage(work, layout) * (WEIGHT + GRADIENT + MOMENTS / (data if distributed else 1))
+
+
+def activations(work: Workload, layout: Layout) -> float:
+    """Bytes kept from forward to backward on a chip of the first stage, which has the most micro-batches in flight."""
+    model, micro = work.model, layout.micro
+    rows = micro * work.sequence / layout.context
+    unit = rows * model.hidden / layout.tensor
+    scores = 0.0 if work.flash else 5 * model.heads * work.sequence * rows / layout.tensor
+    dense, sparse = (_layer(work, unit, routed) for routed in (False, True))
+    if work.recompute == "full":
+        kept = 2 * unit * model.layers
+    else:
+        kept = dense * (model.layers - model.sparse_layers) + sparse * model.sparse_layers
+        kept += scores * model.layers if work.recompute == "none" else 0.0
+    virtual = max(1, layout.virtual)
+    waves = 1 + (layout.pipeline - 1) / (layout.pipeline * virtual) if virtual > 1 else 1.0
+    if layout.pipeline > 1:  # a first stage keeps `pipeline` micro-batches of its share of the layers
+        return kept * waves
+    return kept + 4 * rows * model.vocabulary / layout.tensor  # logits in FP32
+
+
+def _layer(work: Workload, unit: float, routed: bool) -> float:
+    """Bytes one layer keeps without scores: 34 s b h of a GPT layer (width 4 h), for other widths counted alike."""
+    model = work.model
+    experts = model.experts if routed else None
+    width = model.width if experts is None else experts.width * (experts.chosen + experts.shared)
+    inner = (4 if model.gated else 2) * 2 * width / model.hidden + (1 if not model.gated else 0)
+    keys = 2 * model.qk_width * model.heads / model.hidden + 2 * (model.qk_width + model.value_width) * (
+        model.kv_heads / model.hidden
+    )
+    if not model.gated:
+        return unit * (11 + 4 + 19 * width / (4 * model.hidden))
+    met = 0 if experts is None else 4 * experts.chosen
+    return unit * (2 + 2 + 2 + 2 + keys + inner + met)
+
+
+def total_gb(work: Workload, layout: Layout) -> float:
+    """1e9 bytes on the fullest chip."""
+    return (state(work, layout) + activations(work, layout)) / 1e9
