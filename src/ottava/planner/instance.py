@@ -132,6 +132,24 @@ def judge(instance: Instance, schedule: Schedule) -> Judgement:
     return Judgement(usd + penalty + lateness + dropped, usd, penalty, lateness, dropped, tuple(broken))
 
 
+def least(instance: Instance) -> int:
+    """No schedule costs less: every task by its cheapest way, as if it were alone with those it waits for."""
+    begin = [task.release for task in instance.tasks]
+    total = 0
+    for number in after_all(instance):
+        task = instance.tasks[number]
+        for before in task.after:
+            shortest = min((o.slots for o in instance.tasks[before].options), default=0)
+            begin[number] = max(begin[number], begin[before] + shortest)
+        ways = [o for o in task.options if not o.breaks]
+        costs = [
+            o.usd + o.penalty + (0 if task.due is None else task.late * max(0, begin[number] + o.slots - task.due))
+            for o in ways
+        ]
+        total += min([*costs, *([] if task.drop is None else [task.drop])], default=0)
+    return total
+
+
 def after_all(instance: Instance) -> list[int]:
     """Task numbers, predecessors first. ValueError names the tasks of a cycle."""
     order: list[int] = []

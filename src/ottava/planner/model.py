@@ -8,15 +8,15 @@ two points in time fits into the chips that are there between them.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ortools.sat.python import cp_model
 
 from ottava.planner.instance import Instance, Task, after_all
 
-MOST_STARTS = 60_000
-"""Literals for single starts; beyond, intervals with sums over longer stretches have to do."""
+MOST_CELLS = 250_000
+"""Slots that all options occupy from all their starts; beyond, intervals with sums over longer stretches have to do."""
 
 STATUS = {
     cp_model.OPTIMAL: "optimal",
@@ -142,7 +142,7 @@ class Model:
             else:
                 self._slots(pool, capacity, extra)
 
-    def _starts(self) -> dict[tuple[int, int, int], Any] | None:
+    def _starts(self) -> list[dict[tuple[int, int], Any]] | None:
         """A literal for every option and slot it may start in; None where there would be too many of them.
 
         With these, what a start costs and what it occupies are sums, and the bound is that of the time-indexed linear
@@ -154,53 +154,52 @@ class Model:
             for number, (task, limit) in enumerate(zip(tasks, self.limit, strict=True))
             for index, o in enumerate(task.options)
         ]
-        if sum(len(span) for _, _, span in spans) > MOST_STARTS:
+        if sum(len(span) * tasks[number].options[index].slots for number, index, span in spans) > MOST_CELLS:
             return None
-        started: dict[tuple[int, int, int], Any] = {}
+        started: list[dict[tuple[int, int], Any]] = [{} for _ in tasks]
         for number, index, span in spans:
-            for slot in span:
-                started[number, index, slot] = self.cp.new_bool_var("")
-            ones = [started[number, index, slot] for slot in span]
-            self.cp.add(sum(ones) == self.present[number][index])
-        for number in range(len(tasks)):
-            mine = [(slot, literal) for (n, _, slot), literal in started.items() if n == number]
-            self.cp.add(self.start[number] == sum(s * x for s, x in mine)).only_enforce_if(self.done[number])
-            self._late_starts(number, {key: x for key, x in started.items() if key[0] == number})
+            ones = [self.cp.new_bool_var("") for _ in span]
+            started[number] |= {(index, slot): one for slot, one in zip(span, ones, strict=True)}
+            self.cp.add(_sum(ones) == self.present[number][index])
+        for number, mine in enumerate(started):
+            begins = _sum(list(mine.values()), [slot for _, slot in mine])
+            self.cp.add(self.start[number] == begins).only_enforce_if(self.done[number])
+            self._late_starts(number, mine)
         self._waits(started)
         return started
 
-    def _late_starts(self, number: int, started: Mapping[tuple[int, int, int], Any]) -> None:
+    def _late_starts(self, number: int, mine: Mapping[tuple[int, int], Any]) -> None:
         task = self.instance.tasks[number]
         if number in self.tardy and task.due is not None:
-            late = {key: key[2] + task.options[key[1]].slots - task.due for key in started}
-            self.cp.add(self.tardy[number] >= sum(late[key] * x for key, x in started.items() if late[key] > 0))
+            late = [max(0, slot + task.options[index].slots - task.due) for index, slot in mine]
+            self.cp.add(self.tardy[number] >= _sum(list(mine.values()), late))
 
-    def _waits(self, started: Mapping[tuple[int, int, int], Any]) -> None:
+    def _waits(self, started: Sequence[Mapping[tuple[int, int], Any]]) -> None:
         """Slot by slot: a task that starts by then means that those before it have ended by then."""
         tasks = self.instance.tasks
-        by_task: list[list[tuple[int, int, Any]]] = [[] for _ in tasks]
-        for (number, index, slot), x in started.items():
-            by_task[number].append((slot, slot + tasks[number].options[index].slots, x))
         for number, task in enumerate(tasks):
             for before in task.after:
-                for slot in range(self.release[number], self.limit[number]):
-                    begun = [x for start, _, x in by_task[number] if start <= slot]
-                    ended = [x for _, end, x in by_task[before] if end <= slot]
+                slots = [option.slots for option in tasks[before].options]
+                for at in range(self.release[number], self.limit[number]):
+                    begun = [x for (_, slot), x in started[number].items() if slot <= at]
+                    ended = [x for (index, slot), x in started[before].items() if slot + slots[index] <= at]
                     if begun:
-                        self.cp.add(sum(begun) <= sum(ended))
+                        self.cp.add(_sum(begun) <= _sum(ended))
 
     def _slots(self, pool: int, capacity: list[int], extra: Any) -> None:
         """Chips in use in every slot, as sums over starts."""
         assert self.started is not None
-        rows: list[list[Any]] = [[] for _ in capacity]
-        for (number, index, slot), x in self.started.items():
-            option = self.instance.tasks[number].options[index]
-            if option.pool == pool:
-                for busy in range(slot, min(slot + option.slots, len(rows))):
-                    rows[busy].append(option.chips * x)
-        for terms, chips in zip(rows, capacity, strict=True):
-            if terms:
-                self.cp.add(sum(terms) <= chips + extra)
+        rows: list[tuple[list[Any], list[int]]] = [([], []) for _ in capacity]
+        for task, mine in zip(self.instance.tasks, self.started, strict=True):
+            for (index, slot), x in mine.items():
+                option = task.options[index]
+                if option.pool == pool:
+                    for busy in range(slot, min(slot + option.slots, len(rows))):
+                        rows[busy][0].append(x)
+                        rows[busy][1].append(option.chips)
+        for (ones, chips), there in zip(rows, capacity, strict=True):
+            if ones:
+                self.cp.add(_sum(ones, chips) <= there + extra)
 
     def _energy(self, pool: int, capacity: list[int], extra: Any) -> None:
         """Between two points, the chip-slots of what must lie between them are at most those that are there."""
@@ -247,13 +246,19 @@ class Model:
             for index, chosen in enumerate(self.present[number]):
                 self.cp.add_hint(chosen, one is not None and one[0] == index)
             self.cp.add_hint(self.done[number], one is not None)
-            for (n, index, slot), x in (self.started or {}).items():
-                if n == number:
-                    self.cp.add_hint(x, one is not None and [index, slot] == one)
+            for (index, slot), x in (self.started[number] if self.started is not None else {}).items():
+                self.cp.add_hint(x, one is not None and [index, slot] == list(one))
             if one is not None:
                 slots = self.instance.tasks[number].options[one[0]].slots
                 self.cp.add_hint(self.start[number], one[1])
                 self.cp.add_hint(self.end[number], one[1] + slots)
+
+
+def _sum(ones: Sequence[Any], weights: Sequence[int] | None = None) -> Any:
+    """A sum that the solver's library adds up, not Python."""
+    if weights is None:
+        return cp_model.LinearExpr.sum(ones)
+    return cp_model.LinearExpr.weighted_sum(ones, weights)
 
 
 def _least_inside(release: int, limit: int, slots: int, first: int, last: int) -> int:

@@ -51,7 +51,8 @@ class Arrival(Frozen):
 
 class Pool(Provenance):
     """Chips of one kind in one cluster. reserved: those of `chips` that the plan may not use; link: scale-out network of
-    one chip; domain: chips joined by the fast network; lead_time: nothing is there before. Source and date are of `chips`.
+    one chip; domain: chips joined by the fast network (both, and the price, by default the chip's own); lead_time: nothing is there before.
+    Source and date are of `chips`.
     """
 
     name: Name
@@ -60,9 +61,9 @@ class Pool(Provenance):
     reserved: Annotated[int, Field(ge=0)] = 0
     arrivals: tuple[Arrival, ...] = ()
     lead_time: q.Hours = 0.0
-    usd_per_chip_hour: Price
-    link: q.GigabitsPerSecond
-    domain: Count
+    usd_per_chip_hour: Price | None = None
+    link: q.GigabitsPerSecond | None = None
+    domain: Count | None = None
     licence: Licence | None = None
     state_funded: bool = False
     note: str = ""
