@@ -351,11 +351,14 @@ def _drivers(
     }
     first = np.argmax(list(gains.values()), axis=0)
     return {
-        name: (float((first == index).mean()), float(gain.mean()) / 24) for index, (name, gain) in enumerate(gains.items())
+        name: (float((first == index).mean()), float(gain.mean()) / 24)
+        for index, (name, gain) in enumerate(gains.items())
     }
 
 
-def _row(run: Run, stage: Stage, drawn: Drawn, planned: float, drivers: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+def _row(
+    run: Run, stage: Stage, drawn: Drawn, planned: float, drivers: Mapping[str, tuple[float, float]]
+) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": stage.name,
         "planned_h": round(planned, 1),

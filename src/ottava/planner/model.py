@@ -71,7 +71,9 @@ class Model:
             if latest < self.release[number]:
                 cp.add(chosen == 0)
             else:
-                interval = cp.new_optional_interval_var(start, option.slots, end, chosen, f"{task.name} on {option.pool}")
+                interval = cp.new_optional_interval_var(
+                    start, option.slots, end, chosen, f"{task.name} on {option.pool}"
+                )
                 self.intervals[option.pool].append((interval, option.chips))
             for name in option.breaks:
                 rules = {} if slack is None else slack["rules"]
@@ -282,9 +284,7 @@ def _windows(instance: Instance, slack: Mapping[str, Any] | None) -> tuple[list[
     tasks, horizon = instance.tasks, instance.horizon
     loose = {} if slack is None else slack["deadlines"]
     release = [min(task.release, horizon) for task in tasks]
-    limit = [
-        horizon if task.deadline is None or task.name in loose else min(task.deadline, horizon) for task in tasks
-    ]
+    limit = [horizon if task.deadline is None or task.name in loose else min(task.deadline, horizon) for task in tasks]
     shortest = [min((option.slots for option in task.options), default=0) for task in tasks]
     order = after_all(instance)
     for number in order:
@@ -309,7 +309,10 @@ def answer(instance: Instance, asked: Mapping[str, Any]) -> dict[str, Any]:
         solver = _run(model, asked, begun, 0.5)
         fewest = solver.status_name()
         if fewest not in ("OPTIMAL", "FEASIBLE"):
-            return told | {"status": STATUS.get(solver.response_proto.status, "unknown"), "seconds": time.monotonic() - begun}
+            return told | {
+                "status": STATUS.get(solver.response_proto.status, "unknown"),
+                "seconds": time.monotonic() - begun,
+            }
         model.cp.add(sum(used for used, _ in model.relaxed.values()) <= round(solver.objective_value))
         _repeat(model, solver)
         model.cp.minimize(sum(model.relax_costs))

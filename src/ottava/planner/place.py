@@ -31,7 +31,7 @@ def plan(problem: Problem, *, seconds: float = 30.0, workers: int = 0, alternati
     """
     clock = time.monotonic()
     begun, told = warm_start(problem.instance)
-    found = _solved(problem.instance, begun, told, seconds, workers)
+    found = best(problem.instance, begun, told, seconds, workers)
     if not found.schedule:
         return _without(problem, found, seconds, workers, alternatives)
     schedule = earlier(problem.instance, found.schedule)
@@ -53,10 +53,8 @@ def plan(problem: Problem, *, seconds: float = 30.0, workers: int = 0, alternati
     }
 
 
-def _solved(
-    instance: Instance, begun: list[Chosen | None], told: Judgement, seconds: float, workers: int
-) -> Answer:
-    """The solver's answer, or the heuristic's where that is the best there can be, or where time was too short."""
+def best(instance: Instance, begun: list[Chosen | None], told: Judgement, seconds: float, workers: int) -> Answer:
+    """The solver's answer, or the heuristic's (begun, told) where that is the best there can be, or time was too short."""
     floor = least(instance)
     if not told.broken and told.objective - floor <= OPTIMAL * told.objective:
         return Answer("optimal", begun, told.objective, floor, {}, 0.0)
@@ -129,7 +127,9 @@ def earlier(instance: Instance, schedule: Schedule) -> list[Chosen | None]:
 def costs(problem: Problem, schedule: Schedule, judged: Judgement) -> dict[str, Any]:
     """Dollars of the plan with their interval, and when it ends."""
     ways = [way for _, way, _ in _taken(problem, schedule)]
-    ends = [one.start + t.options[one.option].slots for t, one in zip(problem.instance.tasks, schedule, strict=True) if one]
+    ends = [
+        one.start + t.options[one.option].slots for t, one in zip(problem.instance.tasks, schedule, strict=True) if one
+    ]
     return {
         "usd": round(sum(way.usd.value for way in ways)),
         "usd_low": round(sum(way.usd.low for way in ways)),
@@ -249,7 +249,11 @@ def left_out(problem: Problem, schedule: Sequence[Chosen | None]) -> list[dict[s
             cheapest = min(way.usd.value for way in piece.ways)
             why = f"leaving it out costs {_usd(task.drop or 0)}; placing it costs {_usd(cheapest)} at least, and"
             waits = [problem.pieces[n].name for n in task.after if schedule[n] is None]
-            end = f" {waits[0]}, which it waits for, is left out" if waits else " takes chips, or budget, of jobs worth more"
+            end = (
+                f" {waits[0]}, which it waits for, is left out"
+                if waits
+                else " takes chips, or budget, of jobs worth more"
+            )
             rows.append({"job": piece.job.name, "task": piece.name, "usd": task.drop or 0, "reason": why + end})
     return rows
 

@@ -268,7 +268,9 @@ def _expect(document: Document, kind: str) -> None:
     if "stages" in document.data:
         fix = "a recipe's own plan is made by `ottava run RECIPE --only plan`; this command places a portfolio of jobs"
         raise RecipeError("this is a recipe, not a portfolio of jobs", where=document.source, fix=fix)
-    example = {"portfolio": "fleets/r2-jobs.yaml", "inventory": "fleets/deepseek.yaml", "run": "fleets/r2-run.yaml"}[kind]
+    example = {"portfolio": "fleets/r2-jobs.yaml", "inventory": "fleets/deepseek.yaml", "run": "fleets/r2-run.yaml"}[
+        kind
+    ]
     where = document.where(("kind",), key=True)
     raise RecipeError(f"a file with `kind: {kind}` is wanted here", where=where, fix=f"see {example}")
 
@@ -293,7 +295,10 @@ def _check_names(asked: Asked) -> None:
     pools = [pool.name for pool in asked.inventory.pools]
     places: list[tuple[Key, tuple[str, ...], list[str], str]] = []
     for index, job in enumerate(asked.portfolio.jobs):
-        places += [(("jobs", index, "after"), job.after, jobs, "job"), (("jobs", index, "pools"), job.pools, pools, "pool")]
+        places += [
+            (("jobs", index, "after"), job.after, jobs, "job"),
+            (("jobs", index, "pools"), job.pools, pools, "pool"),
+        ]
     vendors = sorted({chip.vendor for chip in asked.catalogue.chips.values()})
     for index, rule in enumerate(asked.portfolio.rules):
         places += [(("rules", index, "jobs"), rule.jobs, jobs, "job")]

@@ -26,7 +26,9 @@ def slack(problem: Problem, kinds: Collection[str] = KINDS) -> Slack:
     names = sorted({name for task in instance.tasks for option in task.options for name in option.breaks})
     tasks = list(zip(problem.pieces, instance.tasks, strict=True))
     rents = {number: price(asked, pool).value for number, pool in enumerate(asked.inventory.pools)}
-    late = {t.name: t.late or max(1, round(cheapest[p.name] * grid / hours)) for p, t in tasks if t.deadline is not None}
+    late = {
+        t.name: t.late or max(1, round(cheapest[p.name] * grid / hours)) for p, t in tasks if t.deadline is not None
+    }
     return Slack(
         rules=dict.fromkeys(names, 1) if "rules" in kinds else {},
         deadlines=late if "deadlines" in kinds else {},
