@@ -97,7 +97,9 @@ def frontier(points: Sequence[Row], start: datetime.date, grid_h: float, width: 
     said = []
     for day, point in zip(days, points, strict=True):
         date = start + datetime.timedelta(days=day)
-        words = f"by {date}: {money(point['usd'])}, {money(point['p10'])} to {money(point['p90'])}, gap {point['gap']:.1%}"
+        words = (
+            f"by {date}: {money(point['usd'])}, {money(point['p10'])} to {money(point['p90'])}, gap {point['gap']:.1%}"
+        )
         said.append(words)
         lower, upper = y(point["p10"]), y(point["p90"])
         mark = f"M{x(day) - 4:.1f} {lower:.1f} h8 m-4 0 V{upper:.1f} m-4 0 h8"

@@ -117,7 +117,7 @@ def _at_home(
         best = min(ways, key=lambda way: (bool(way.breaks), way.usd.value + way.penalty, way.hours.value))
         verdict, fails, change = _compare(problem, name, pools, best, abroad, weight, seconds, workers)
     else:
-        fails = [f"{one.pool}: {one.why}" for one in refusals] or ["the inventory has no domestic chips"]
+        fails = ["no domestic pool of the inventory takes it" if refusals else "the inventory has no domestic chips"]
         change = [_lift(one) for one in refusals]
     figures = [way.hours.basis for way in ways[:1]] + [way.usd.basis for way in ways[:1]]
     return {
@@ -170,7 +170,7 @@ def _compare(
     )
     pieces = sum(piece.job.name == name for piece in problem.pieces)
     if pieces == 1 and dearer.value > 0:
-        fails.append(f"it costs ${dearer.value:,.0f} more, between ${dearer.low:,.0f} and ${dearer.high:,.0f}")
+        fails.append(f"alone it costs {_usd(dearer.value)} more, between {_usd(dearer.low)} and {_usd(dearer.high)}")
     if not told.broken and told.objective <= least(at_home.instance) * (1 + 1e-4):
         found_status, objective = "optimal", float(told.objective)
     else:
@@ -180,8 +180,8 @@ def _compare(
         found_status = "feasible" if schedule else found.status
     if found_status in ("optimal", "feasible"):
         before = weight
-        extra = "" if before is None else f", ${objective - before:,.0f} more than the plan in all that it weighs"
-        fails.insert(0, f"it does not fail: with {name} on domestic chips the portfolio still fits{extra}")
+        extra = "" if before is None else f", at {_usd(objective - before)} more, penalties and lateness included"
+        fails.insert(0, f"with {name} on domestic chips the portfolio still fits{extra}")
         return "possible", fails, []
     if found_status == "unknown":
         return "not known", [*fails, "the solver found no plan with it in the time it had"], []
@@ -240,3 +240,7 @@ def _flat(one: Any) -> str:
     if not isinstance(one, dict):
         return str(one)
     return ", ".join(f"{key} {value}" for key, value in one.items() if isinstance(value, str | int | float))
+
+
+def _usd(value: float) -> str:
+    return f"{'-' if value < 0 else ''}${abs(value):,.0f}"
