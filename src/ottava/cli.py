@@ -431,6 +431,71 @@ def pick(
 
 
 @app.command()
+def predict(
+    rows: Annotated[Path, typer.Argument(metavar="ROWS", help="Work, in the shape of fleets/published_runs.json.")],
+    chips: Annotated[str, typer.Option(help="A file of chips' figures.")] = "chips.json",
+    calibration: Annotated[Path | None, typer.Option(help="What ottava calibrate wrote; fleets/ by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Speed of training, reinforcement, distillation or serving, with its 80% interval and memory; or why not."""
+    from ottava.console import estimates
+    from ottava.planner.predict import predict_file
+
+    found, warnings = predict_file(rows, chips, calibration)
+    told = [estimates.row(prediction, ignored) for prediction, ignored in found]
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if as_json:
+        _print({"rows": told})
+    else:
+        typer.echo(estimates.table(told))
+
+
+@app.command()
+def calibrate(
+    rows: Annotated[
+        list[Path] | None, typer.Argument(metavar="[ROWS]...", help="Files of runs of your own, with their speeds.")
+    ] = None,
+    chips: Annotated[str, typer.Option(help="A file of chips' figures.")] = "chips.json",
+    out: Annotated[Path, typer.Option(help="The calibration to write.")] = Path("fleets/calibration.json"),
+    plot: Annotated[Path | None, typer.Option(help="Also draw prediction against actual here, as SVG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit the prediction to published runs and your own; print how good it is on sources it has not seen."""
+    from ottava.artifact import replacing
+    from ottava.console import estimates
+    from ottava.console.terminal import work_bar
+    from ottava.planner.calibrate import calibrate_files
+
+    with work_bar(("sources left out", "share")) as (told,):
+        made, guesses = calibrate_files(rows or [], chips, out, lambda share: told(int(100 * share), 100))
+    if plot is not None:
+        with replacing(plot) as scratch:
+            scratch.write_text(str(estimates.against_actual(guesses)), encoding="utf-8")
+    if as_json:
+        _print({"runs": made.runs, "sigma": made.sigma, "accuracy": made.accuracy, "out": str(out)})
+    else:
+        typer.echo(estimates.accuracy_table(made.accuracy))
+
+
+@app.command()
+def cost(
+    name: Annotated[str, typer.Argument(help="A bill by name: deepseek-v3, deepseek-r1-rl.")],
+    bills: Annotated[str, typer.Option(help="A file of bills and of the fleet that paid them.")] = "bills",
+    as_json: Json = False,
+) -> None:
+    """What a published run cost: its hours at a rent, beside its share of the fleet that was bought."""
+    from ottava.console import estimates
+    from ottava.planner.bills import bill
+
+    result = bill(name, bills)
+    if as_json:
+        _print(result)
+    else:
+        typer.echo(estimates.bill_text(result))
+
+
+@app.command()
 def serve(
     model: Annotated[Path, _folder("MODEL", "A model folder: BF16 or UE8M0-FP8.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,

@@ -126,8 +126,11 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
-def read(path: Path | str) -> Document:
-    """Read a YAML file. Raises RecipeError where it is missing, unreadable or no mapping."""
+def read(path: Path | str, listed: str | None = None) -> Document:
+    """Read a YAML file. Raises RecipeError where it is missing, unreadable or no mapping.
+
+    listed: where the file is a list, the key under which it stands in the document.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -142,7 +145,10 @@ def read(path: Path | str) -> Document:
     node = _compose(text, str(path))
     keys: dict[Key, str] = {}
     values: dict[Key, str] = {}
-    data = _plain(node, str(path), keys, values, ())
+    bare = listed is not None and isinstance(node, yaml.SequenceNode)
+    data = _plain(node, str(path), keys, values, (listed,) if bare and listed else ())
+    if bare and listed:
+        data = {listed: data}
     if not isinstance(data, dict):
         what = "the file is empty" if data is None else "the file is not a mapping of keys to values"
         raise RecipeError(what, where=path, fix="write `key: value` lines, as in recipes/tiny.yaml")

@@ -11,9 +11,8 @@ site widens its interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,27 +29,30 @@ PRIOR = {
 """Sigma of the logarithm of each constant before any run is seen: about how far textbooks and papers lie apart."""
 
 LEVELS = ("family", "sku", "site")
-FIRST = {"family": 0.15, "sku": 0.08, "site": 0.1, "noise": 0.12}
-LEAST, MOST = 0.02, 0.4
-ROUNDS, STEPS = 4, 5
+FIRST = {"family": 0.15, "sku": 0.08, "site": 0.1, "noise": 0.12, "sparse": 0.1}
+LEAST, MOST, WEAK = 0.02, 0.4, 0.7
+"""Bounds of a sigma, and how closely (sigma of the logarithm) FIRST holds it: without, few runs could let it vanish."""
+ROUNDS, STEPS = 3, 4
 
 
 @dataclass(frozen=True)
 class Run:
-    """One published run as the fit sees it. speed: logarithm of tokens/s and chip at constants, a function of them."""
+    """One published run as the fit sees it. actual: log of its tokens/s and chip; speed: the same from constants;
+    sparse: of a model with experts, whose runs scatter more."""
 
     id: str
     family: str
     sku: str
     site: str
+    sparse: bool
     actual: float
-    speed: Any
+    speed: Callable[[Terms], float]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What was learnt. names: of the unknowns; mean and covariance: of their posterior (constants as logarithms of their
-    ratio to the prior's middle); sigma: by level, and of the noise."""
+    """What was learnt. names: of the unknowns; mean and covariance: of their posterior (constants as logarithms of
+    their ratio to the prior's middle); sigma: by level, and of the noise."""
 
     names: tuple[str, ...]
     mean: Array
@@ -72,8 +74,9 @@ def fit(runs: Sequence[Run]) -> Fit:
     for _ in range(ROUNDS):
         for _ in range(STEPS):
             gradient, residual = _linear(runs, names, mean)
-            mean, covariance = _solve(gradient, residual + gradient @ mean, _prior(names, sigma), sigma["noise"])
-        sigma = _variances(gradient, residual + gradient @ mean, names, sigma)
+            target, noise = residual + gradient @ mean, _noise(runs, sigma)
+            mean, covariance = _solve(gradient, target, _prior(names, sigma), noise)
+        sigma = _variances(runs, gradient, target, names, sigma)
     return Fit(names, mean, covariance, sigma)
 
 
@@ -110,38 +113,41 @@ def _prior(names: tuple[str, ...], sigma: dict[str, float]) -> Array:
     return np.array([PRIOR[name] if name in PRIOR else sigma[name.split()[0]] for name in names])
 
 
-def _solve(gradient: Array, target: Array, prior: Array, noise: float) -> tuple[Array, Array]:
+def _noise(runs: Sequence[Run], sigma: dict[str, float]) -> Array:
+    """Sigma of each run's own scatter."""
+    return np.array([math.hypot(sigma["noise"], sigma["sparse"] * run.sparse) for run in runs])
+
+
+def _solve(gradient: Array, target: Array, prior: Array, noise: Array) -> tuple[Array, Array]:
     """Posterior mean and covariance of a linear Gaussian model with prior N(0, prior^2)."""
-    covariance = np.linalg.inv(gradient.T @ gradient / noise**2 + np.diag(1 / prior**2))
-    return covariance @ gradient.T @ target / noise**2, covariance
+    weighted = gradient.T / noise**2
+    precision: Array = weighted @ gradient + np.diag(1 / prior**2)
+    covariance: Array = np.asarray(np.linalg.inv(precision), dtype=np.float64)
+    return covariance @ weighted @ target, covariance
 
 
-def _variances(gradient: Array, target: Array, names: tuple[str, ...], sigma: dict[str, float]) -> dict[str, float]:
+def _variances(
+    runs: Sequence[Run], gradient: Array, target: Array, names: tuple[str, ...], sigma: dict[str, float]
+) -> dict[str, float]:
     """The variances of levels and noise that make the runs most likely, one after the other over a grid of ratios."""
+
+    def evidence(tried: dict[str, float]) -> float:
+        covariance = (gradient * _prior(names, tried) ** 2) @ gradient.T + np.diag(_noise(runs, tried) ** 2)
+        _, log = np.linalg.slogdet(covariance)
+        weak = sum((math.log(tried[key] / FIRST[key]) / WEAK) ** 2 for key in FIRST)
+        return float(-0.5 * (log + target @ np.linalg.solve(covariance, target) + weak))
+
     found = dict(sigma)
-    for key in (*LEVELS, "noise"):
-        grid = {value for ratio in np.linspace(-0.5, 0.5, 11) if (value := _held(found[key] * math.exp(ratio)))}
-        found[key] = max(sorted(grid), key=lambda value: _evidence(gradient, target, names, found | {key: value}))
+    for key in found:
+        grid = [min(MOST, max(LEAST, found[key] * math.exp(ratio))) for ratio in np.linspace(-0.5, 0.5, 11)]
+        found[key] = max(grid, key=lambda value, key=key: evidence(found | {key: value}))  # type: ignore[misc]
     return found
-
-
-def _held(value: float) -> float:
-    return float(min(MOST, max(LEAST, value)))
-
-
-def _evidence(gradient: Array, target: Array, names: tuple[str, ...], sigma: dict[str, float]) -> float:
-    """log marginal likelihood, with a weak prior that holds the sigmas near FIRST (half-normal would let them vanish)."""
-    prior = _prior(names, sigma)
-    covariance = (gradient * prior**2) @ gradient.T + np.eye(len(target)) * sigma["noise"] ** 2
-    _, log = np.linalg.slogdet(covariance)
-    weak = sum((math.log(sigma[key] / FIRST[key]) / 0.7) ** 2 for key in FIRST)
-    return float(-0.5 * (log + target @ np.linalg.solve(covariance, target) + weak))
 
 
 def predictive(run: Run, fitted: Fit) -> tuple[float, float]:
     """Mean and sigma of log speed of a run that was not among those of the fit."""
     value, gradient = gradient_of(run, fitted.names, fitted.mean)
-    variance = float(gradient @ fitted.covariance @ gradient) + fitted.sigma["noise"] ** 2
+    variance = float(gradient @ fitted.covariance @ gradient) + _noise([run], fitted.sigma)[0] ** 2
     for level in ("sku", "site"):
         if f"{level} {getattr(run, level)}" not in fitted.names:
             variance += fitted.sigma[level] ** 2

@@ -14,7 +14,12 @@ from dataclasses import dataclass, fields
 from ottava.planner.chips import Chip, need
 from ottava.planner.workload import Layout, Model, Workload
 
-BYTES = {"bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
+PERMUTE = 8
+"""Times that a token's hidden state is read or written for each expert it meets: put in order, copied for the exchange,
+copied from it, put back."""
+
+BYTES = {"bf16": 2, "fp16": 2, "fp8": 1, "mxfp8": 1, "int8": 1}
+FP8 = ("fp8", "mxfp8")
 
 
 @dataclass(frozen=True)
@@ -22,11 +27,12 @@ class Terms:
     """The constants, each 1 or a share.
 
     efficiency: of the BF16 peak that large matrix products reach; fp8: of the FP8 peak's advantage over BF16 that is
-    kept; attention: efficiency of attention relative to matrix products; shape: how much small matrices cost beyond the
-    roofline; elementwise: passes over memory against the count here; plain_attention: the same for attention that writes
-    its scores; links, network, spread: share of tensor-parallel, data-parallel and expert traffic that is not hidden;
-    imbalance: the fullest expert against the mean, minus 1; overhead: seconds of launches in a layer, 1e-4; routing: the
-    same for the routing of experts; scale: loss per doubling beyond 256 chips; run: share of a run lost beside faults.
+    kept; attention: efficiency of attention relative to matrix products; shape: cost of moving a product's operands
+    against the roofline; elementwise: passes over memory against the count here; plain_attention: the same for
+    attention that writes its scores; links, network, spread: share of tensor-parallel, data-parallel and expert traffic
+    that is not hidden; imbalance: the fullest expert against the mean, minus 1; overhead: launches of a layer, 1e-4 s;
+    routing: the same for the routing of experts; scale: loss per doubling beyond 256 chips; run: share of a run lost
+    beside faults.
     """
 
     efficiency: float = 0.62
@@ -84,7 +90,7 @@ def step(work: Workload, layout: Layout, machine: Machine, terms: Terms) -> Step
     """The time of one step of `work` on this layout."""
     model = work.model
     data = max(1, work.chips // layout.size)
-    micro = min(layout.micro, max(1.0, work.batch / data))
+    micro = min(float(layout.micro), max(1.0, work.batch / data))
     count = max(1, math.ceil(work.batch / (data * micro)))
     dense, sparse = (_layer(work, layout, machine, terms, micro, routed) for routed in (False, True))
     layers = model.layers + model.depth_heads
@@ -108,6 +114,25 @@ def step(work: Workload, layout: Layout, machine: Machine, terms: Terms) -> Step
     return Step(seconds, parts, count)
 
 
+MTBF_CHIP_HOURS, SAVE_S, RESTART_S = 50_677.0, 15.0, 600.0
+"""Chip hours from one failure to the next (Llama 3 405B: 419 in 54 days on 16,384 chips, arXiv 2407.21783, table 5);
+seconds of a save and of a restart: assumed."""
+
+
+def lost(chips: int, terms: Terms) -> float:
+    """Share of a whole run's time that does not train, against its steps: faults (Young's interval), and the rest."""
+    between = MTBF_CHIP_HOURS * 3600 / chips
+    return min(1.0, math.sqrt(2 * SAVE_S / between) + RESTART_S / between) + terms.run
+
+
+def speed(work: Workload, layout: Layout, machine: Machine, terms: Terms) -> float:
+    """Tokens a second and chip: of one step, or of a whole run with what it loses."""
+    seconds = step(work, layout, machine, terms).seconds
+    if work.scope == "run":
+        seconds *= 1 + lost(work.chips, terms)
+    return work.batch * work.sequence / seconds / work.chips
+
+
 def _product(rows: float, out: float, inner: float, rate: float, machine: Machine, terms: Terms, size: int) -> float:
     """Seconds of a matrix product [rows, inner] x [inner, out] at `rate` FLOP/s, and of moving its operands."""
     moved = size * (rows * inner + inner * out) + 2 * rows * out
@@ -117,9 +142,18 @@ def _product(rows: float, out: float, inner: float, rate: float, machine: Machin
 def _rates(work: Workload, machine: Machine, terms: Terms) -> tuple[float, float]:
     """FLOP/s of BF16 products and of the linear layers."""
     rate = machine.peak * terms.efficiency
-    if work.precision == "fp8" and machine.peak8 is not None:
+    if work.precision in FP8 and machine.peak8 is not None:
         return rate, rate * (1 + terms.fp8 * (machine.peak8 / machine.peak - 1))
     return rate, rate
+
+
+def _attention(model: Model, terms: Terms) -> float:
+    """Efficiency of attention relative to matrix products: the exponentials of narrow heads take their own time.
+
+    1.5 d / (d + 64) is 1 at a width of 128, about as FlashAttention-3 at 64, 128 and 256 (arXiv 2407.08608, figure 5).
+    """
+    width = (model.qk_width + model.value_width) / 2
+    return terms.attention * 1.5 * width / (width + 64)
 
 
 def _layer(
@@ -131,7 +165,7 @@ def _layer(
     size, h, tensor = BYTES[work.precision], model.hidden, layout.tensor
     rows = micro * work.sequence / layout.context
     products = _product(rows, model.attention_parameters() / h / tensor, h, linear, machine, terms, size)
-    scores = model.attention_flops(work.sequence) / model.layers * rows / tensor / (rate * terms.attention)
+    scores = model.attention_flops(work.sequence) / model.layers * rows / tensor / (rate * _attention(model, terms))
     routing = 0.0
     if experts is None:
         across = (3 if model.gated else 2) * model.width
@@ -146,8 +180,9 @@ def _layer(
         if experts.shared:
             products += _product(rows, experts.shared * across / tensor, h, linear, machine, terms, size)
         width = float(experts.width * (experts.chosen + experts.shared))
-        routing = terms.routing * 1e-4 + 4 * per * h * 2 / machine.memory * terms.elementwise
-    passes = 14 * h + 3 * width + (5 * (3 * h + width) / 2 if work.precision == "fp8" else 0)
+        routing = terms.routing * 1e-4 + PERMUTE * per * h * 2 / machine.memory * terms.elementwise
+    quantised = 3 * h + width + (experts.chosen * h if experts else 0)
+    passes = 14 * h + 3 * width + (5 * quantised / 2 if work.precision in FP8 else 0)
     memory = terms.elementwise * rows * passes * 2 / tensor / machine.memory
     plain = 0.0 if work.flash else terms.plain_attention * 12 * rows * model.heads * work.sequence / tensor
     memory += plain / machine.memory
@@ -180,7 +215,7 @@ def _layer_traffic(
         return near, 0.0
     group = min(layout.expert, max(1, machine.linked // tensor))
     nodes = layout.expert / group
-    sent = rows * h * ((1 if work.precision == "fp8" else 2) + 2) / tensor
+    sent = rows * h * ((1 if work.precision in FP8 else 2) + 2) / tensor
     inside = sent * experts.chosen * (1 - 1 / group) / machine.link
     met = nodes * (1 - (1 - 1 / nodes) ** experts.chosen) if nodes > 1 else 0.0  # nodes that a token's experts are on
     outside = sent * min(met, 4.0) * (1 - 1 / nodes) / machine.network if nodes > 1 else 0.0
@@ -217,10 +252,9 @@ def _exchange(work: Workload, layout: Layout, machine: Machine, terms: Terms, da
         return 0.0
     near = work.chips <= machine.linked
     if sharded(work, layout):
-        together = 1 if near else min(work.chips, max(1, machine.linked))
-        rate = machine.link if near else machine.network * together
-        moved = work.model.parameters() * (4 * count + 4)
-        return terms.network * moved * (data - 1) / data / rate
+        rate = machine.link if near else machine.network * min(work.chips, max(1, machine.linked))
+        whole = work.model.parameters() * (4 * count + 4)
+        return terms.network * whole * (data - 1) / data / rate
     moved = 6 * _held(work.model, layout) * (data - 1) / data
     return terms.network * moved / (machine.link if near else machine.network)
 

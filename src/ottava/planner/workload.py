@@ -15,7 +15,7 @@ from ottava.recipe import Frozen
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Precision = Literal["bf16", "fp16", "fp8", "int8"]
+Precision = Literal["bf16", "fp16", "fp8", "mxfp8", "int8"]
 Recompute = Literal["none", "selective", "full"]
 Kind = Literal["train", "rl", "distill", "serve"]
 
@@ -202,7 +202,10 @@ class Rollout(Named):
 
 class Workload(Named):
     """Work on chips of one kind. batch: sequences an optimiser step sees, over all chips; scope: one step, or a whole
-    run with its interruptions; network_gbps: of the cluster, per chip, where it is not the chip's usual one."""
+    run with its interruptions; network_gbps: of the cluster, per chip, where it is not the chip's usual one; site: the
+    cluster or publication whose other runs the calibration may know. Of serving: phase, context (tokens in the cache),
+    batch_per_chip, expert, and measured: tokens/s and chip of one's own profile of the same work.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
 
@@ -210,9 +213,9 @@ class Workload(Named):
     kind: Kind = "train"
     model: Model
     model_name: str | None = None
+    site: str | None = None
     chip: str
     chips: Count = Field(1, alias="n")
-    cluster: str | None = None
     network_gbps: Positive | None = Field(None, alias="net_gbps")
     sequence: Count = Field(4096, alias="seq")
     batch: Count = Field(1, alias="gbs")
@@ -230,6 +233,7 @@ class Workload(Named):
     context: Count | None = Field(None, alias="kv")
     batch_per_chip: Positive | None = None
     expert: Count | None = Field(None, alias="ep")
+    measured: Positive | None = None
 
     @model_validator(mode="before")
     @classmethod
