@@ -78,6 +78,7 @@ def _request(one: Content) -> dict[str, Any]:
     rows += [["pool that cannot", f"{refused['pool']}: {refused['why']}"] for refused in home["refusals"]]
     rows += [["cheapest relaxation", text] for text in home["change"] if text]
     rows.append(["rules that speak of it", ", ".join(one["rules"]) or "none"])
+    rows += [["law", text] for text in one["law"]]
     rows.append(["the workload's figures", one["workload_source"]])
     rows += [["source", text] for text in one["sources"]]
     rows += [["measured", f"{found['path']} (SHA-256 {found['sha256'][:12]})"] for found in one["evidence"]]

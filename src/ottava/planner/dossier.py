@@ -6,6 +6,7 @@ It argues in both directions: where a domestic plan does the work, the dossier s
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 
 from ottava.artifact import file_digest
 from ottava.errors import ArtifactError, RecipeError
-from ottava.planner import relax
+from ottava.planner import bills, relax
 from ottava.planner.chips import Catalogue
 from ottava.planner.greedy import warm_start
 from ottava.planner.instance import judge, least
@@ -98,9 +99,23 @@ def _request(
         "reason": mine[0]["reason"], "workload_source": f"{job.source} ({job.date}; {job.certainty})",
         "home": {key: value for key, value in home.items() if key != "figures"},
         "rules": [rule.name for rule in asked.portfolio.rules if rule.speaks_of(job)],
+        "law": law(there.chip, min(row["start"] for row in mine), there.state_funded),
         "sources": list(dict.fromkeys([*figures, *(row["basis"] for row in mine)])),
         "evidence": [one for one in measured if any(chip in (there.chip, pool) for chip in one["chips"])],
     }  # fmt: skip
+
+
+def law(chip: str, day: str, state_funded: bool) -> list[str]:
+    """What fleets/rules.yaml says of a chip on the day it is wanted, and what it says later, each with its date."""
+    known, on = bills.rules(), datetime.date.fromisoformat(day[:10])
+    where = "state-funded" if state_funded else "private"
+    holding = [bills.holding(known, kind, chip, on, where) for kind in ("export", "share", "domestic")]
+    later = [rule for rule in known if chip in rule.chips and rule.begins > on]
+    return [
+        f"{rule.id}, from {rule.begins}{' (later than this plan asks)' if rule in later else ''}: {rule.what} "
+        f"({rule.source}; {rule.certainty})"
+        for rule in [one for one in holding if one is not None] + later
+    ]
 
 
 def _at_home(

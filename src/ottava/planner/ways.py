@@ -7,16 +7,16 @@ rules, a refused licence) is kept apart by name, so that it can be relaxed and p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ottava.errors import RecipeError
+from ottava.planner import calibrate
 from ottava.planner.instance import Instance, Option, Task
 from ottava.planner.portfolio import Asked, Day, Job, Phase, Pool, Rule
-from ottava.planner.predict import Calibration, predict
+from ottava.planner.calibrate import Calibration
+from ottava.planner.predict import predict
 
-Predict = Callable[..., object]
 Cause = Literal["work", "memory", "link", "domain", "chips", "pools", "time"]
 HOURS_A_DAY = 24.0
 
@@ -99,7 +99,8 @@ def price(asked: Asked, pool: Pool) -> Span3:
 
 def build(asked: Asked, calibration: Calibration | None = None) -> Problem:
     """All ways of all jobs. Raises RecipeError, with file and line, for a job that fits nowhere."""
-    calibration = calibration or Calibration()
+    if calibration is None and any(job.workload is not None for job in asked.portfolio.jobs):
+        calibration = calibrate.load()
     pieces: list[Piece] = []
     refusals: dict[str, tuple[Refusal, ...]] = {}
     for job in asked.portfolio.jobs:
@@ -136,7 +137,7 @@ def _steps(asked: Asked, pool: Pool) -> tuple[tuple[int, int], ...]:
     return tuple((slot, chips) for slot, chips in sorted(steps.items()) if slot < horizon)
 
 
-def _pieces(asked: Asked, job: Job, calibration: Calibration) -> tuple[list[Piece], list[Refusal]]:
+def _pieces(asked: Asked, job: Job, calibration: Calibration | None) -> tuple[list[Piece], list[Refusal]]:
     refused: list[Refusal] = []
     if job.kind != "serve":
         ways: list[Way] = []
@@ -180,7 +181,7 @@ def _unfit(asked: Asked, job: Job, pool: Pool) -> Refusal | None:
     return None
 
 
-def _ways(asked: Asked, job: Job, pool: Pool, calibration: Calibration) -> list[Way] | Refusal:
+def _ways(asked: Asked, job: Job, pool: Pool, calibration: Calibration | None) -> list[Way] | Refusal:
     unfit = _unfit(asked, job, pool)
     if unfit is not None:
         return unfit
@@ -212,14 +213,14 @@ def _ways(asked: Asked, job: Job, pool: Pool, calibration: Calibration) -> list[
     return ways
 
 
-def _chip_hours(asked: Asked, job: Job, pool: Pool, chips: int, calibration: Calibration) -> Span3 | Refusal:
+def _chip_hours(asked: Asked, job: Job, pool: Pool, chips: int, calibration: Calibration | None) -> Span3 | Refusal:
     """What the job takes on this chip: as it says, by chip before family, or as the predictor says."""
     chip = asked.catalogue.chip(pool.chip)
     told = job.hours.get(pool.chip) or job.hours.get(chip.family)
     if told is not None:
         basis = f"{told.source} ({told.date}; {told.certainty})"
         return Span3(told.value, told.low or told.value, told.high or told.value, basis)
-    if job.workload is None or job.workload.tokens is None:
+    if job.workload is None or job.workload.tokens is None or calibration is None:
         return Refusal(pool.name, "work", f"nothing says how long it takes on the {pool.chip}")
     changed = {"chip": pool.chip, "chips": chips, "network_gbps": pool.link or None, "layout": None}
     work = job.workload.model_copy(update=changed)
