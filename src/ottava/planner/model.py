@@ -307,12 +307,9 @@ def answer(instance: Instance, asked: Mapping[str, Any]) -> dict[str, Any]:
     if asked["slack"] is not None:
         model.cp.minimize(sum(used for used, _ in model.relaxed.values()))
         solver = _run(model, asked, begun, 0.5)
-        fewest = solver.status_name()
-        if fewest not in ("OPTIMAL", "FEASIBLE"):
-            return told | {
-                "status": STATUS.get(solver.response_proto.status, "unknown"),
-                "seconds": time.monotonic() - begun,
-            }
+        told["status"] = STATUS.get(solver.response_proto.status, "unknown")
+        if told["status"] not in ("optimal", "feasible"):
+            return told | {"seconds": time.monotonic() - begun}
         model.cp.add(sum(used for used, _ in model.relaxed.values()) <= round(solver.objective_value))
         _repeat(model, solver)
         model.cp.minimize(sum(model.relax_costs))
