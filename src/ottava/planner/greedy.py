@@ -82,7 +82,8 @@ def place(instance: Instance, rank: Sequence[float]) -> list[Chosen | None]:
         if len(known) < len(ends):
             continue
         ready = max([task.release, *known])
-        found = _cheapest(instance, task, ready, free, left)
+        late = task.fixed and ready > task.release
+        found = None if late else _cheapest(instance, task, ready, free, left)
         if found is None:
             continue
         chosen[number] = found
