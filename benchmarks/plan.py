@@ -1,9 +1,11 @@
 """How close to the best a portfolio's plan is proven to be: python -m benchmarks.plan [--json]
 
-Fifty jobs on twelve pools over 26 weeks (in steps of --grid days), made at random by seed at two loads: moderate (all jobs
-can be done) and oversubscribed (the pools hold about two thirds of what is asked, so that jobs are left out at a price).
-Each is solved for --seconds. gap is what is proven: (objective - bound) / objective. `ours` is the proven gap of the solver,
-`baseline` that of the heuristic alone against the same bound.
+Fifty jobs on twelve pools over 26 weeks (in steps of --grid days), made at random by seed at two loads: moderate
+(all jobs
+can be done) and oversubscribed (the pools hold about two thirds of what is asked, so that jobs are left out at a
+price).
+Each is solved for --seconds. gap is what is proven: (objective - bound) / objective. `ours` is the proven gap of the
+solver, `baseline` that of the heuristic alone against the same bound.
 """
 
 from __future__ import annotations

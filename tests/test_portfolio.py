@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (the files below are one job or pool a line, so that their mistakes have lines)
 """Portfolios: mistakes with their lines, reasons, what gives way, the dossier, the pick, the command line."""
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ def test_a_number_keeps_its_unit(number: float, unit: str) -> None:
 
 @pytest.mark.parametrize("text", [5, "5", "-5 h", "h", "", "5 h h", True, None, "nan h", "inf h"])
 def test_what_is_no_quantity_is_refused(text: Any) -> None:
-    with pytest.raises(ValueError, match="unit|number|below"):
+    with pytest.raises(ValueError, match=r"unit|number|below"):
         quantity.read(text, quantity.TIME)
 
 

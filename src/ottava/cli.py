@@ -398,7 +398,8 @@ def forecast(
     out: Annotated[Path | None, typer.Option(help="Write forecast.html into this folder.")] = None,
     as_json: Json = False,
 ) -> None:
-    """The probability that a run, and the release behind it, is there by a date; what makes it late; the fallback's price."""
+    """The probability that a run, and the release behind it, is there by a date; what makes it late; the fallback's
+    price."""
     from ottava.console import planning
 
     result = planning.forecast(run, by=by, draws=draws, seed=seed, out=out)

@@ -59,8 +59,9 @@ def _request(one: Content) -> dict[str, Any]:
     home = one["home"]
     spread = f"{money(one['usd_low'])} to {money(one['usd_high'])}"
     lede = [
-        f"{one['job']} ({one['kind']}, {one['parameters']:.3g} parameters, {one['memory_gb']:,.0f} GB) on {one['chips']:,} "
-        f"{one['chip']} of {one['pool']}, {one['from']} to {one['until']}, {money(one['usd'])} ({spread}). {_sentence(one['reason'])}",
+        f"{one['job']} ({one['kind']}, {one['parameters']:.3g} parameters, {one['memory_gb']:,.0f} GB) on "
+        f"{one['chips']:,} {one['chip']} of {one['pool']}, {one['from']} to {one['until']}, {money(one['usd'])} "
+        f"({spread}). {_sentence(one['reason'])}",
         f"{VERDICTS[home['verdict']]}.",
     ]
     rows: list[list[str]] = []

@@ -1,4 +1,5 @@
-"""What `ottava plan`, `dossier`, `forecast` and `pick` do around the planner: read, call, write pages, say it in text."""
+"""What `ottava plan`, `dossier`, `forecast` and `pick` do around the planner: read, call, write pages, say it in
+text."""
 
 from __future__ import annotations
 
@@ -103,9 +104,10 @@ def _curves(
         )
         found.append(_section("Cost against time", lambda width: plans.frontier(curve, start, grid, width), lede))
     causes = sensitivity.tornado(problem, schedule)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
-            "name": cause.name, "low": cause.low, "high": cause.high, "usd_low": cause.usd_low, "usd_high": cause.usd_high,
+            "name": cause.name, "low": cause.low, "high": cause.high, "usd_low": cause.usd_low, "usd_high":
+            cause.usd_high,
             "days": " or ".join(_day(start, grid * end) for end in sorted({cause.end_low, cause.end_high})),
         }
         for cause in causes[:12]
@@ -148,9 +150,7 @@ def _plan_verdict(result: Content) -> list[str]:
         return ["No plan was found in the time given, and none was excluded."]
     gap = "proven to be the best" if result["status"] == "optimal" else f"at most {result['gap']:.1%} from the best"
     told = [f"All but {len(result['left_out'])} tasks are placed for {money(result['usd'])}, {gap}."]
-    told.append(
-        "Times and prices are as certain as their sources, which each decision names; penalties of soft rules are prices of policy."
-    )
+    told.append("Times and prices are as certain as their sources, which each decision names.")
     return told
 
 
@@ -211,7 +211,8 @@ def forecast(path: Path, *, by: str | None, draws: int, seed: int, out: Path | N
         until = wanted or run.by
         rows = [
             [
-                row["name"], f"{row['planned_h'] / 24:,.1f}", " / ".join(f"{h / 24:,.1f}" for h in row["hours"].values()),
+                row["name"], f"{row['planned_h'] / 24:,.1f}",
+                " / ".join(f"{h / 24:,.1f}" for h in row["hours"].values()),
                 money(row["usd"]["p50"]), f"{row['failures']:,.1f}", f"{row['drives']:.0%}", f"{row['slip_days']:,.1f}",
             ]
             for row in result["stages"]
@@ -243,7 +244,8 @@ def forecast_text(result: Content) -> str:
     lines = [
         f"{result['probability']:.1%} to be released by {result['by']} ({result['draws']:,} simulated runs: "
         f"{result['low']:.1%} to {result['high']:.1%})",
-        f"release: P10 {release['p10']}, P50 {release['p50']}, P90 {release['p90'] or 'never'}; as planned {result['planned']}",
+        f"release: P10 {release['p10']}, P50 {release['p50']}, P90 {release['p90'] or 'never'}; "
+        f"as planned {result['planned']}",
         f"cost: P10 {money(usd['p10'])}, P50 {money(usd['p50'])}, P90 {money(usd['p90'])}",
     ]
     for row in result["stages"]:
@@ -260,8 +262,8 @@ def forecast_text(result: Content) -> str:
     if result["fallback"] is not None:
         other = result["fallback"]
         lines.append(
-            f"the fallback is taken in {other['moves']:.0%} of the runs; without it {other['without']['probability']:.1%}, "
-            f"and {money(other['usd_p50'])} against that in the middle"
+            f"the fallback is taken in {other['moves']:.0%} of the runs; without it "
+            f"{other['without']['probability']:.1%}, and {money(other['usd_p50'])} against that in the middle"
         )
     return "\n".join(lines)
 

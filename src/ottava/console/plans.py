@@ -71,7 +71,8 @@ def _lanes(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _bar(row: Row, colour: int, x: Scale, top: float) -> Markup:
     begin, end = x(row["start_h"] / 24), x(row["end_h"] / 24)
-    words = f"{row['task']}: {row['chips']:,} {row['chip']}, {row['start']} to {row['end']}, {money(row['usd'])}. {row['reason']}"
+    what = f"{row['task']}: {row['chips']:,} {row['chip']}, {row['start']} to {row['end']}"
+    words = f"{what}, {money(row['usd'])}. {row['reason']}"
     name = row["task"] if end - begin > 6.6 * len(row["task"]) else ""
     return tag(
         "g",

@@ -1,5 +1,5 @@
-"""For every foreign chip that a plan asks for: what it is for, what the best domestic plan is, why that fails and by how
-much, what would have to change, and by which rules.
+"""For every foreign chip that a plan asks for: what it is for, what the best domestic plan is, why that fails and by
+how much, what would have to change, and by which rules.
 
 It argues in both directions: where a domestic plan does the work, the dossier says so and what it costs.
 """
@@ -126,8 +126,10 @@ def _at_home(
     pools = {pool.name for pool in asked.inventory.pools if domestic(asked, pool.chip)}
     ways = [way for way in next(p.ways for p in problem.pieces if p.job.name == name) if way.pool.name in pools]
     refusals = [one for one in problem.refusals[name] if one.pool in pools]
-    abroad = Span3(*(float(sum(row[key] for row in rows)) for key in ("usd", "usd_low", "usd_high")), "the plan")
-    verdict, best, fails, change = "no way", None, [], []
+    abroad = Span3(_sum(rows, "usd"), _sum(rows, "usd_low"), _sum(rows, "usd_high"), "the plan")
+    verdict, best = "no way", None
+    fails: list[str] = []
+    change: list[str] = []
     if ways:
         best = min(ways, key=lambda way: (bool(way.breaks), way.usd.value + way.penalty, way.hours.value))
         verdict, fails, change = _compare(problem, name, pools, best, abroad, weight, seconds, workers)
@@ -155,7 +157,7 @@ def _lift(one: Refusal) -> str:
         return f"{one.pool}: {missing:,.0f} more chips"
     if one.cause == "memory" and missing is not None:
         return f"{one.pool}: {missing:,.0f} GB more, by more or larger chips"
-    if one.cause == "time" and missing is not None:
+    if one.cause == "time" and missing is not None and one.needs is not None:
         return (
             f"{one.pool}: {missing:,.1f} weeks more, or {one.needs / one.there:,.1f} times the chips"
             if one.there
@@ -244,7 +246,7 @@ def _evidence(path: Path) -> dict[str, Any]:
     pools = content.get("pools") if isinstance(content, dict) else None
     if not isinstance(pools, dict):
         raise RecipeError("this is no measurement of qualify", where=path, fix="give a qualification.json")
-    chips = [name for name in pools]
+    chips = list(pools)
     chips += [str(one["chip"]) for one in pools.values() if isinstance(one, dict) and one.get("chip")]
     rows = [{"pool": name, "told": _flat(one)} for name, one in pools.items()]
     return {"path": str(path), "sha256": file_digest(path), "chips": chips, "pools": rows}
@@ -255,6 +257,10 @@ def _flat(one: Any) -> str:
     if not isinstance(one, dict):
         return str(one)
     return ", ".join(f"{key} {value}" for key, value in one.items() if isinstance(value, str | int | float))
+
+
+def _sum(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return float(sum(row[key] for row in rows))
 
 
 def _usd(value: float) -> str:

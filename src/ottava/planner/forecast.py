@@ -1,8 +1,8 @@
 """Will it be done by then: simulated runs with failures, the way to a release, and what a fallback costs.
 
 A failure rate is never known, only estimated from failures seen in so many chip-hours; each simulated run draws its own
-from what that says (a gamma distribution, Jeffreys prior). Between failures work is saved every so often; a failure costs
-what was not saved, and a restart, which may fail too.
+from what that says (a gamma distribution, Jeffreys prior). Between failures work is saved every so often; a failure
+costs what was not saved, and a restart, which may fail too.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Chips(Frozen):
 
 
 class Fallback(Frozen):
-    """What is done if the run does not go well: at `decide_after`, with less than `least` of the progress that was planned
-    by then, it moves on, with what it has, which takes `move`."""
+    """What is done if the run does not go well: at `decide_after`, with less than `least` of the progress that was
+    planned by then, it moves on, with what it has, which takes `move`."""
 
     decide_after: q.Hours
     least: q.Share
@@ -345,7 +345,7 @@ def _drivers(
     A release's driver is the stage that, had it taken as long as planned, would have brought it forward most.
     """
     if not late.any():
-        return {name: (0.0, 0.0) for name in hours}
+        return dict.fromkeys(hours, (0.0, 0.0))
     gains = {
         name: (release - _release(run, {**hours, name: np.full_like(release, planned[name])}))[late] for name in hours
     }

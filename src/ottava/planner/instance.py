@@ -1,4 +1,5 @@
-"""A scheduling problem as plain numbers, and the one function that says what a schedule costs and which rules it breaks.
+"""A scheduling problem as plain numbers, and the one function that says what a schedule costs and which rules it
+breaks.
 
 The solver, the heuristic, brute force and the tests all judge a schedule by `judge`: none of them is trusted to know
 what its own answer is worth. Time counts slots from the plan's start; money whole dollars.

@@ -7,6 +7,7 @@ two points in time fits into the chips that are there between them.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -275,7 +276,7 @@ def _least_inside(release: int, limit: int, slots: int, first: int, last: int) -
 def _segments(steps: Any, horizon: int) -> list[tuple[int, int, int]]:
     """(first, end, chips) of a pool's constant stretches."""
     points = [(0, 0), *steps, (horizon, 0)]
-    found = [(a, b, chips) for (a, chips), (b, _) in zip(points, points[1:], strict=False)]
+    found = [(a, b, chips) for (a, chips), (b, _) in itertools.pairwise(points)]
     return [(a, min(b, horizon), chips) for a, b, chips in found if a < min(b, horizon)]
 
 

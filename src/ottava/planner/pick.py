@@ -1,6 +1,7 @@
 """Which of R1's six students: the largest that fits a memory and a speed, on which chip, in which layout.
 
-Memory is arithmetic. Of speed only a ceiling is known: one reader's next token needs all weights and its cache read once,
+Memory is arithmetic. Of speed only a ceiling is known: one reader's next token needs all weights and its cache read
+once,
 so no engine is faster than the memory allows. How close engines come was measured on few machines; between their share
 and the ceiling the answer is that it is not known.
 """
@@ -35,7 +36,8 @@ CACHE_BYTES = 2  # of one number in the cache: BF16
 
 @dataclass(frozen=True)
 class Machine:
-    """What is to hold the model. memory_gb (1e9 bytes), bandwidth_gbs (1e9 bytes/s): of one chip; usd_per_hour: of one."""
+    """What is to hold the model. memory_gb (1e9 bytes), bandwidth_gbs (1e9 bytes/s): of one chip; usd_per_hour: of
+    one."""
 
     name: str
     chips: int

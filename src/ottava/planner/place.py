@@ -54,7 +54,8 @@ def plan(problem: Problem, *, seconds: float = 30.0, workers: int = 0, alternati
 
 
 def best(instance: Instance, begun: list[Chosen | None], told: Judgement, seconds: float, workers: int) -> Answer:
-    """The solver's answer, or the heuristic's (begun, told) where that is the best there can be, or time was too short."""
+    """The solver's answer, or the heuristic's (begun, told) where that is the best there can be, or time was too
+    short."""
     floor = least(instance)
     if not told.broken and told.objective - floor <= OPTIMAL * told.objective:
         return Answer("optimal", begun, told.objective, floor, {}, 0.0)
@@ -206,7 +207,8 @@ def _place(problem: Problem, piece: Piece, one: Chosen) -> str:
         spared = f", where it would disregard {' and '.join(next_best.against)}" if next_best.against else ""
         return f"{way.pool.name} costs least of {len(pools)} pools that take it{rules} ({there}{spared})"
     if best.pool.name == way.pool.name:
-        return f"{way.chips:,} chips of {way.pool.name} for the sake of time: {best.chips:,} would cost {_usd(cost - best.usd.value - best.penalty)} less{rules}"
+        spared = _usd(cost - best.usd.value - best.penalty)
+        return f"{way.chips:,} chips of {way.pool.name} for the sake of time: {best.chips:,} cost {spared} less{rules}"
     dearer = _usd(cost - best.usd.value - best.penalty)
     return f"{way.pool.name} costs {dearer} more than {best.pool.name}{rules}, which has no room for it in time"
 

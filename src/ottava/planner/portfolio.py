@@ -1,7 +1,7 @@
 """What a portfolio and an inventory look like in files, and what is wrong with them, with file and line.
 
-An inventory lists pools of chips; a portfolio lists jobs, rules and a budget. Every number carries its unit, every figure
-its source, its date and how sure it is.
+An inventory lists pools of chips; a portfolio lists jobs, rules and a budget. Every number carries its unit, every
+figure its source, its date and how sure it is.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ class Arrival(Frozen):
 
 
 class Pool(Provenance):
-    """Chips of one kind in one cluster. reserved: those of `chips` that the plan may not use; link: scale-out network of
-    one chip; domain: chips joined by the fast network (both, and the price, by default the chip's own); lead_time: nothing is there before.
-    Source and date are of `chips`.
+    """Chips of one kind in one cluster. reserved: those of `chips` that the plan may not use; link: scale-out
+    network of
+    one chip; domain: chips joined by the fast network (both, and the price, by default the chip's own); lead_time:
+    nothing is there before. Source and date are of `chips`.
     """
 
     name: Name
@@ -172,14 +173,15 @@ class Phase(Frozen):
 
 
 class Job(Provenance):
-    """Work to place. chips: how many it may run on, one of them is chosen; hours: by chip or by family of chips; memory:
+    """Work to place. chips: how many it may run on, one of them is chosen; hours: by chip or by family of chips;
+    memory:
     of everything it holds, over all its chips (of a server: of one copy); worth: it may be left out, at this price."""
 
     name: Name
     kind: Kind
     parameters: q.Parameters
     chips: tuple[Count, ...] = ()
-    hours: dict[str, Work] = {}
+    hours: dict[str, Work] = Field({})
     workload: Workload | None = None
     memory: q.Gigabytes
     link: q.GigabitsPerSecond = 0.0
@@ -190,7 +192,7 @@ class Job(Provenance):
     worth: q.Usd | None = None
     pools: tuple[str, ...] = ()
     phases: tuple[Phase, ...] = ()
-    rate: dict[str, Rate] = {}
+    rate: dict[str, Rate] = Field({})
     headroom: q.Share = 0.0
     split: Count = 1
 

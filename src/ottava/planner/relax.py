@@ -49,7 +49,8 @@ def fewest(problem: Problem, *, seconds: float, workers: int, kinds: Collection[
 
 
 def alone(problem: Problem, *, seconds: float, workers: int) -> list[dict[str, Any]]:
-    """For every kind of constraint, whether giving up this kind alone is enough, and how: {kind, enough, relaxations}."""
+    """For every kind of constraint, whether giving up this kind alone is enough, and how: {kind, enough,
+    relaxations}."""
     rows = []
     for kind in KINDS:
         allowed = slack(problem, (kind,))

@@ -22,7 +22,8 @@ Z90 = 1.2815515655446004
 
 @dataclass(frozen=True)
 class Cause:
-    """One uncertain input at its two ends. usd: of the whole plan; end: slot in which the last job (not served) ends."""
+    """One uncertain input at its two ends. usd: of the whole plan; end: slot in which the last job (not served)
+    ends."""
 
     name: str
     low: str
@@ -117,13 +118,15 @@ def tornado(problem: Problem, schedule: Schedule) -> list[Cause]:
             ends.append(last_end(changed, retimed(changed, schedule)))
         usd = [total + (hours - way.hours.value) * rent for hours in (way.hours.low, way.hours.high)]
         words = [f"{hours / 24:,.3g} days" for hours in (way.hours.low, way.hours.high)]
-        causes.append(Cause(f"time of {problem.pieces[number].name}", words[0], words[1], *usd, *ends))
+        name = f"time of {problem.pieces[number].name}"
+        causes.append(Cause(name, words[0], words[1], usd[0], usd[1], ends[0], ends[1]))
     for pool in problem.asked.inventory.pools:
         rent3 = price(problem.asked, pool)
         hours = sum(way.chips * way.hours.value for _, way, _ in placed if way.pool is pool)
         if hours and rent3.low < rent3.high:
             usd = [total + (end_ - rent3.value) * hours for end_ in (rent3.low, rent3.high)]
-            causes.append(Cause(f"rent of {pool.name}", f"${rent3.low:g}", f"${rent3.high:g}", *usd, end, end))
+            ends3 = f"${rent3.low:g}", f"${rent3.high:g}"
+            causes.append(Cause(f"rent of {pool.name}", ends3[0], ends3[1], usd[0], usd[1], end, end))
     return sorted(causes, key=lambda cause: cause.usd_low - cause.usd_high)
 
 

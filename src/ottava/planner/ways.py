@@ -12,9 +12,9 @@ from typing import Literal
 
 from ottava.errors import RecipeError
 from ottava.planner import calibrate
+from ottava.planner.calibrate import Calibration
 from ottava.planner.instance import Instance, Option, Task
 from ottava.planner.portfolio import Asked, Day, Job, Phase, Pool, Rule
-from ottava.planner.calibrate import Calibration
 from ottava.planner.predict import predict
 
 Cause = Literal["work", "memory", "link", "domain", "chips", "pools", "time"]
@@ -37,7 +37,8 @@ class Span3:
 
 @dataclass(frozen=True)
 class Way:
-    """A job on `chips` chips of a pool: hours (with interval), dollars (with interval), and the soft rules against it."""
+    """A job on `chips` chips of a pool: hours (with interval), dollars (with interval), and the soft rules against
+    it."""
 
     pool: Pool
     chips: int
