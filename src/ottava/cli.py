@@ -466,8 +466,12 @@ def calibrate(
     from ottava.artifact import replacing
     from ottava.console import estimates
     from ottava.console.terminal import work_bar
+    from ottava.errors import RecipeError
     from ottava.planner.calibrate import calibrate_files
 
+    for place in (out, plot):
+        if place is not None and not place.absolute().parent.is_dir():
+            raise RecipeError("there is no folder to write to", where=place, fix="make it first")
     with work_bar(("sources left out", "share")) as (told,):
         made, guesses = calibrate_files(rows or [], chips, out, lambda share: told(int(100 * share), 100))
     if plot is not None:
@@ -482,7 +486,7 @@ def calibrate(
 @app.command()
 def cost(
     name: Annotated[str, typer.Argument(help="A bill by name: deepseek-v3, deepseek-r1-rl.")],
-    bills: Annotated[str, typer.Option(help="A file of bills and of the fleet that paid them.")] = "bills",
+    bills: Annotated[str, typer.Option(help="A file of bills and of the fleet that paid them.")] = "bills.json",
     as_json: Json = False,
 ) -> None:
     """What a published run cost: its hours at a rent, beside its share of the fleet that was bought."""

@@ -72,13 +72,14 @@ class Rule(Frozen):
 
 
 class Rules(Frozen):
-    """A file of rules."""
+    """A file of rules, and what it says of itself."""
 
+    about: str = ""
     rules: tuple[Rule, ...]
 
 
-def rules(name: str = "rules") -> tuple[Rule, ...]:
-    """The rules of a file (fleets/rules.yaml), oldest first. RecipeError where one is wrong or two contradict."""
+def rules(name: str = "rules.json") -> tuple[Rule, ...]:
+    """The rules of a file (fleets/rules.json), oldest first. RecipeError where one is wrong or two contradict."""
     file = document.read(locate(name))
     found = file.parse(Rules).rules
     seen: dict[tuple[str, str, str | None, date], str] = {}
@@ -108,7 +109,7 @@ def licence_share(chip: str, on: date, known: tuple[Rule, ...] | None = None) ->
     return 0.0 if rule is None or rule.share is None else rule.share
 
 
-def bill(name: str, file: str = "bills") -> dict[str, Any]:
+def bill(name: str, file: str = "bills.json") -> dict[str, Any]:
     """A bill by name: {name, chip, gpus, gpu_hours, usd_per_gpu_hour, usd_marginal, usd_amortised,
     usd_amortised_range, note, fleet, licence, sources}. Dollars. Raises RecipeError for a name that is not in the file.
     """

@@ -204,8 +204,6 @@ def calibrate_files(
 ) -> tuple[Calibration, list[Guess]]:
     """Calibrate on the published runs and on files of one's own, and write `out`. Raises RecipeError."""
     data, place = rows.published(), chips.locate(catalogue_name)
-    if not out.absolute().parent.is_dir():
-        raise RecipeError("there is no folder to write the calibration to", where=out, fix="make it first")
     catalogue, known = chips.load(place), rows.read(data)
     for path in own:
         known += rows.read(path)

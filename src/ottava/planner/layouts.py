@@ -59,5 +59,4 @@ def candidates(work: Workload, machine: Machine) -> Iterator[Layout]:
                 for micro in (m for m in (1, 2, 4) if m == 1 or work.batch >= m * (chips // size)):
                     for virtual in {1, *(v for v in (2, 4) if pipeline > 1 and model.layers >= pipeline * v)}:
                         yield Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, expert=expert, micro=micro)
-    if chips < model.heads * 8:
-        yield Layout(tensor=near if model.heads % near == 0 else 1)
+    yield Layout()  # where nothing else divides the work; it seldom fits

@@ -14,22 +14,25 @@ WEIGHT, GRADIENT, MOMENTS = 2, 4, 12
 """Bytes a parameter."""
 
 
-def parameters_on_first_stage(work: Workload, layout: Layout) -> float:
-    """On a chip of the first pipeline stage, which has the embedding beside its layers."""
+def parameters_on_first_stage(work: Workload, layout: Layout) -> tuple[float, float]:
+    """On a chip of the first pipeline stage, which has the embedding beside its layers: (without experts, experts)."""
     model = work.model
-    tables = model.hidden * model.vocabulary * (1 if model.tied or layout.pipeline > 1 else 2)
-    whole = model.hidden * model.vocabulary * (1 if model.tied else 2)
-    experts = model.expert_parameters()
-    layers = model.parameters() - whole - experts + experts / layout.expert
-    return (layers / layout.pipeline + tables) / layout.tensor
+    table = model.hidden * model.vocabulary
+    both = table * (1 if model.tied else 2)
+    experts = model.expert_parameters() / layout.expert / layout.pipeline
+    layers = (model.parameters() - both - model.expert_parameters()) / layout.pipeline
+    return (layers + (table if layout.pipeline > 1 else both)) / layout.tensor, experts / layout.tensor
 
 
-def state(work: Workload, layout: Layout, *, distributed: bool = True) -> float:
-    """Bytes of weights, gradients and optimiser. distributed: the optimiser is spread over the replicas."""
+def state(work: Workload, layout: Layout) -> float:
+    """Bytes of weights, gradients and optimiser, the last spread over the replicas (of experts there are fewer)."""
     data = max(1, work.chips // layout.size)
     if steptime.sharded(work, layout):
         return work.model.parameters() * (WEIGHT + GRADIENT + MOMENTS) / data
-    return parameters_on_first_stage(work, layout) * (WEIGHT + GRADIENT + MOMENTS / (data if distributed else 1))
+    common, experts = parameters_on_first_stage(work, layout)
+    replicas = max(1.0, data * layout.context / layout.expert)
+    fixed = WEIGHT + GRADIENT
+    return common * (fixed + MOMENTS / data) + experts * (fixed + MOMENTS / replicas)
 
 
 def activations(work: Workload, layout: Layout) -> float:
@@ -52,18 +55,20 @@ def activations(work: Workload, layout: Layout) -> float:
 
 
 def _layer(work: Workload, unit: float, routed: bool) -> float:
-    """Bytes one layer keeps without scores: 34 s b h of a GPT layer (width 4 h), for other widths counted alike."""
+    """Bytes one layer keeps, without scores, where `unit` values are a hidden state.
+
+    Plain (GPT): 11 of attention, 4 of norms, 19 of an MLP four times as wide. Gated: two norms' inputs, the two
+    products' inputs, queries, keys, values and what attention gives, the gate, its partner and their product (for each
+    expert met), and the copies that are sent to experts.
+    """
     model = work.model
     experts = model.experts if routed else None
+    if not model.gated and experts is None:
+        return unit * (15 + 19 * model.width / (4 * model.hidden))
     width = model.width if experts is None else experts.width * (experts.chosen + experts.shared)
-    inner = (4 if model.gated else 2) * 2 * width / model.hidden + (1 if not model.gated else 0)
-    keys = 2 * model.qk_width * model.heads / model.hidden + 2 * (model.qk_width + model.value_width) * (
-        model.kv_heads / model.hidden
-    )
-    if not model.gated:
-        return unit * (11 + 4 + 19 * width / (4 * model.hidden))
-    met = 0 if experts is None else 4 * experts.chosen
-    return unit * (2 + 2 + 2 + 2 + keys + inner + met)
+    heads = model.heads * (model.qk_width + model.value_width) + model.kv_heads * (model.qk_width + model.value_width)
+    sent = 0 if experts is None else 4 * experts.chosen
+    return unit * (8 + 2 * heads / model.hidden + (6 if model.gated else 4) * width / model.hidden + sent)
 
 
 def total_gb(work: Workload, layout: Layout) -> float:

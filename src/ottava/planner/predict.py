@@ -65,7 +65,9 @@ def predict(workload: Workload, chips: Catalogue, calibration: Calibration, prof
     if reason is not None:
         return Prediction(workload.id, None, None, None, workload.chips, declined=reason)
     trained = _train(workload, chips, calibration)
-    return trained if workload.kind == "train" or workload.rollout is None else _two(trained, workload, chips, profiles)
+    if workload.kind == "train" or workload.rollout is None or trained.declined is not None:
+        return trained
+    return _two(trained, workload, chips, profiles)
 
 
 def _unknown(work: Workload, chips: Catalogue) -> str | None:
@@ -79,8 +81,8 @@ def _unknown(work: Workload, chips: Catalogue) -> str | None:
         return "a small model on one node: no published run of the data is as small, and the error there is 36%"
     if work.precision in ("fp8", "mxfp8") and chip.fp8_tflops is None:
         return f"{work.chip} has no FP8 arithmetic"
-    if work.layout is not None and work.chips % work.layout.size:
-        return f"{work.chips} chips cannot be shared by tp x pp x cp = {work.layout.size}"
+    if work.layout is not None and work.chips < work.layout.size:
+        return f"{work.chips} chips are fewer than tp x pp x cp = {work.layout.size}"
     return None
 
 
@@ -89,16 +91,22 @@ def _train(work: Workload, chips: Catalogue, calibration: Calibration) -> Predic
     site = calibration.sites.get(work.site or "", work.site)
     work = work.model_copy(update={"site": site})
     run, found = calibrate.prepare(work, chips)
+    state, room = memory.state(work, found.layout) / 1e9, chips.chip(work.chip).memory_gb.value
+    if state > room:
+        reason = f"weights, gradients and optimiser alone take {state:,.0f} GB on a chip of {room:g} GB"
+        return Prediction(work.id, None, None, None, work.chips, found.memory_gb, state, found.layout, declined=reason)
     middle, low, high = calibrate.interval(run, calibration.fit(), work)
     why = [_evidence(run.family, work, calibration)]
     why.append("the layout is given" if work.layout else "the layout was searched for: the fastest that fits")
+    if work.chips % found.layout.size:
+        why.append(f"{work.chips} chips are no multiple of tp x pp x cp = {found.layout.size}: taken for rounded")
     if not found.fits:
         why.append("it does not fit into the chip's memory as described: recompute more, or spread it further")
     if calibrate.alone(work):
         why.append("a small model on one node: the error there is 36%, and the interval says so")
     seconds = work.batch * work.sequence / middle / work.chips
     return Prediction(
-        work.id, middle, low, high, work.chips, found.memory_gb, memory.state(work, found.layout) / 1e9, found.layout,
+        work.id, middle, low, high, work.chips, found.memory_gb, state, found.layout,
         seconds, _hours(work, middle, low, high, work.chips), found.step.parts, None, tuple(why),
     )  # fmt: skip
 

@@ -31,6 +31,9 @@ ABOUT = frozenset({
 })  # fmt: skip
 """Keys that describe a row and are no part of the work: targets, sources, and figures derived from targets."""
 
+SIZES = (("n", "chips"), ("seq", "sequence"), ("gbs", "batch"))
+"""What training cannot be predicted without, in both spellings."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -105,6 +108,10 @@ def _row(file: Document, at: Key, shapes: dict[str, Model]) -> Row:
     work = {key: value for key, value in about.items() if key in WORK} | {"id": name}
     if at[0] in ("serve", "rl", "distill"):
         work.setdefault("kind", at[0])
+    missing = [both for both in SIZES if not any(about.get(key) is not None for key in both)]
+    if missing and work.get("kind", "train") != "serve":
+        what = f"{name}: {missing[0][0]} ({missing[0][1]}) is not given"
+        raise RecipeError(what, where=file.where(at), fix="a speed depends on it: add it")
     if "arch" in about and "model" not in about:
         work["model"], given = _model(file, (*at, "arch"), shapes)
         work.setdefault("model_name", given)
@@ -119,6 +126,8 @@ def _model(file: Document, at: Key, shapes: dict[str, Model]) -> tuple[Any, str 
     given = file.get(at)
     if isinstance(given, dict):
         return file.parse(Model, at), None
+    if not isinstance(given, str):
+        raise RecipeError(f"arch is no name and no shape of a model, found {given!r}", where=file.where(at))
     known = shapes if given in shapes else known_shapes()
     if given not in known:
         fix = document.suggest(str(given), {**known, **shapes})
