@@ -106,7 +106,7 @@ def _request(
 
 
 def law(chip: str, day: str, state_funded: bool) -> list[str]:
-    """What fleets/rules.yaml says of a chip on the day it is wanted, and what it says later, each with its date."""
+    """What fleets/rules.json says of a chip on the day it is wanted, and what it says later, each with its date."""
     known, on = bills.rules(), datetime.date.fromisoformat(day[:10])
     where = "state-funded" if state_funded else "private"
     holding = [bills.holding(known, kind, chip, on, where) for kind in ("export", "share", "domestic")]
