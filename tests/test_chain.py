@@ -27,6 +27,7 @@ stages:
     batch: 4
     direct: {begin: 0.3, batch: 4}
     fault: {pool: ascend, at_step: 45, rank: 1}
+    restarts: 0
     drift: {window: 8, replicas: 3}
   reinforce:
     steps: 6

@@ -226,7 +226,9 @@ def test_shipped_files() -> None:
     for path in sorted((root / "recipes").glob("*.yaml")):
         assert load_recipe(path, stages.specs()).stages
     for path in sorted((root / "fleets").glob("*.yaml")):
-        assert document.read(path).parse(Fleet).pools
+        file = document.read(path)
+        if "pools" in file.data and "kind" not in file.data:  # other kinds of file have their own tests
+            assert file.parse(Fleet).pools
 
 
 SCALARS = (

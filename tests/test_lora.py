@@ -303,7 +303,7 @@ def test_direct_mode_asks_and_grades_without_thinking(start: Path, dataset: Path
     length = int(record.rollouts.prompt_lengths[0])
     assert record.rollouts.prompts[0, :length].tolist() == chat.prompts([task.prompt(problem)], False)[0]
     right, thought = chat.reply(problem.answer), chat.reply(problem.answer, problem.answer)
-    assert (grpo._reward(Counter(), problem, right), grpo._reward(problem, thought)) == (1.0, 0.0)
+    assert (grpo._reward(Counter(), problem, right), grpo._reward(Counter(), problem, thought)) == (1.0, 0.0)
     assert grpo._reward(Counter(), problem, right[:-1]) == 0.0, "a reply that was cut off"
 
 

@@ -173,7 +173,7 @@ def test_a_loss_that_no_student_can_have_is_found_in_its_step(
 ) -> None:
     fault = Fault(at_step=2, kind="spike", phase="forward", sticky=True)
     with pytest.raises(TrainingFailed, match="no student can have more"):
-        judged(weak, begun, dataset, tmp_path, launcher, fault, divergence=divergence)
+        judged(weak, begun, dataset, tmp_path, launcher, fault, divergence=divergence, restarts=0)
     told = [event for event in read(tmp_path / "journal.jsonl") if event["event"] == "train.fault"]
     assert told
     assert all("no student can have more" in event["message"] and event["step"] == 2 for event in told)

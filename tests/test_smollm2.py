@@ -23,7 +23,7 @@ from ottava.checkpoint.packaged import unpack
 from ottava.checkpoint.safetensors import Entry, entries
 from ottava.engine.generate import generate
 from ottava.engine.session import Engine
-from ottava.errors import ArtifactError, CheckpointError, OttavaError, RecipeError, Verdict
+from ottava.errors import ArtifactError, OttavaError, RecipeError, Verdict
 from ottava.gateway.app import Gateway
 from ottava.models.chat import Chat
 from ottava.models.load import load
@@ -156,7 +156,7 @@ def test_a_folder_is_compared_with_itself_as_it_was(place: Path) -> None:
     assert done["convert"].summary["digest"] == made.summary["digest"]
     assert done["verify"].summary["divergence"]["kl"] > 0
     shutil.rmtree(place / "folder")
-    with pytest.raises(CheckpointError, match="no such folder"):  # what it was made from can no longer be shown
+    with pytest.raises(RecipeError, match="no such folder"):  # what it was made from can no longer be shown
         run("convert.source=folder", out="other")
 
 

@@ -397,6 +397,88 @@ def students(
 
 
 @app.command()
+def plan(
+    jobs: Annotated[Path, typer.Argument(help="A portfolio of jobs, such as fleets/r2-jobs.yaml.")],
+    fleet: Annotated[Path, typer.Option(help="An inventory of chips, such as fleets/deepseek.yaml.")],
+    seconds: Annotated[float, typer.Option(min=1, help="How long the solver may search.")] = 30.0,
+    workers: Annotated[int, typer.Option(min=0, help="Threads of the solver; 0: one a core, at most 8.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write plan.json and plan.html into this folder.")] = None,
+    points: Annotated[int, typer.Option(min=0, help="Points of the cost/time curve in plan.html.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Place a portfolio of jobs on a fleet over weeks; a recipe's own stages are planned by ottava run --only plan."""
+    from ottava.console import planning
+
+    result = planning.plan(jobs, fleet, seconds=seconds, workers=workers, out=out, points=points)
+    if as_json:
+        _print(result)
+    else:
+        typer.echo(planning.plan_text(result))
+    if not result["assignments"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def dossier(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json of ottava plan --out or --json.")],
+    out: Annotated[Path | None, typer.Option(help="Write dossier.md and dossier.html into this folder.")] = None,
+    evidence: Annotated[list[Path] | None, typer.Option(help="What qualify measured: qualification.json.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="How long each question may be searched.")] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """For every foreign chip that a plan asks for: why no domestic one does it, and what would have to change."""
+    from ottava.console import planning
+
+    result, text = planning.dossier(plan, out=out, evidence=evidence or (), seconds=seconds)
+    if as_json:
+        _print(result)
+    else:
+        typer.echo(text)
+
+
+@app.command()
+def forecast(
+    run: Annotated[Path, typer.Argument(help="A run to forecast, such as fleets/r2-run.yaml.")],
+    by: Annotated[str | None, typer.Option(help="Another date than the file's: 2025-08-31.")] = None,
+    draws: Annotated[int, typer.Option(min=100, help="Simulated runs.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the simulation.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write forecast.html into this folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The probability that a run, and the release behind it, is there by a date; what makes it late; the fallback's
+    price."""
+    from ottava.console import planning
+
+    result = planning.forecast(run, by=by, draws=draws, seed=seed, out=out)
+    if as_json:
+        _print(result)
+    else:
+        typer.echo(planning.forecast_text(result))
+
+
+@app.command()
+def pick(
+    memory: Annotated[str | None, typer.Option(help="Of the machine: '24 GB'; for a chip, its own.")] = None,
+    speed: Annotated[str | None, typer.Option(help="What one reader is to get: '20 tokens/s'.")] = None,
+    chip: Annotated[str | None, typer.Option(help="A chip of chips.json; by default all.")] = None,
+    bandwidth: Annotated[str | None, typer.Option(help="Of a machine that is in no file: '100 GB/s'.")] = None,
+    chips: Annotated[int, typer.Option(min=1, help="How many of them hold one copy.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that a request holds.")] = 8192,
+    as_json: Json = False,
+) -> None:
+    """Which of R1's six students fits a memory and a speed, on which chip, in which layout."""
+    from ottava.console import planning
+
+    result = planning.pick(memory, speed, chip, bandwidth, chips, context)
+    if as_json:
+        _print(result)
+    else:
+        typer.echo(planning.pick_text(result))
+    if not result["choice"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def predict(
     rows: Annotated[Path, typer.Argument(metavar="ROWS", help="Work, in the shape of fleets/published_runs.json.")],
     chips: Annotated[str, typer.Option(help="A file of chips' figures.")] = "chips.json",

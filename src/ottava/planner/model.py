@@ -1,0 +1,352 @@
+"""The CP-SAT model. Imported in the solver's own process only (`planner.solver`).
+
+Beside the constraints themselves it states what they imply in sums, because the solver proves its bound from those:
+a task that takes an option pays at least the lateness which that option cannot avoid; and what has to be done between
+two points in time fits into the chips that are there between them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ortools.sat.python import cp_model
+
+from ottava.planner.instance import Instance, Task, after_all
+
+MOST_CELLS = 250_000
+"""Slots that all options occupy from all their starts; beyond, intervals with sums over longer stretches have to do."""
+
+STATUS = {
+    cp_model.OPTIMAL: "optimal",
+    cp_model.FEASIBLE: "feasible",
+    cp_model.INFEASIBLE: "infeasible",
+    cp_model.UNKNOWN: "unknown",
+}
+
+
+class Model:
+    """Variables of an instance: `present[t][o]`, `start[t]`, `end[t]`, `done[t]`, and what is relaxed."""
+
+    def __init__(self, instance: Instance, slack: Mapping[str, Any] | None) -> None:
+        self.instance, self.slack = instance, slack
+        self.cp = cp_model.CpModel()
+        self.relaxed: dict[str, tuple[Any, Any]] = {}  # name -> (is it relaxed, by how much)
+        self.costs: list[Any] = []
+        self.relax_costs: list[Any] = []
+        self.present: list[list[Any]] = []
+        self.start: list[Any] = []
+        self.end: list[Any] = []
+        self.done: list[Any] = []
+        self.tardy: dict[int, Any] = {}
+        self.release, self.limit = _windows(instance, slack)
+        self.intervals: list[list[tuple[Any, int]]] = [[] for _ in instance.pools]
+        for number, task in enumerate(instance.tasks):
+            self._task(number, task)
+        self._order()
+        self.started = self._starts()
+        self._pools()
+        self._budget()
+
+    def _relax(self, name: str, most: int, cost: int) -> Any:
+        """How much of a constraint is given up, from 0 to `most`, at `cost` a unit."""
+        if name not in self.relaxed:
+            amount = self.cp.new_int_var(0, max(0, most), f"amount of {name}")
+            used = self.cp.new_bool_var(f"relaxed {name}")
+            self.cp.add(amount == 0).only_enforce_if(~used)
+            self.cp.add(amount >= 1).only_enforce_if(used)
+            self.relaxed[name] = (used, amount)
+            self.relax_costs.append(cost * amount)
+        return self.relaxed[name]
+
+    def _task(self, number: int, task: Task) -> None:
+        cp, slack = self.cp, self.slack
+        start = cp.new_int_var(self.release[number], self.limit[number], f"start {task.name}")
+        end = cp.new_int_var(self.release[number], self.limit[number], f"end {task.name}")
+        present = []
+        for index, option in enumerate(task.options):
+            chosen = cp.new_bool_var(f"{task.name} by {index}")
+            latest = self.limit[number] - option.slots
+            if latest < self.release[number]:
+                cp.add(chosen == 0)
+            else:
+                interval = cp.new_optional_interval_var(
+                    start, option.slots, end, chosen, f"{task.name} on {option.pool}"
+                )
+                self.intervals[option.pool].append((interval, option.chips))
+            for name in option.breaks:
+                rules = {} if slack is None else slack["rules"]
+                if name in rules:
+                    cp.add_implication(chosen, self._relax(f"rule {name}", 1, rules[name])[0])
+                else:
+                    cp.add(chosen == 0)
+            present.append(chosen)
+            self.costs.append((option.usd + option.penalty) * chosen)
+        if task.fixed:
+            cp.add(start == task.release)
+        done = cp.new_bool_var(f"done {task.name}")
+        cp.add(sum(present) == done)
+        droppable = None if slack is None else slack["tasks"].get(task.name)
+        if task.drop is not None:
+            self.costs.append(task.drop * (1 - done))
+        elif droppable is not None:
+            cp.add_implication(~done, self._relax(f"task {task.name}", 1, droppable)[0])
+        else:
+            cp.add(done == 1)
+        self.present.append(present)
+        self.start.append(start)
+        self.end.append(end)
+        self.done.append(done)
+        self._lateness(number, task)
+
+    def _lateness(self, number: int, task: Task) -> None:
+        cp, slack, end, done = self.cp, self.slack, self.end[number], self.done[number]
+        if task.deadline is not None and slack is not None and task.name in slack["deadlines"]:
+            most = self.limit[number] - task.deadline
+            _, amount = self._relax(f"deadline {task.name}", most, slack["deadlines"][task.name])
+            cp.add(end <= task.deadline + amount).only_enforce_if(done)
+        if task.due is None or not task.late:
+            return
+        tardy = cp.new_int_var(0, max(0, self.limit[number] - task.due), f"late {task.name}")
+        cp.add(tardy >= end - task.due).only_enforce_if(done)
+        least = [
+            max(0, self.release[number] + option.slots - task.due) * chosen
+            for option, chosen in zip(task.options, self.present[number], strict=True)
+        ]
+        cp.add(tardy >= sum(least))
+        self.tardy[number] = tardy
+        self.costs.append(task.late * tardy)
+
+    def _order(self) -> None:
+        for number, task in enumerate(self.instance.tasks):
+            for before in task.after:
+                self.cp.add(self.start[number] >= self.end[before]).only_enforce_if(self.done[number])
+                self.cp.add_implication(self.done[number], self.done[before])
+
+    def _pools(self) -> None:
+        for pool, steps in enumerate(self.instance.pools):
+            capacity = self.instance.capacity(pool)
+            most = max(capacity, default=0)
+            extra: Any = 0
+            if self.slack is not None and str(pool) in self.slack["pools"]:
+                need = max((o.chips for t in self.instance.tasks for o in t.options if o.pool == pool), default=0)
+                _, extra = self._relax(f"pool {pool}", 4 * max(most, need), self.slack["pools"][str(pool)])
+            intervals, demands = [i for i, _ in self.intervals[pool]], [d for _, d in self.intervals[pool]]
+            for first, end, chips in _segments(steps, self.instance.horizon):
+                if chips < most:
+                    intervals.append(self.cp.new_fixed_size_interval_var(first, end - first, f"away {pool} {first}"))
+                    demands.append(most - chips)
+            if intervals:
+                self.cp.add_cumulative(intervals, demands, most + extra)
+            if self.started is None:
+                self._energy(pool, capacity, extra)
+            else:
+                self._slots(pool, capacity, extra)
+
+    def _starts(self) -> list[dict[tuple[int, int], Any]] | None:
+        """A literal for every option and slot it may start in; None where there would be too many of them.
+
+        With these, what a start costs and what it occupies are sums, and the bound is that of the time-indexed linear
+        program, which is far tighter than that of intervals.
+        """
+        tasks = self.instance.tasks
+        spans = [
+            (number, index, range(self.release[number], (self.release[number] if task.fixed else limit - o.slots) + 1))
+            for number, (task, limit) in enumerate(zip(tasks, self.limit, strict=True))
+            for index, o in enumerate(task.options)
+        ]
+        if sum(len(span) * tasks[number].options[index].slots for number, index, span in spans) > MOST_CELLS:
+            return None
+        started: list[dict[tuple[int, int], Any]] = [{} for _ in tasks]
+        for number, index, span in spans:
+            ones = [self.cp.new_bool_var("") for _ in span]
+            started[number] |= {(index, slot): one for slot, one in zip(span, ones, strict=True)}
+            self.cp.add(_sum(ones) == self.present[number][index])
+        for number, mine in enumerate(started):
+            begins = _sum(list(mine.values()), [slot for _, slot in mine])
+            self.cp.add(self.start[number] == begins).only_enforce_if(self.done[number])
+            self._late_starts(number, mine)
+        self._waits(started)
+        return started
+
+    def _late_starts(self, number: int, mine: Mapping[tuple[int, int], Any]) -> None:
+        task = self.instance.tasks[number]
+        if number in self.tardy and task.due is not None:
+            late = [max(0, slot + task.options[index].slots - task.due) for index, slot in mine]
+            self.cp.add(self.tardy[number] >= _sum(list(mine.values()), late))
+
+    def _waits(self, started: Sequence[Mapping[tuple[int, int], Any]]) -> None:
+        """Slot by slot: a task that starts by then means that those before it have ended by then."""
+        tasks = self.instance.tasks
+        for number, task in enumerate(tasks):
+            for before in task.after:
+                slots = [option.slots for option in tasks[before].options]
+                for at in range(self.release[number], self.limit[number]):
+                    begun = [x for (_, slot), x in started[number].items() if slot <= at]
+                    ended = [x for (index, slot), x in started[before].items() if slot + slots[index] <= at]
+                    if begun:
+                        self.cp.add(_sum(begun) <= _sum(ended))
+
+    def _slots(self, pool: int, capacity: list[int], extra: Any) -> None:
+        """Chips in use in every slot, as sums over starts."""
+        assert self.started is not None
+        rows: list[tuple[list[Any], list[int]]] = [([], []) for _ in capacity]
+        for task, mine in zip(self.instance.tasks, self.started, strict=True):
+            for (index, slot), x in mine.items():
+                option = task.options[index]
+                if option.pool == pool:
+                    for busy in range(slot, min(slot + option.slots, len(rows))):
+                        rows[busy][0].append(x)
+                        rows[busy][1].append(option.chips)
+        for (ones, chips), there in zip(rows, capacity, strict=True):
+            if ones:
+                self.cp.add(_sum(ones, chips) <= there + extra)
+
+    def _energy(self, pool: int, capacity: list[int], extra: Any) -> None:
+        """Between two points, the chip-slots of what must lie between them are at most those that are there."""
+        tasks = self.instance.tasks
+        begins = sorted({0, *self.release})
+        ends = sorted({self.instance.horizon, *self.limit})
+        total = [0]
+        for chips in capacity:
+            total.append(total[-1] + chips)
+        for first in begins:
+            for last in ends:
+                terms, weight = [], 0
+                if last <= first:
+                    continue
+                for number, task in enumerate(tasks):
+                    for option, chosen in zip(task.options, self.present[number], strict=True):
+                        if option.pool != pool:
+                            continue
+                        inside = _least_inside(self.release[number], self.limit[number], option.slots, first, last)
+                        if inside > 0:
+                            terms.append(option.chips * inside * chosen)
+                            weight += option.chips * inside
+                there = total[last] - total[first]
+                if weight > there and len(terms) > 1:
+                    self.cp.add(sum(terms) <= there + (last - first) * extra)
+
+    def _budget(self) -> None:
+        if self.instance.budget is None:
+            return
+        spent = sum(
+            option.usd * chosen
+            for task, present in zip(self.instance.tasks, self.present, strict=True)
+            for option, chosen in zip(task.options, present, strict=True)
+        )
+        over: Any = 0
+        if self.slack is not None and self.slack["budget"] is not None:
+            most = sum(max((o.usd for o in t.options), default=0) for t in self.instance.tasks)
+            _, over = self._relax("budget", most, self.slack["budget"])
+        self.cp.add(spent <= self.instance.budget + over)
+
+    def hint(self, schedule: list[list[int] | None]) -> None:
+        """Begin the search from a schedule."""
+        for number, one in enumerate(schedule):
+            for index, chosen in enumerate(self.present[number]):
+                self.cp.add_hint(chosen, one is not None and one[0] == index)
+            self.cp.add_hint(self.done[number], one is not None)
+            for (index, slot), x in (self.started[number] if self.started is not None else {}).items():
+                self.cp.add_hint(x, one is not None and [index, slot] == list(one))
+            if one is not None:
+                slots = self.instance.tasks[number].options[one[0]].slots
+                self.cp.add_hint(self.start[number], one[1])
+                self.cp.add_hint(self.end[number], one[1] + slots)
+
+
+def _sum(ones: Sequence[Any], weights: Sequence[int] | None = None) -> Any:
+    """A sum that the solver's library adds up, not Python."""
+    if weights is None:
+        return cp_model.LinearExpr.sum(ones)
+    return cp_model.LinearExpr.weighted_sum(ones, weights)
+
+
+def _least_inside(release: int, limit: int, slots: int, first: int, last: int) -> int:
+    """Slots of [first, last) that a task of `slots` within [release, limit) cannot avoid."""
+    if slots > limit - release:
+        return 0
+    early = min(release + slots, last) - max(release, first)
+    late = min(limit, last) - max(limit - slots, first)
+    return max(0, min(early, late, slots))
+
+
+def _segments(steps: Any, horizon: int) -> list[tuple[int, int, int]]:
+    """(first, end, chips) of a pool's constant stretches."""
+    points = [(0, 0), *steps, (horizon, 0)]
+    found = [(a, b, chips) for (a, chips), (b, _) in itertools.pairwise(points)]
+    return [(a, min(b, horizon), chips) for a, b, chips in found if a < min(b, horizon)]
+
+
+def _windows(instance: Instance, slack: Mapping[str, Any] | None) -> tuple[list[int], list[int]]:
+    """First start and last end of every task, tightened along what waits for what."""
+    tasks, horizon = instance.tasks, instance.horizon
+    loose = {} if slack is None else slack["deadlines"]
+    release = [min(task.release, horizon) for task in tasks]
+    limit = [horizon if task.deadline is None or task.name in loose else min(task.deadline, horizon) for task in tasks]
+    shortest = [min((option.slots for option in task.options), default=0) for task in tasks]
+    order = after_all(instance)
+    for number in order:
+        for before in tasks[number].after:
+            release[number] = min(horizon, max(release[number], release[before] + shortest[before]))
+    if not any(task.drop is not None for task in tasks) and not (slack and slack["tasks"]):
+        for number in reversed(order):  # a task that may be left out does not hurry those before it
+            for before in tasks[number].after:
+                limit[before] = min(limit[before], max(0, limit[number] - shortest[number]))
+    return release, [max(a, b) for a, b in zip(release, limit, strict=True)]
+
+
+def answer(instance: Instance, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Solve and tell: {status, schedule, objective, bound, relaxed, seconds}."""
+    begun = time.monotonic()
+    model = Model(instance, asked["slack"])
+    if asked["hint"] is not None:
+        model.hint(asked["hint"])
+    told: dict[str, Any] = {"status": "unknown", "schedule": [], "objective": None, "bound": None, "relaxed": {}}
+    if asked["slack"] is not None:
+        model.cp.minimize(sum(used for used, _ in model.relaxed.values()))
+        solver = _run(model, asked, begun, 0.5)
+        told["status"] = STATUS.get(solver.response_proto.status, "unknown")
+        if told["status"] not in ("optimal", "feasible"):
+            return told | {"seconds": time.monotonic() - begun}
+        model.cp.add(sum(used for used, _ in model.relaxed.values()) <= round(solver.objective_value))
+        _repeat(model, solver)
+        model.cp.minimize(sum(model.relax_costs))
+    else:
+        model.cp.minimize(sum(model.costs))
+    solver = _run(model, asked, begun, 1.0)
+    told["status"] = STATUS.get(solver.response_proto.status, "unknown")
+    told["bound"] = solver.best_objective_bound
+    if told["status"] in ("optimal", "feasible"):
+        told["objective"] = solver.objective_value
+        told["schedule"] = [_chosen(model, solver, number) for number in range(len(instance.tasks))]
+        told["relaxed"] = {
+            name: int(solver.value(amount)) for name, (used, amount) in model.relaxed.items() if solver.value(used)
+        }
+    return told | {"seconds": time.monotonic() - begun}
+
+
+def _run(model: Model, asked: Mapping[str, Any], begun: float, share: float) -> cp_model.CpSolver:
+    solver = cp_model.CpSolver()
+    solver.parameters.max_time_in_seconds = max(1.0, (asked["seconds"] - (time.monotonic() - begun)) * share)
+    solver.parameters.num_workers = asked["workers"]
+    solver.parameters.relative_gap_limit = asked["gap"]
+    solver.parameters.random_seed = asked["seed"]
+    solver.solve(model.cp)
+    return solver
+
+
+def _repeat(model: Model, solver: cp_model.CpSolver) -> None:
+    """Go on from what was just found."""
+    model.cp.clear_hints()
+    found = [_chosen(model, solver, number) for number in range(len(model.instance.tasks))]
+    model.hint(found)
+
+
+def _chosen(model: Model, solver: cp_model.CpSolver, number: int) -> list[int] | None:
+    for index, chosen in enumerate(model.present[number]):
+        if solver.value(chosen):
+            return [index, int(solver.value(model.start[number]))]
+    return None
