@@ -13,9 +13,14 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from ottava.errors import PlatformError
+
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 LIBRARIES = ("libascendcl.so", "libhccl.so")
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+UNKNOWN = "0.0"
+"""The version of a package that does not say one."""
 
 CANN_OF = {"2.12": "9.1"}
 """The least CANN of a release of torch_npu, by major and minor version, where its release notes were read."""
@@ -37,12 +42,22 @@ def missing() -> str | None:
     return None
 
 
+def broken_plugin(error: RuntimeError) -> PlatformError:
+    """What to say where `import torch` itself failed, as it loads the packages that add devices to it."""
+    if "torch_npu" not in str(error):
+        return PlatformError(f"torch cannot be imported: {error}", fix=f"uninstall that extension, or set {AUTOLOAD}=0")
+    return PlatformError(
+        f"torch cannot be imported, as it loads torch_npu by itself: {missing() or error.__cause__ or error}",
+        fix=f"set {AUTOLOAD}=0: what needs torch_npu here imports it by name",
+    )
+
+
 def mismatch(torch: str, torch_npu: str, cann: str | None) -> str | None:
     """What does not fit among versions: torch_npu is built for one release of torch, and for one line of CANN.
 
     cann: None where it is not known.
     """
-    if _minor(torch) != _minor(torch_npu):
+    if UNKNOWN not in (torch, torch_npu) and _minor(torch) != _minor(torch_npu):
         return (
             f"torch_npu {torch_npu} was built for torch {_minor(torch_npu)}, and torch {torch} is installed: install "
             f"torch_npu {_minor(torch)}.*, or torch {_minor(torch_npu)}.*"
@@ -104,7 +119,7 @@ def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:  # a source tree on the path
-        return "0.0"
+        return UNKNOWN
 
 
 def _minor(version: str) -> str:
