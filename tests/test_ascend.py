@@ -82,6 +82,19 @@ def test_numbers_are_found_where_they_are_said(text: str, number: int | None) ->
     assert codes.number(text) == number
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("HBM MULTI BIT ECC ERROR", FaultClass.DEVICE_LOST),
+        ("UCE ERROR", FaultClass.DEVICE_LOST),
+        ("cannot reduce an empty tensor", FaultClass.BUG),  # a chip is not left for a word that holds UCE
+        ("the graph would produce no output", FaultClass.BUG),
+    ],
+)
+def test_texts_without_a_number(text: str, fault: FaultClass) -> None:
+    assert Npu().classify_error(RuntimeError(text)) is fault
+
+
 def test_the_same_error_has_the_same_words_in_every_process() -> None:
     """Otherwise a bug would not be known again when it comes back, and burn every pool."""
     call = "synchronize:NPUStream.cpp:466 NPU function error: X(stream()), error code is 507042\n"
@@ -135,6 +148,7 @@ def test_what_a_chip_computes_with_is_what_the_data_say() -> None:
         (("2.13.0", "2.13.0.post2", "9.1.RC1"), None),
         (("2.12.0", "2.12.0", "9.1.0"), None),
         (("2.13.0", setup.UNKNOWN, None), None),
+        (("2.12.0", "2.12.0", "unreadable"), None),
         (("2.14.0", "2.13.0", None), "was built for torch 2.13, and torch 2.14.0 is installed: install torch_npu 2.14"),
         (("2.12.0", "2.12.0", "8.5.0"), "wants CANN 9.1 or later, and CANN 8.5.0 is installed"),
     ],
@@ -164,6 +178,9 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
         (WHOLE, None),
         (WHOLE | {"HCCL_SOCKET_IFNAME": "^docker", "HCCL_EXEC_TIMEOUT": "600"}, None),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE without MASTER_ADDR, MASTER_PORT"),
+        (WHOLE | {"RANK": "x"}, "RANK=x is no number"),
+        (WHOLE | {"MASTER_PORT": "http"}, "MASTER_PORT=http is no number"),
+        (WHOLE | {"RANK": "2"}, "RANK=2 is none of the 2 ranks"),
         (WHOLE | {"RANK_TABLE_FILE": "/nowhere/table.json"}, "RANK_TABLE_FILE names /nowhere/table.json"),
         (WHOLE | {"HCCL_SOCKET_IFNAME": "enp99"}, "names no interface of this machine"),
         (WHOLE | {"HCCL_EXEC_TIMEOUT": "10s"}, "HCCL_EXEC_TIMEOUT=10s is no number"),

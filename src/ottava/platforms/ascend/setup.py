@@ -87,6 +87,11 @@ def group(environ: Mapping[str, str], devices: int) -> str | None:
         absent = [name for name in LAUNCHER if name not in there]
         have, lack = ", ".join(there), ", ".join(absent)
         return f"the environment of the group is incomplete: {have} without {lack}; start with torchrun"
+    for name in LAUNCHER if there else ():
+        if name != "MASTER_ADDR" and not environ[name].isdecimal():
+            return f"{name}={environ[name]} is no number: start with torchrun"
+    if there and int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
+        return f"RANK={environ['RANK']} is none of the {environ['WORLD_SIZE']} ranks of WORLD_SIZE: they count from 0"
     table = environ.get("RANK_TABLE_FILE")
     if table and not Path(table).is_file():
         return f"RANK_TABLE_FILE names {table}, which is no file: correct it, or unset it and let HCCL find the ranks"
@@ -96,7 +101,7 @@ def group(environ: Mapping[str, str], devices: int) -> str | None:
     if wanted and present and not any(name.startswith(prefix) for prefix in wanted for name in present):
         return f"HCCL_SOCKET_IFNAME={named} names no interface of this machine: it has {', '.join(sorted(present))}"
     for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
-        if environ.get(name) and not environ[name].isdigit():
+        if environ.get(name) and not environ[name].isdecimal():
             return f"{name}={environ[name]} is no number of seconds"
     local = environ.get("LOCAL_WORLD_SIZE", "1")
     if environ.get("ASCEND_RT_VISIBLE_DEVICES") is None and local.isdigit() and 0 < devices < int(local):
@@ -128,4 +133,4 @@ def _minor(version: str) -> str:
 
 def _older(version: str, wanted: str) -> bool:
     found = [int(part) for part in re.findall(r"\d+", version)[:2]]
-    return found < [int(part) for part in wanted.split(".")]
+    return bool(found) and found < [int(part) for part in wanted.split(".")]
