@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,19 @@ def test_numbers_are_found_where_they_are_said(text: str, number: int | None) ->
     assert codes.number(text) == number
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("HBM MULTI BIT ECC ERROR", FaultClass.DEVICE_LOST),
+        ("UCE ERROR", FaultClass.DEVICE_LOST),
+        ("cannot reduce an empty tensor", FaultClass.BUG),  # a chip is not left for a word that holds UCE
+        ("the graph would produce no output", FaultClass.BUG),
+    ],
+)
+def test_texts_without_a_number(text: str, fault: FaultClass) -> None:
+    assert Npu().classify_error(RuntimeError(text)) is fault
+
+
 def test_the_same_error_has_the_same_words_in_every_process() -> None:
     """Otherwise a bug would not be known again when it comes back, and burn every pool."""
     call = "synchronize:NPUStream.cpp:466 NPU function error: X(stream()), error code is 507042\n"
@@ -132,6 +147,8 @@ def test_what_a_chip_computes_with_is_what_the_data_say() -> None:
         (("2.13.0+cpu", "2.13.0", None), None),
         (("2.13.0", "2.13.0.post2", "9.1.RC1"), None),
         (("2.12.0", "2.12.0", "9.1.0"), None),
+        (("2.13.0", setup.UNKNOWN, None), None),
+        (("2.12.0", "2.12.0", "unreadable"), None),
         (("2.14.0", "2.13.0", None), "was built for torch 2.13, and torch 2.14.0 is installed: install torch_npu 2.14"),
         (("2.12.0", "2.12.0", "8.5.0"), "wants CANN 9.1 or later, and CANN 8.5.0 is installed"),
     ],
@@ -161,6 +178,9 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
         (WHOLE, None),
         (WHOLE | {"HCCL_SOCKET_IFNAME": "^docker", "HCCL_EXEC_TIMEOUT": "600"}, None),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE without MASTER_ADDR, MASTER_PORT"),
+        (WHOLE | {"RANK": "x"}, "RANK=x is no number"),
+        (WHOLE | {"MASTER_PORT": "http"}, "MASTER_PORT=http is no number"),
+        (WHOLE | {"RANK": "2"}, "RANK=2 is none of the 2 ranks"),
         (WHOLE | {"RANK_TABLE_FILE": "/nowhere/table.json"}, "RANK_TABLE_FILE names /nowhere/table.json"),
         (WHOLE | {"HCCL_SOCKET_IFNAME": "enp99"}, "names no interface of this machine"),
         (WHOLE | {"HCCL_EXEC_TIMEOUT": "10s"}, "HCCL_EXEC_TIMEOUT=10s is no number"),
@@ -183,20 +203,39 @@ sys.exit(here or "torch_npu" in sys.modules)
 """
 
 
-def test_torch_npu_without_cann_is_one_message_with_the_remedy(tmp_path: Path) -> None:
-    """And nothing of it is imported, which would end in a missing library."""
-    import torch
-
-    release = torch.__version__.split("+")[0]
+def without_cann(tmp_path: Path) -> dict[str, str]:
+    """An environment with a torch_npu that torch loads by itself, and that ends in a missing library."""
+    release = metadata.version("torch").split("+")[0]
     package, about = tmp_path / "torch_npu", tmp_path / f"torch_npu-{release}.dist-info"
     for folder in (package, about):
         folder.mkdir()
     (package / "__init__.py").write_text("raise ImportError('libhccl.so')")
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {release}\n")
+    (about / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    env = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"} | {"PYTHONPATH": path}
+    return {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", setup.AUTOLOAD)} | {"PYTHONPATH": path}
+
+
+def test_torch_npu_without_cann_is_one_message_with_the_remedy(tmp_path: Path) -> None:
+    """And nothing of it is imported, which would end in a missing library."""
+    env = without_cann(tmp_path)
     done = subprocess.run([sys.executable, "-c", WITHOUT_CANN], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done
     assert "torch_npu is installed and CANN is not" in done.stdout
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_torch_that_cannot_be_imported_is_no_defect_of_ottava(tmp_path: Path) -> None:
+    """torch loads torch_npu by itself, which fails without CANN: the doctor tells, every other command is refused."""
+    env, ottava = without_cann(tmp_path), [sys.executable, "-m", "ottava.cli"]
+    doctor = subprocess.run([*ottava, "doctor", "--json"], capture_output=True, text=True, env=env)
+    assert doctor.returncode == 0, doctor.stderr
+    npu = next(family for family in json.loads(doctor.stdout)["platforms"] if family["name"] == "npu")
+    assert "torch_npu is installed and CANN is not" in npu["reason"]
+    other = subprocess.run([*ottava, "targets", str(tmp_path)], capture_output=True, text=True, env=env)
+    assert other.returncode == 2
+    assert other.stderr.startswith("error: torch cannot be imported, as it loads torch_npu by itself: ")
+    assert "CANN is not" in other.stderr
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in other.stderr
+    assert "Traceback" not in other.stderr

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ottava import platforms
+from ottava.console.examined import machine_text
 from ottava.platforms import doctor
 from ottava.platforms.ascend import evidence, wheel
 
@@ -35,6 +36,14 @@ def test_it_is_one_json_object_with_what_was_promised(found: dict[str, Any]) -> 
     memory = found["machine"]["memory_gb"]
     assert isinstance(memory, dict)
     assert 0 < memory["free"] <= memory["total"]
+
+
+def test_people_are_told_the_level_and_evidence_of_every_capability(found: dict[str, Any]) -> None:
+    text = machine_text(found)
+    for entry in found["ascend"]:
+        assert f"  {entry['level']:<5} {entry['capability']}: {entry['claim']}\n        {entry['evidence']}\n" in text
+    assert all(family["reason"] in text for family in found["platforms"])
+    assert not set(text) & set("{}")
 
 
 def test_platforms_are_as_they_say_themselves(found: dict[str, Any]) -> None:

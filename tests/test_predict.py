@@ -292,6 +292,50 @@ def test_what_is_left_out_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
         assert same == (old.run.site == "ai2")
 
 
+def gate(efficiency: float | None, chip: str | None = "H800") -> dict[str, object]:
+    """As `ottava qualify --out` writes it, but for figures that a prediction does not read."""
+    row = {"id": "q", "kind": "qualify", "chip": chip, "site": "mine", "matmul_efficiency": efficiency, "n": 8}
+    return {"train": [], "qualify": [row]}
+
+
+def test_a_gates_row_speaks_for_its_site_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast products seen at a site make predictions for it faster, elsewhere less, and leave its interval no wider."""
+    monkeypatch.setattr(fit, "ROUNDS", 1)
+    known = some(("meta-llama2", "ai2", "phi4", "megatron-2022"))
+    runs = [calibrate.prepare(work, CATALOGUE, speed)[0] for work, speed in known]
+    asked = Workload(**{"id": "w", "model": calibrate.usable(PUBLISHED)[0][0].model, "chip": "H800", "n": 64,
+                        "seq": 4096, "gbs": 512})  # fmt: skip
+    found = {}
+    for share in (None, 0.4, 0.6, 0.8):
+        beside = []
+        if share is not None:
+            (path := tmp_path / f"{share}.json").write_text(json.dumps(gate(share)))
+            assert rows.read(path) == []
+            beside = [calibrate.products(row, CATALOGUE) for row, _ in rows.examined(path)]
+        fitted = fit.fit([*runs, *beside])
+        for site in ("mine", "elsewhere"):
+            one = calibrate.prepare(asked.model_copy(update={"site": site}), CATALOGUE)[0]
+            found[share, site] = fit.predictive(one, fitted)
+    here, there = ([found[share, site][0] for share in (0.4, 0.6, 0.8)] for site in ("mine", "elsewhere"))
+    assert here == sorted(here)
+    assert here[2] - here[0] > there[2] - there[0] > 0
+    assert found[0.6, "mine"][1] < found[None, "mine"][1]
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    (gate(None), "says nothing of a chip"),
+    (gate(0.5, None), "says nothing of a chip"),
+    (gate(0.5, "H9"), "no figures for a chip 'H9'"),
+    (gate(7.0), "less than 1.2"),
+])  # fmt: skip
+def test_a_gates_row_that_says_nothing_is_refused(tmp_path: Path, row: dict[str, object], said: str) -> None:
+    (path := tmp_path / "calibration.json").write_text(json.dumps(row))
+    with pytest.raises(RecipeError, match=said) as caught:
+        calibrate.calibrate_files([path], "chips.json", tmp_path / "c.json")
+    assert "calibration.json:1" in str(caught.value.where)
+    assert not (tmp_path / "c.json").exists()
+
+
 def test_the_calibration_is_of_the_data_and_good_enough() -> None:
     """The committed calibration was made from the committed data, and reaches what was asked of it."""
     learnt = calibrate.load()

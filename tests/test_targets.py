@@ -279,6 +279,15 @@ def test_chips_are_found_by_the_names_people_use(master: tuple[Path, dict[str, n
         examine(master[0], "H80")
 
 
+def test_int8_is_not_exact_where_no_weight_is_known_to_be_rounded(tmp_path: Path) -> None:
+    """As in GPT-2, whose weights have other names: an engine rounds them, and the activations."""
+    folder = write(tmp_path / "m", {"h.0.attn.c_attn.weight": torch.ones(128, 256).bfloat16()})
+    found = examine(folder, "910B")["910B"]
+    assert affected(found, "int8") == ("lossily", 0)
+    assert "activations are rounded too" in found["layouts"]["int8"]["why"]
+    assert found["recommended"] == "bf16"
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -112,7 +112,14 @@ Message& message() {
 
 long setting(const char* name, long otherwise) {
   const char* text = std::getenv(name);
-  return text && *text ? std::atol(text) : otherwise;
+  if (!text || !*text) return otherwise;
+  char* end = nullptr;
+  long number = std::strtol(text, &end, 10);
+  if (*end != 0 || number < 0) {
+    std::fprintf(stderr, "host_cann: %s=%s is no number\n", name, text);
+    std::abort();  // without its jitter, or with no device, a test would show something else than it says
+  }
+  return number;
 }
 
 Error fail(Error code, const std::string& text) {

@@ -16,7 +16,9 @@ namespace {
 
 class Stream {
  public:
-  explicit Stream(int id, int device) : id(id), device(device), random_(static_cast<uint32_t>(id) * 2654435761u + 1) {}
+  explicit Stream(int id, int device)
+      : id(id), device(device), jitter_(setting("HOST_CANN_JITTER_US", 0)),
+        random_(static_cast<uint32_t>(id) * 2654435761u + 1) {}
 
   void push(Task task) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -50,7 +52,6 @@ class Stream {
 
  private:
   void work() {
-    const long jitter = setting("HOST_CANN_JITTER_US", 0);
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
       more_.wait(lock, [this] { return !tasks_.empty(); });
@@ -58,9 +59,9 @@ class Stream {
       tasks_.pop_front();
       const Error prior = error_;
       lock.unlock();
-      if (jitter > 0) {
+      if (jitter_ > 0) {
         random_ = random_ * 1664525u + 1013904223u;
-        usleep(static_cast<useconds_t>((random_ >> 8) % static_cast<uint32_t>(jitter)));
+        usleep(static_cast<useconds_t>((random_ >> 8) % static_cast<uint32_t>(jitter_)));
       }
       const Error code = task(prior);
       task = nullptr;
@@ -77,6 +78,7 @@ class Stream {
   uint64_t given_ = 0, done_ = 0;
   Error error_ = SUCCESS;
   bool running_ = false;
+  const long jitter_;
   uint32_t random_;
 };
 

@@ -682,16 +682,19 @@ def doctor(
 ) -> None:
     """What this machine can do, and at which level of evidence; or what a model or a code base needs on Ascend."""
     from ottava.errors import RecipeError
+    from ottava.platforms.ascend.setup import AUTOLOAD
 
+    os.environ.setdefault(AUTOLOAD, "0")  # a broken plug-in of torch is told of here, and must not stop the telling
     if (model is None) != (chip is None) or (model is not None and code is not None):
         raise RecipeError(
             "a model is held against a chip", where="--model, --chip, --code", fix="give --model and --chip, or --code"
         )
     if model is not None and chip is not None:
+        from ottava.console.examined import model_text
         from ottava.models.migrate import probe
 
         result = probe(model, chip)
-        _show(result, as_json)
+        _print(result) if as_json else typer.echo(model_text(result))
         if result["verdict"] == "no":
             raise typer.Exit(1)
     elif code is not None:
@@ -704,9 +707,11 @@ def doctor(
         else:
             typer.echo(ties_table(found))
     else:
+        from ottava.console.examined import machine_text
         from ottava.platforms.doctor import examine
 
-        _show(examine(), as_json)
+        about = examine()
+        _print(about) if as_json else typer.echo(machine_text(about))
 
 
 def _print(content: Any) -> None:
@@ -768,6 +773,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def _unexpected(error: Exception) -> int:
+    if isinstance(error, RuntimeError) and "Failed to load the backend extension" in str(error):
+        from ottava.platforms.ascend.setup import broken_plugin
+
+        return _say(broken_plugin(error).render(), 2)
     usage = getattr(error, "format_message", None)  # click's own errors
     if usage is not None:
         return _say(f"error: {usage()}\n  mend:  see ottava --help", 2)

@@ -72,6 +72,17 @@ def test_an_error_of_hccl_itself() -> None:
     assert Npu().classify_error(RuntimeError(found[0]["text"])) is FaultClass.COLLECTIVE
 
 
+@pytest.mark.parametrize("name", ["HOST_CANN_DEVICES", "HOST_CANN_MEMORY_MB", "HOST_CANN_JITTER_US"])
+def test_a_setting_that_is_no_number_ends_the_process(name: str) -> None:
+    code = "from tests.npu import raw; raw.device(0); raw.allocate(64); raw.stream()"
+    for value in ("x", "-4", "5us"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, name: value}
+        )
+        assert done.returncode != 0
+        assert f"{name}={value} is no number" in done.stderr
+
+
 def test_a_rule_that_cannot_be_read_ends_the_process() -> None:
     """A drill whose fault is not planted would pass for no reason."""
     code = "from tests.npu import raw; raw.device(0)"

@@ -124,6 +124,8 @@ _CHANGES = {
 
 
 def _judged(form: Form, affected: int, certain: int, subnormals: str) -> tuple[str, str]:
+    if not affected and form == "int8":  # no weight here has a name by which it is known for one that is rounded
+        return "lossily", "which weights are rounded to integers is the engine's choice; activations are rounded too"
     if not affected:
         return "exactly", "every value is one that the form has, and none is a subnormal number"
     reasons = [f"{certain} blocks {_CHANGES[form]}"] if certain else []

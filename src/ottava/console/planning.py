@@ -149,7 +149,8 @@ def _plan_verdict(result: Content) -> list[str]:
     if not result["assignments"]:
         return ["No plan was found in the time given, and none was excluded."]
     gap = "proven to be the best" if result["status"] == "optimal" else f"at most {result['gap']:.1%} from the best"
-    told = [f"All but {len(result['left_out'])} tasks are placed for {money(result['usd'])}, {gap}."]
+    left = len(result["left_out"])
+    told = [f"{f'All but {left}' if left else 'All'} tasks are placed for {money(result['usd'])}, {gap}."]
     told.append("Times and prices are as certain as their sources, which each decision names.")
     return told
 

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ottava.checkpoint import chips, targets
 from ottava.checkpoint.layouts import read_config
 from ottava.checkpoint.safetensors import entries
-from ottava.errors import CheckpointError, RecipeError
+from ottava.errors import CheckpointError, PlatformError, RecipeError
 from ottava.models.build import from_config
 from ottava.platforms.ascend import wheel
-from ottava.platforms.ascend.chips import CHIPS
+from ottava.platforms.ascend.chips import CHIPS, chip_of
 
 LAYERS = 2
 """So many layers of each kind are enough to meet every operator."""
@@ -33,21 +33,19 @@ EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 
 def probe(folder: Path, chip: str) -> dict[str, Any]:
     """{"chip", "model_type", "operators", "dtypes", "layouts", "recommended", "verdict", "level"} for the model in
-    `folder` on `chip` (910B, 910C, 950PR, 950DT, 310P, or a name that begins so).
+    `folder` on `chip` (910B, 910C, 950PR, 950DT, 310P, or the name of a SoC, such as Ascend910_9391).
 
-    verdict: "exact" where every value can be served and nothing is missing, "lossy", or "no". Raises RecipeError for
-    another chip, CheckpointError where the folder is not well-formed.
+    verdict: "no" where no layout serves; "incomplete" where operators are missing or unknown; "lossy"; or "exact":
+    every value can be served and nothing is missing. Raises RecipeError for another chip, CheckpointError where the
+    folder is not well-formed.
     """
     known = chips.formats()
-    name = chips.named(known, chip)
-    if name not in CHIPS:
-        raise RecipeError(f"{chip} is no Ascend chip", where="--chip", fix=f"name one of {', '.join(CHIPS)}")
+    name = _named(known, chip)
     config = read_config(folder)
     takes = {form: known[name].takes[form].value for form in chips.FORMS}
     said = targets.examine(folder, name)[name]
     ops = operators(config)
     best = said["recommended"]
-    serves = "no" if best is None else said["layouts"][best]["serves"]
     return {
         "chip": name,
         "model_type": config.get("model_type"),
@@ -56,9 +54,30 @@ def probe(folder: Path, chip: str) -> dict[str, Any]:
         "layouts": {form: {key: answer[key] for key in ("serves", "blocks_affected", "blocks", "why", "source")}
                     for form, answer in said["layouts"].items()},
         "recommended": best,
-        "verdict": {"exactly": "exact", "lossily": "lossy"}.get(serves, "no"),
+        "verdict": _verdict(None if best is None else said["layouts"][best]["serves"], ops),
         "level": "L0",
     }  # fmt: skip
+
+
+def _named(known: Mapping[str, chips.Formats], chip: str) -> str:
+    """The Ascend chip that a name of a chip or a SoC means. A name that only begins like one is no SoC."""
+    plain = chip.strip().upper().removeprefix("ASCEND").lstrip(" -")
+    if plain in CHIPS:
+        return plain
+    try:
+        return chip_of(plain)
+    except PlatformError:
+        name = chips.named(dict(known), chip)
+        what = "no SoC that is known" if name in CHIPS else "no Ascend chip"
+        raise RecipeError(f"{chip} is {what}", where="--chip", fix=f"name one of {', '.join(CHIPS)}") from None
+
+
+def _verdict(serves: str | None, ops: Mapping[str, Any]) -> str:
+    if serves is None:
+        return "no"
+    if ops["needed"] is None or ops["missing"]:
+        return "incomplete"
+    return {"exactly": "exact", "lossily": "lossy"}[serves]
 
 
 def operators(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +90,9 @@ def operators(config: Mapping[str, Any]) -> dict[str, Any]:
         with _Called() as called, torch.no_grad():
             model(input_ids=tokens, attention_mask=mask, use_cache=False)  # a whole mask, as making one reads values
     except (CheckpointError, NotImplementedError, RuntimeError) as error:
-        return {"needed": None, "missing": [], "why": f"the architecture could not be run without memory: {error}"}
+        said = error.what if isinstance(error, CheckpointError) else " ".join(str(error).split())
+        fix = f"; {error.fix}" if isinstance(error, CheckpointError) and error.fix else ""
+        return {"needed": None, "missing": [], "why": f"the operators are not known: {said}{fix}"}
     listed = wheel.operators()
     missing = sorted(n for n in called.names if n.partition("::")[2] not in listed and not _composed(n))
     return {"needed": len(called.names), "missing": missing, "why": f"by the list of torch_npu {wheel.RELEASE}"}
@@ -99,9 +120,19 @@ def _type(kind: str, takes: Mapping[chips.Form, bool]) -> dict[str, str]:
 
 
 def _small(config: Mapping[str, Any]) -> dict[str, Any]:
-    dense = min(int(config.get("first_k_dense_replace") or 0), 1)
-    layers = min(int(config.get("num_hidden_layers") or LAYERS), dense + LAYERS)
+    """The config with as many layers as needed. Raises CheckpointError where their numbers are none."""
+    dense = min(_count(config, "first_k_dense_replace", 0), 1)
+    layers = min(_count(config, "num_hidden_layers", LAYERS), dense + LAYERS)
     return {**config, "num_hidden_layers": layers} | ({"first_k_dense_replace": dense} if dense else {})
+
+
+def _count(config: Mapping[str, Any], key: str, default: int) -> int:
+    """A number of layers. One that is not stated, or 0 of all layers, is the default."""
+    number = config.get(key) or default
+    if not isinstance(number, int) or number < 0:
+        what, fix = f"{key} in config.json is {number!r}, which is no number of layers", "correct that field"
+        raise CheckpointError(what, where="config.json", fix=fix)
+    return number
 
 
 class _Called(TorchDispatchMode):

@@ -131,16 +131,29 @@ def alone(work: Workload) -> bool:
     return work.chips <= ALONE_CHIPS and work.model.parameters() < ALONE_PARAMETERS
 
 
+def products(row: rows.Examined, catalogue: Catalogue) -> fit.Run:
+    """A measurement of matrix products alone, as the fit sees it: `efficiency` at that SKU and site, no more."""
+    assert row.chip is not None
+    assert row.matmul_efficiency is not None
+    family = catalogue.chip(row.chip).family
+    actual = math.log(row.matmul_efficiency)
+    return fit.Run(row.id, family, row.chip, row.site, False, actual, lambda terms: math.log(terms.efficiency))
+
+
 def cross_validate(
-    known: Sequence[tuple[Workload, float]], catalogue: Catalogue, told: Callable[[float], None] = lambda share: None
+    known: Sequence[tuple[Workload, float]],
+    catalogue: Catalogue,
+    told: Callable[[float], None] = lambda share: None,
+    beside: Sequence[fit.Run] = (),
 ) -> list[Guess]:
-    """Predict every run from the runs of other sites. told: is given the share that is done."""
+    """Predict every run from the runs of other sites. told: is given the share that is done; beside: what is learnt
+    from and not predicted."""
     pairs = [(prepare(work, catalogue, actual)[0], work) for work, actual in known]
     sites = sorted({run.site for run, _ in pairs})
     found = []
     for number, site in enumerate(sites):
         seen = [(run, work) for run, work in pairs if run.site != site]
-        fitted = fit.fit([run for run, _ in seen])
+        fitted = fit.fit([run for run, _ in seen] + [run for run in beside if run.site != site])
         for run, work in pairs:
             if run.site == site:
                 middle, low, high = interval(run, fitted, work)
@@ -182,10 +195,16 @@ def _figures(group: Sequence[Guess]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def make(seen: Sequence[Row], catalogue: Catalogue, data_sha256: str, guesses: Sequence[Guess]) -> Calibration:
+def make(
+    seen: Sequence[Row],
+    catalogue: Catalogue,
+    data_sha256: str,
+    guesses: Sequence[Guess],
+    beside: Sequence[fit.Run] = (),
+) -> Calibration:
     """Fit all runs; `guesses` are the cross-validation's, whose figures are kept with it."""
     known = usable(seen)
-    fitted = fit.fit([prepare(work, catalogue, actual)[0] for work, actual in known])
+    fitted = fit.fit([*(prepare(work, catalogue, actual)[0] for work, actual in known), *beside])
     sites = {}
     for row in seen:
         name = site_of(str(row.about.get("source") or ""))
@@ -205,16 +224,19 @@ def calibrate_files(
     """Calibrate on the published runs and on files of one's own, and write `out`. Raises RecipeError."""
     data, place = rows.published(), chips.locate(catalogue_name)
     catalogue, known = chips.load(place), rows.read(data)
+    measured = [one for path in own for one in rows.examined(path)]
     for path in own:
         known += rows.read(path)
-    for row in known:
-        if row.work is not None and row.work.chip not in catalogue.chips:
-            fix = document.suggest(row.work.chip, catalogue.chips)
-            raise RecipeError(f"no figures for a chip {row.work.chip!r}", where=row.where, fix=fix)
+    asked = [(row.work.chip, row.where) for row in known if row.work is not None]
+    for chip, where in asked + [(str(one.chip), where) for one, where in measured]:
+        if chip not in catalogue.chips:
+            fix = document.suggest(chip, catalogue.chips)
+            raise RecipeError(f"no figures for a chip {chip!r}", where=where, fix=fix)
     if not usable(known):
         raise RecipeError("no row is a training run with a speed", where=data, fix="add tokens_per_s_per_chip")
-    guesses = cross_validate(usable(known), catalogue, told)
-    made = make(known, catalogue, digest(data, place), guesses)
+    beside = [products(one, catalogue) for one, _ in measured]
+    guesses = cross_validate(usable(known), catalogue, told, beside)
+    made = make(known, catalogue, digest(data, place), guesses, beside)
     write_json(out, made.model_dump(mode="json"))
     return made, guesses
 

@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from ottava import document
 from ottava.document import Document, Key
@@ -67,6 +69,31 @@ def read(path: Path) -> list[Row]:
     if twice:
         again = [row for row in found if row.id in twice][1]
         raise RecipeError(f"the id {again.id!r} stands twice", where=again.where, fix="give each row its own id")
+    return found
+
+
+class Examined(BaseModel):
+    """What `ottava qualify` measured on a cluster of one's own, as far as a prediction learns from it. chip: None of a
+    rehearsal; matmul_efficiency: of the BF16 peak that large matrix products reached, None where it is not known."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    id: str
+    chip: str | None
+    site: str
+    matmul_efficiency: Annotated[float, Field(gt=0, lt=1.2)] | None
+
+
+def examined(path: Path) -> list[tuple[Examined, str]]:
+    """The rows under `qualify` of a file, and their places. Raises RecipeError where one is wrong or says nothing."""
+    file = document.read(path, listed="rows")
+    found = []
+    for number in range(len(file.data.get("qualify") or ())):
+        at: Key = ("qualify", number)
+        row = file.parse(Examined, at)
+        if row.chip is None or row.matmul_efficiency is None:
+            what = f"{row.id} says nothing of a chip: it is a rehearsal, or the chip's peak is not known"
+            raise RecipeError(what, where=file.where(at), fix="take the row out, or examine a pool of accelerators")
+        found.append((row, file.where(at)))
     return found
 
 

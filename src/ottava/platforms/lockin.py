@@ -42,20 +42,30 @@ NATIVE = (".cu", ".cuh", ".cpp", ".cc", ".h", ".hpp")
 TIES = (
     Tie("CUDA kernel", r"__global__\s|<<<.+>>>|\bblockIdx\.|\bthreadIdx\.", "rewrite",
         "Ascend C, or a Triton kernel through triton-ascend", NATIVE),
-    Tie("CUDA extension", r"\b(CUDAExtension|load_inline|cpp_extension\.load)\b", "rewrite",
+    Tie("CUDA extension",
+        r"\b(CUDAExtension|load_inline|cpp_extension\.load)\b|\b(import|from) (pycuda|numba\.cuda)\b"
+        r"|\bfrom numba import cuda\b", "rewrite",
         "torch_npu.utils.cpp_extension.NpuExtension, with kernels written anew", CODE),
     Tie("inline PTX", r"\basm\s+volatile|\basm\s*\(\s*\"", "rewrite",
         "nothing reads PTX; write the kernel in Ascend C", NATIVE),
-    Tie("CUDA library", r"\b(cublas|cudnn|cufft|cusparse|cutlass|nvshmem)\w*\.(h|hpp)\b|\b(cublas|cudnn)[A-Z]\w+\(",
+    Tie("CUDA library",
+        r"\b(cublas|cudnn|cufft|cusparse|cutlass|nvshmem)\w*\.(h|hpp)\b|\b(cublas|cudnn)[A-Z]\w+\(|\b(cub|thrust)/",
         "rewrite", "CANN's aclnn operators", NATIVE),
-    Tie("Triton kernel", r"@triton\.(jit|autotune)|\bimport triton\b", "replace",
+    Tie("CUDA runtime", r"\bcuda[A-Z]\w+\(|\bcuda_runtime\w*\.h\b|\b(ATen|c10)/cuda/", "rewrite",
+        "AscendCL (aclrt*) and torch_npu's C++ headers", NATIVE),
+    Tie("Triton kernel", r"@triton\.(jit|autotune)|\bimport (\w+, )*triton\b|\bfrom triton\b", "replace",
         "triton-ascend takes most of the language; tile sizes are chosen anew, FP8 types only on the 950", CODE),
-    Tie("torch.cuda", r"\btorch\.cuda\.(?!amp)\w+", "replace",
+    Tie("torch.cuda",
+        r"\btorch\.cuda\.(?!amp)\w+|\b(import|from) torch\.cuda\b(?!\.amp)|\bfrom torch import cuda\b", "replace",
         "torch.npu.* has the same names; torch_npu.contrib.transfer_to_npu redirects them at run time", CODE),
     Tie("autocast by vendor", r"\btorch\.cuda\.amp\b", "replace", "torch.amp.autocast(\"npu\")", CODE),
-    Tie("hard-coded device", r"[\"']cuda(:\d+)?[\"']|\.cuda\(", "replace",
-        "the device from one place: torch.accelerator.current_accelerator(), or \"npu\"", CODE),
-    Tie("NCCL", r"[\"']nccl[\"']|\bNCCL_\w+", "replace",
+    Tie("hard-coded device",
+        r"[\"']cuda(:\d+)?[\"']|[\"']cuda:\{|\.cuda\(|\.is_cuda\b|^\s*device\s*[:=]\s*cuda\b", "replace",
+        "the device from one place: torch.accelerator.current_accelerator(), or \"npu\"",
+        (*CODE, ".yaml", ".yml", ".cfg", ".toml")),
+    Tie("CUDA back end's switch", r"\btorch\.backends\.(cuda|cudnn)\b", "replace",
+        "torch.npu.matmul.allow_hf32 and torch.npu.conv.allow_hf32; torch.use_deterministic_algorithms", CODE),
+    Tie("NCCL", r"[\"'](cpu:gloo,)?(cuda:)?nccl[\"']|\bNCCL_\w+", "replace",
         "backend \"hccl\" and HCCL_* variables; float64 is moved but not reduced"),
     Tie("visible devices", r"\bCUDA_VISIBLE_DEVICES\b", "replace", "ASCEND_RT_VISIBLE_DEVICES"),
     Tie("CUDA setting",
@@ -63,7 +73,7 @@ TIES = (
         "replace", "ASCEND_LAUNCH_BLOCKING, HCCL_DETERMINISTIC, PYTORCH_NPU_ALLOC_CONF"),
     Tie("CUDA graphs", r"\bCUDAGraph\b|\bcuda_graph|\bmake_graphed_callables\b", "replace",
         "torch.npu.NPUGraph; what may be captured differs", CODE),
-    Tie("FP8 type", r"\bfloat8_e(4m3|5m2)\w*|\bscaled_mm\b|\bDelayedScaling\b", "missing",
+    Tie("FP8 type", r"\bfloat8_e(4m3|5m2)\w*|(\b|_)scaled_mm\b|\bDelayedScaling\b", "missing",
         "910B and 910C have no FP8: BF16 holds the same values; the 950 takes E4M3 with 1x32 scales (MXFP8)", CODE),
     Tie("transformer_engine", r"\bimport transformer_engine|\bfrom transformer_engine", "missing",
         "no port; MindSpeed has FP8 layers for the 950", CODE),
@@ -71,11 +81,16 @@ TIES = (
         "scaled_dot_product_attention, or torch_npu.npu_fusion_attention, which rounds otherwise", CODE),
     Tie("xformers or apex", r"\b(import|from) (xformers|apex)\b", "replace",
         "torch's own, or Ascend's port of apex", CODE),
+    Tie("DeepSpeed", r"\b(import|from) deepspeed\b", "replace",
+        "NPUs are among its accelerators; which of its own operators are there, its ds_report says", CODE),
+    Tie("CuPy", r"\b(import|from) cupy\b", "rewrite", "torch, or numpy on the host", CODE),
     Tie("bitsandbytes", r"\b(import|from) bitsandbytes\b", "missing", "no kernels for NPUs in its releases", CODE),
     Tie("DeepGEMM or DeepEP", r"\b(import|from) (deep_gemm|deep_ep)\b", "missing",
         "CANN's grouped matmul and HCCL's all-to-all", CODE),
     Tie("NVML", r"\b(import|from) (pynvml|py3nvml)\b|\bnvidia-smi\b", "replace", "npu-smi; torch.npu.mem_get_info"),
-    Tie("vendor package", r"^\s*[\"']?(nvidia-|cupy|triton==|flash-attn|onnxruntime-gpu)[\w-]*", "replace",
+    Tie("vendor package",
+        r"^\s*[\"']?(nvidia-|cupy|triton\b|flash[-_]attn|onnxruntime-gpu|bitsandbytes|xformers)[\w-]*"
+        r"|\+cu\d\d|/whl/cu\d\d", "replace",
         "leave it out on Ascend: torch's CPU build and torch_npu", (".txt", ".toml", ".cfg")),
     Tie("float64 on the device", r"\.double\(\)|torch\.float64", "same",
         "computed, at a fraction of the speed; HCCL does not reduce it", CODE),
@@ -90,8 +105,8 @@ def scan(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise DataError("there is no such file or folder", where=path, fix="name a code base")
-    files = [path] if path.is_file() else sorted(_files(path))
-    if not files:
+    files = sorted(_files(path)) if path.is_dir() else [path]
+    if not files or not (path.is_dir() or path.is_file()):  # a pipe would be waited for
         raise DataError(f"no source files ({', '.join(SUFFIXES[:7])}, ...)", where=path, fix="name a code base")
     found: dict[str, list[dict[str, Any]]] = {}
     for file in files:
@@ -115,7 +130,7 @@ def _files(folder: Path) -> Iterator[Path]:
             continue
         if child.is_dir():
             yield from _files(child)
-        elif child.suffix in SUFFIXES and child.stat().st_size <= MOST_BYTES:
+        elif child.is_file() and child.suffix in SUFFIXES and child.stat().st_size <= MOST_BYTES:
             yield child
 
 

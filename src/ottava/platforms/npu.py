@@ -26,7 +26,7 @@ class Npu(Platform):
     signs = (
         (r"NPU out of memory|ERR\d{2}006", FaultClass.OUT_OF_MEMORY),
         (r"\bE[IJ]\d{4}\b|HCCL|ERR02\d{3}|ERR\d{2}200", FaultClass.COLLECTIVE),
-        (r"ECC error|UCE", FaultClass.DEVICE_LOST),
+        (r"\bECC error|\bUCE\b", FaultClass.DEVICE_LOST),
     )
 
     def available(self) -> tuple[bool, str]:

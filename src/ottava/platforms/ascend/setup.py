@@ -13,9 +13,14 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from ottava.errors import PlatformError
+
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 LIBRARIES = ("libascendcl.so", "libhccl.so")
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+UNKNOWN = "0.0"
+"""The version of a package that does not say one."""
 
 CANN_OF = {"2.12": "9.1"}
 """The least CANN of a release of torch_npu, by major and minor version, where its release notes were read."""
@@ -37,12 +42,22 @@ def missing() -> str | None:
     return None
 
 
+def broken_plugin(error: RuntimeError) -> PlatformError:
+    """What to say where `import torch` itself failed, as it loads the packages that add devices to it."""
+    if "torch_npu" not in str(error):
+        return PlatformError(f"torch cannot be imported: {error}", fix=f"uninstall that extension, or set {AUTOLOAD}=0")
+    return PlatformError(
+        f"torch cannot be imported, as it loads torch_npu by itself: {missing() or error.__cause__ or error}",
+        fix=f"set {AUTOLOAD}=0: what needs torch_npu here imports it by name",
+    )
+
+
 def mismatch(torch: str, torch_npu: str, cann: str | None) -> str | None:
     """What does not fit among versions: torch_npu is built for one release of torch, and for one line of CANN.
 
     cann: None where it is not known.
     """
-    if _minor(torch) != _minor(torch_npu):
+    if UNKNOWN not in (torch, torch_npu) and _minor(torch) != _minor(torch_npu):
         return (
             f"torch_npu {torch_npu} was built for torch {_minor(torch_npu)}, and torch {torch} is installed: install "
             f"torch_npu {_minor(torch)}.*, or torch {_minor(torch_npu)}.*"
@@ -72,6 +87,11 @@ def group(environ: Mapping[str, str], devices: int) -> str | None:
         absent = [name for name in LAUNCHER if name not in there]
         have, lack = ", ".join(there), ", ".join(absent)
         return f"the environment of the group is incomplete: {have} without {lack}; start with torchrun"
+    for name in LAUNCHER if there else ():
+        if name != "MASTER_ADDR" and not environ[name].isdecimal():
+            return f"{name}={environ[name]} is no number: start with torchrun"
+    if there and int(environ["RANK"]) >= int(environ["WORLD_SIZE"]):
+        return f"RANK={environ['RANK']} is none of the {environ['WORLD_SIZE']} ranks of WORLD_SIZE: they count from 0"
     table = environ.get("RANK_TABLE_FILE")
     if table and not Path(table).is_file():
         return f"RANK_TABLE_FILE names {table}, which is no file: correct it, or unset it and let HCCL find the ranks"
@@ -81,7 +101,7 @@ def group(environ: Mapping[str, str], devices: int) -> str | None:
     if wanted and present and not any(name.startswith(prefix) for prefix in wanted for name in present):
         return f"HCCL_SOCKET_IFNAME={named} names no interface of this machine: it has {', '.join(sorted(present))}"
     for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
-        if environ.get(name) and not environ[name].isdigit():
+        if environ.get(name) and not environ[name].isdecimal():
             return f"{name}={environ[name]} is no number of seconds"
     local = environ.get("LOCAL_WORLD_SIZE", "1")
     if environ.get("ASCEND_RT_VISIBLE_DEVICES") is None and local.isdigit() and 0 < devices < int(local):
@@ -104,7 +124,7 @@ def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:  # a source tree on the path
-        return "0.0"
+        return UNKNOWN
 
 
 def _minor(version: str) -> str:
@@ -113,4 +133,4 @@ def _minor(version: str) -> str:
 
 def _older(version: str, wanted: str) -> bool:
     found = [int(part) for part in re.findall(r"\d+", version)[:2]]
-    return found < [int(part) for part in wanted.split(".")]
+    return bool(found) and found < [int(part) for part in wanted.split(".")]
