@@ -74,6 +74,8 @@ def test_a_chip_that_stays_stuck_ends_the_pool_and_not_the_run() -> None:
         ("call failed, 507046", 507046),
         ("step 100000 of 200000", None),
         ("error code is 999999", None),
+        ("the mirror answered with HTTP error code: 21", None),
+        ("curl: return code 7", None),
         ("took 5070460 ns", None),
         ("batch 9", None),
     ],
