@@ -55,6 +55,7 @@ OUTSIDE = (107020, 507054)
 """Numbers that are not in the wheel's table."""
 
 TABLE: dict[int, FaultClass] = {n: fault for table in (ACL, HCCL) for fault, them in table.items() for n in them}
+_ITS_OWN = re.compile("hccl|npu", re.IGNORECASE)
 _OF_HCCL = frozenset(number for them in HCCL.values() for number in them)
 
 _SAID = re.compile(r"(?:error|ret(?:urn)?) ?code(?: is|:|=)? ?(\d{1,6})\b|\b([125]07\d{3})\b", re.IGNORECASE)
@@ -66,10 +67,10 @@ _PASSING = re.compile(
 def number(text: str) -> int | None:
     """The first number of the table in an error's text: after `error code is`, or one of the runtime's own (x07xxx).
 
-    HCCL's numbers are those of many things, such as curl: they count where the text speaks of HCCL.
+    HCCL's numbers are those of many things, such as curl: they count where the text speaks of HCCL or the NPU.
     """
     said = (int(match[1] or match[2]) for match in _SAID.finditer(text))
-    known = TABLE if "hccl" in text.lower() else TABLE.keys() - _OF_HCCL
+    known = TABLE if _ITS_OWN.search(text) else TABLE.keys() - _OF_HCCL
     return next((found for found in said if found in known), None)
 
 
