@@ -62,7 +62,14 @@ def warm() -> Iterator[LocalLauncher]:
 
 def drill(dataset: Path, folder: Path, launcher: LocalLauncher, ranks: int, order: str) -> Run:
     spec = TrainSpec.model_validate(
-        {"steps": STEPS, "batch": 1, "virtual_shards": 4, "direct": {"begin": 0.5, "batch": 1}, "checkpoint_every": 50}
+        {
+            "steps": STEPS,
+            "batch": 1,
+            "virtual_shards": 4,
+            "direct": {"begin": 0.5, "batch": 1},
+            "checkpoint_every": 50,
+            "restarts": 0,
+        }
     )
     pools = (
         Pool(name="npu", platform="npu", workers=ranks, env={ORDER: order, "HCCL_EXEC_TIMEOUT": "8"}),
