@@ -77,6 +77,7 @@ test-npu-some: export OTTAVA_TEST_PLATFORM := npu
 test-npu-some: export OMP_NUM_THREADS := 1
 test-npu-some: .venv-npu/installed
 	$(NPU) .venv-npu/bin/pytest -m "not slow" --deselect tests/npu/test_drills.py tests/npu
+	$(NPU) .venv-npu/bin/pytest -m "not slow" -k 107019 tests/npu/test_drills.py
 	$(NPU) .venv-npu/bin/pytest -n 2 -m "device and not slow" $(filter-out %trainer.py %supervisor.py,$(DEVICE_TESTS))
 
 # Every code of the table, in every place, on groups of both sizes.
