@@ -200,11 +200,13 @@ def dossier(
 
 def forecast(path: Path, *, by: str | None, draws: int, seed: int, out: Path | None = None) -> dict[str, Any]:
     """`ottava forecast`: the forecast; with `out`, forecast.html in that folder."""
-    run = forecasts.load(path)
+    run = forecasts.load(path, _catalogue())
     try:
         wanted = None if by is None else datetime.date.fromisoformat(by)
     except ValueError:
         raise RecipeError(f"{by!r} is no date", where="--by", fix="write it as 2025-08-31") from None
+    if wanted is not None:
+        forecasts.check_date(run, wanted, "--by")
     result = forecasts.forecast(run, draws, seed, wanted)
     if out is not None:
         make_folder(out)
