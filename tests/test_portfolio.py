@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from ottava.console import planning
 from ottava.errors import ArtifactError, RecipeError
-from ottava.planner import chips, pick, place, portfolio, quantity, sensitivity, students, ways
+from ottava.planner import chips, pick, place, relax, portfolio, quantity, sensitivity, students, ways
 from ottava.planner.instance import judge
 from tests.test_solve import needs_solver
 
@@ -61,6 +62,10 @@ def test_a_plan_by_hand(tmp_path: Path) -> None:
         ("ascend", 8064), ("nvidia", 6144), ("ascend", 20 * 168),
     ]  # fmt: skip
     assert told["usd"] == 8064 + 6144 + 20 * 168
+    watts = {name: CATALOGUE.chip(name).watts.value for name in ("910B3", "H800")}  # type: ignore[union-attr]
+    spent = [8064 * watts["910B3"] / 1000, 3072 * watts["H800"] / 1000, 20 * 168 * watts["910B3"] / 1000]
+    assert [rows[n]["kwh"] for n in ("first", "second", "answers")] == [round(one) for one in spent]
+    assert told["kwh"] == sum(round(one) for one in spent)
     assert told["objective"] == told["usd"] + 500
     assert (rows["first"]["start"], rows["first"]["end"], rows["first"]["binding"]) == (
         "2026-01-05",
@@ -172,6 +177,19 @@ def test_a_hard_rule_without_room_is_what_has_to_give_way(tmp_path: Path) -> Non
     assert "for second" in told["relaxations"][0]["reason"]
 
 
+@needs_solver
+def test_shares_that_do_not_fit_need_so_many_more_chips(tmp_path: Path) -> None:
+    """Four shares of 20 chips, served at once on a pool of 30 chips, and nowhere else: 50 more."""
+    fleet = FLEET.replace("chips: 64, link: 200", "chips: 30, link: 200")
+    jobs = JOBS.replace("volume: 8.64e8", "volume: 34.56e8").replace(
+        "rate: {910B3", "split: 4, pools: [ascend], rate: {910B3"
+    )
+    jobs = jobs.replace("chips: [32, 64], memory", "chips: [32, 64], pools: [nvidia], memory")
+    problem = ways.build(asked(tmp_path, jobs, fleet))
+    found = relax.fewest(problem, seconds=10, workers=1)
+    assert [(one["constraint"], one["by"], one["proven"]) for one in found] == [("ascend", 4 * 20 - 30, True)]
+
+
 def test_the_dossier_argues_both_ways(tmp_path: Path) -> None:
     told = planned(tmp_path, JOBS.replace("price: 500 USD", "price: 0 USD").replace("value: 8064", "value: 12000"))
     path = tmp_path / "plan.json"
@@ -203,7 +221,10 @@ def test_pages_are_whole_and_hold_what_was_decided(tmp_path: Path) -> None:
     for row in told["assignments"]:
         assert row["task"] in page
     assert "<script" not in page
-    assert "first" in planning.plan_text(told)
+    text, long = planning.plan_text(told), planning.plan_text(told, why=True)
+    assert all(row["task"] in text and row["reason"] not in text for row in told["assignments"])
+    assert all(row["reason"] in long and row["reason"] in html.unescape(page) for row in told["assignments"])
+    assert max(map(len, text.splitlines())) <= 100
     planning.forecast(FLEETS / "r2-run.yaml", by=None, draws=200, seed=0, out=tmp_path / "out")
     assert "Probability of release by day" in (tmp_path / "out" / "forecast.html").read_text()
 
