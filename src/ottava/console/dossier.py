@@ -73,7 +73,8 @@ def _request(one: Content) -> dict[str, Any]:
             [
                 "best domestic plan",
                 f"{shares}{best['chips']:,} {best['chip']} of {best['pool']}: {weeks['value']} weeks "
-                f"({weeks['low']} to {weeks['high']}), {money(usd['value'])} ({money(usd['low'])} to {money(usd['high'])})",
+                f"({weeks['low']} to {weeks['high']}), {money(usd['value'])} "
+                f"({money(usd['low'])} to {money(usd['high'])})",
             ]
         )
     rows += [["why it fails" if home["verdict"] != "possible" else "what it costs", text] for text in home["fails"]]
