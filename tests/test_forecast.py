@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ottava.errors import RecipeError
+from ottava.planner import chips
 from ottava.planner import forecast as forecasts
 from ottava.planner.forecast import (
     Chips,
@@ -28,6 +29,7 @@ from ottava.planner.forecast import (
 from ottava.planner.portfolio import Price
 
 EXAMPLE = Path(__file__).parents[1] / "fleets" / "r2-run.yaml"
+CATALOGUE = chips.load(EXAMPLE.with_name("chips.json"))
 CITED = {"source": "made up", "date": "2026-11", "certainty": "a test's"}
 PRICE = Price(value="2 USD/chip-hour", **CITED)
 
@@ -141,7 +143,7 @@ def _chips(seen: int, hours: float, work: float = 100.0, chips: int = 16) -> Chi
 
 
 def test_the_example_names_its_driver_and_prices_its_fallback() -> None:
-    run = load(EXAMPLE)
+    run = load(EXAMPLE, CATALOGUE)
     told = forecast(run, 2000, 1)
     assert told["driver"] in {stage.name for stage in run.stages}
     assert sum(row["drives"] for row in told["stages"]) == pytest.approx(1, abs=1e-3)
@@ -176,6 +178,20 @@ def test_a_release_by_hand() -> None:
         ("after: [train, labels]", "after: [train, release]", "does not stand before"),
         ("restart: 60 min", "restart: 60 parsec", "'parsec'"),
         ("kind: run", "kind: portfolio", "`kind: run`"),
+        ("seen: 40", "seen: true", "plain number"),
+        ("chips: 1536", 'chips: "1536"', "plain number"),
+        ("chips: 1536", "chips: 1536000000000", "less than or equal to"),
+        ("chip: 910C", "chip: 910X", "no figures for a chip '910X'"),
+        ("seen: 40,", "seen: 400000000,", "no run makes progress"),
+        ("chip_hours: 200000 ", "chip_hours: 0 ", "above 0"),
+        ("again: 15 %", "again: 150 %", "less than or equal to 1"),
+        ("by: 2025-08-31", "by: 2025-02-10", "is not after"),
+        (
+            'date: "2025-08-14", certainty: guess}\n    again',
+            'date: "2025-13", certainty: guess}\n    again',
+            "a date is written",
+        ),
+        ("name: train", "name: labels", "two stages have the name"),
     ],
 )
 def test_mistakes_are_named_with_their_line(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -187,7 +203,7 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, old: str, new: str, 
         n for n, (a, b) in enumerate(zip(text.splitlines(), path.read_text().splitlines(), strict=True), 1) if a != b
     )
     with pytest.raises(RecipeError) as caught:
-        load(path)
+        load(path, CATALOGUE)
     assert message in caught.value.what
     assert caught.value.where is not None
     assert f":{at}:" in caught.value.where

@@ -336,6 +336,25 @@ def test_a_gates_row_that_says_nothing_is_refused(tmp_path: Path, row: dict[str,
     assert not (tmp_path / "c.json").exists()
 
 
+@pytest.mark.parametrize(("speed", "said"), [
+    (True, "a number above 0"), (-3, "a number above 0"), (math.nan, "a number above 0"), ("9", "a number above 0"),
+    (9e9, "the peak of a H800"), (None, "nothing to learn"),
+])  # fmt: skip
+def test_a_run_of_ones_own_that_teaches_nothing_is_refused(tmp_path: Path, speed: Any, said: str) -> None:
+    """A dense 8B model passes 6 FLOPs a parameter and token: no H800 reaches 9e9 tokens/s, at 2e15 operations/s."""
+    row = {"id": "own", "arch": "llama3-8b", "chip": "H800", "n": 64, "seq": 8192, "gbs": 512, "site": "here"}
+    path = write(tmp_path, [row | {"tokens_per_s_per_chip": speed}])
+    with pytest.raises(RecipeError, match=said) as caught:
+        calibrate.calibrate_files([path], "chips.json", tmp_path / "c.json")
+    assert str(caught.value.where).startswith(str(path))
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_a_file_without_rows_predicts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no rows"):
+        predict.predict_file(write(tmp_path, []))
+
+
 def test_the_calibration_is_of_the_data_and_good_enough() -> None:
     """The committed calibration was made from the committed data, and reaches what was asked of it."""
     learnt = calibrate.load()
@@ -397,6 +416,10 @@ def test_every_published_row_has_an_interval_or_a_reason(tmp_path: Path) -> None
         ({"parallel": {"tp": 8, "qq": 2}}, "unknown key 'qq'"),
         ({"precision": "fp7"}, "precision"),
         ({"gbs": "many"}, "gbs"),
+        ({"n": True}, "plain number"),
+        ({"n": "64"}, "plain number"),
+        ({"n": 64 * 10**12}, "less than or equal to"),
+        ({"tokens": True}, "plain number"),
         ({"gbs": None}, "gbs (batch) is not given"),
         ({"parallel": [8, 1]}, "parallel"),
         ({"arch": ["llama3-8b"]}, "no name and no shape"),

@@ -404,6 +404,7 @@ def plan(
     workers: Annotated[int, typer.Option(min=0, help="Threads of the solver; 0: one a core, at most 8.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write plan.json and plan.html into this folder.")] = None,
     points: Annotated[int, typer.Option(min=0, help="Points of the cost/time curve in plan.html.")] = 5,
+    why: Annotated[bool, typer.Option("--why", help="Also print the reason for every decision.")] = False,
     as_json: Json = False,
 ) -> None:
     """Place a portfolio of jobs on a fleet over weeks; a recipe's own stages are planned by ottava run --only plan."""
@@ -413,7 +414,7 @@ def plan(
     if as_json:
         _print(result)
     else:
-        typer.echo(planning.plan_text(result))
+        typer.echo(planning.plan_text(result, why=why))
     if not result["assignments"]:
         raise typer.Exit(1)
 

@@ -137,7 +137,7 @@ def read(path: Path | str, listed: str | None = None) -> Document:
     except FileNotFoundError:
         raise RecipeError("no such file", where=path, fix="check the path") from None
     except IsADirectoryError:
-        raise RecipeError("this is a folder, not a file", where=path, fix="name a YAML file in it") from None
+        raise RecipeError("this is a folder, not a file", where=path, fix="name a file in it") from None
     except UnicodeDecodeError:
         raise RecipeError("the file is not text in UTF-8", where=path, fix="save it as UTF-8") from None
     except (OSError, ValueError) as error:
@@ -151,7 +151,8 @@ def read(path: Path | str, listed: str | None = None) -> Document:
         data = {listed: data}
     if not isinstance(data, dict):
         what = "the file is empty" if data is None else "the file is not a mapping of keys to values"
-        raise RecipeError(what, where=path, fix="write `key: value` lines, as in recipes/tiny.yaml")
+        shape = "a JSON object" if path.suffix == ".json" else "`key: value` lines, as in recipes/tiny.yaml"
+        raise RecipeError(what, where=path, fix=f"write {shape}")
     return Document(str(path), data, keys, values)
 
 

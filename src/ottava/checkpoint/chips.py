@@ -6,10 +6,11 @@ which checks the whole file); nothing in code knows what a chip can do.
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from ottava import document
 from ottava.errors import RecipeError
@@ -30,6 +31,19 @@ class Provenance(Frozen):
     source: str
     date: str
     certainty: str
+
+    @field_validator("date")
+    @classmethod
+    def _day(cls, text: str) -> str:
+        parts = text.split("-")
+        shape = len(parts) <= 3 and [len(part) for part in parts] == [4, 2, 2][: len(parts)]
+        try:
+            if not shape:
+                raise ValueError
+            datetime.date(*([int(part) for part in parts] + [1, 1])[:3])
+        except ValueError:
+            raise ValueError("a date is written as '2025', '2025-08' or '2025-08-31'") from None
+        return text
 
 
 class Statement(Provenance):

@@ -68,11 +68,13 @@ def _request(one: Content) -> dict[str, Any]:
     if home["best"] is not None:
         best = home["best"]
         weeks, usd = best["weeks"], best["usd"]
+        shares = f"for each of {best['shares']} shares, " if best["shares"] > 1 else ""
         rows.append(
             [
                 "best domestic plan",
-                f"{best['chips']:,} {best['chip']} of {best['pool']}: {weeks['value']} weeks ({weeks['low']} to "
-                f"{weeks['high']}), {money(usd['value'])} ({money(usd['low'])} to {money(usd['high'])})",
+                f"{shares}{best['chips']:,} {best['chip']} of {best['pool']}: {weeks['value']} weeks "
+                f"({weeks['low']} to {weeks['high']}), {money(usd['value'])} "
+                f"({money(usd['low'])} to {money(usd['high'])})",
             ]
         )
     rows += [["why it fails" if home["verdict"] != "possible" else "what it costs", text] for text in home["fails"]]

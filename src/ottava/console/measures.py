@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from ottava.console.words import columns
 from ottava.errors import RecipeError
 
 
@@ -38,14 +39,14 @@ def text(result: Mapping[str, Any]) -> str:
         for letter, one in zip(letters, both, strict=True)
         for mode, figures in one["modes"].items()
     ]
-    blocks += ["", _table([_HEAD, *lines])]
+    blocks += ["", *columns([_HEAD, *lines])]
     curve = [
         [f"{letter}{point['tokens']}", share(point, "accuracy"), f"{point['thought']:.1f}"]
         for letter, one in zip(letters, both, strict=True)
         for point in one["budgets"]
     ]
     if curve:
-        blocks += ["", _table([["budget", "greedy", "ids of thinking"], *curve])]
+        blocks += ["", *columns([["budget", "greedy", "ids of thinking"], *curve])]
     if "compare" in result:
         blocks += ["", *(_verdict(mode, found) for mode, found in result["compare"].items())]
     asked = [(mode, *task) for mode, tasks in result.get("harness", {}).items() for task in tasks.items()]
@@ -95,10 +96,3 @@ def _harness(mode: str, name: str, said: Mapping[str, Any]) -> str:
         count = len(said["differing"])
         line += "; the same answer to every problem" if not count else f"; another answer to {count} problems"
     return line
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )

@@ -17,6 +17,7 @@ from ottava.console import plans
 from ottava.console.charts import tag
 from ottava.console.page import WIDTHS
 from ottava.console.plans import money
+from ottava.console.words import columns
 from ottava.errors import RecipeError, from_os_error
 from ottava.planner import chips as catalogues
 from ottava.planner import dossier as making
@@ -83,7 +84,10 @@ def _plan_page(problem: Problem, result: Content, points: int, seconds: float, w
             "By pool", lambda width: plans.by_pool(rows, start, width), "A bar is a job on a pool; the table says why."
         ),
         _table(
-            "Decisions", ["Task", "Pool", "Chips", "From", "Until", "Cost", "Why"], [_decision(row) for row in rows]
+            "Decisions",
+            ["Task", "Pool", "Chips", "From", "Until", "Cost", "MWh", "Why"],
+            [_decision(row) for row in rows],
+            "MWh: of the chips alone, at the power they are rated for; hosts, network and cooling are not in it.",
         ),
     ]
     if result["left_out"]:
@@ -131,7 +135,16 @@ def _day(start: datetime.date, hours: float) -> str:
 
 def _decision(row: Content) -> list[str]:
     cost = f"{money(row['usd'])} ({money(row['usd_low'])} to {money(row['usd_high'])})"
-    return [row["task"], row["pool"], f"{row['chips']:,}", row["start"], row["end"], cost, row["reason"]]
+    return [
+        row["task"],
+        row["pool"],
+        f"{row['chips']:,}",
+        row["start"],
+        row["end"],
+        cost,
+        _megawatt_hours(row["kwh"]),
+        row["reason"],
+    ]
 
 
 def _section(title: str, draw: Callable[[int], Markup], *lede: str) -> Content:
@@ -155,12 +168,22 @@ def _plan_verdict(result: Content) -> list[str]:
     return told
 
 
-def plan_text(result: Content) -> str:
-    """For the terminal."""
-    lines = [" ".join(_plan_verdict(result)[:1])]
-    for row in result["assignments"]:
-        place_ = f"{row['chips']:,} x {row['chip']} on {row['pool']}"
-        lines.append(f"{row['start']} to {row['end']}  {row['task']}: {place_}, {money(row['usd'])}; {row['reason']}")
+def plan_text(result: Content, *, why: bool = False) -> str:
+    """For the terminal: a line a task, and with `why` the reasons below them."""
+    lines, rows = [" ".join(_plan_verdict(result)[:1])], result["assignments"]
+    if rows:
+        head = ["from", "until", "task", "chips", "chip", "pool", "cost", "MWh"]
+        cells = [
+            [
+                row["start"], row["end"], row["task"], f"{row['chips']:,}", row["chip"], row["pool"],
+                money(row["usd"]), _megawatt_hours(row["kwh"]),
+            ]
+            for row in rows
+        ]  # fmt: skip
+        total = ["", result["end"], "in all", "", "", "", money(result["usd"]), _megawatt_hours(result["kwh"])]
+        lines += ["", *columns([head, *cells, total], right=(3, 6, 7)), ""]
+    if why:
+        lines += [*(f"{row['task']}: {row['reason']}" for row in rows), ""]
     for row in result.get("left_out", ()):
         lines.append(f"left out: {row['task']}; {row['reason']}")
     if result["relaxations"]:
@@ -172,7 +195,13 @@ def plan_text(result: Content) -> str:
         lines += [f"  {one['reason']}{_cost(one)}" for one in other["relaxations"]]
     if result["assignments"]:
         lines.append(f"status {result['status']}, proven gap {result['gap']:.2%}, {result['seconds']:.1f} s")
+        lines += [] if why else ["the reason for each line: --why, --json, or plan.html of --out"]
     return "\n".join(lines)
+
+
+def _megawatt_hours(kwh: float | None) -> str:
+    """Three digits, at the rated power of the chips."""
+    return "not known" if kwh is None else f"{kwh / 1000:,.0f}" if kwh >= 1e5 else f"{kwh / 1000:.3g}"
 
 
 def _amount(one: Content) -> str:
@@ -200,11 +229,13 @@ def dossier(
 
 def forecast(path: Path, *, by: str | None, draws: int, seed: int, out: Path | None = None) -> dict[str, Any]:
     """`ottava forecast`: the forecast; with `out`, forecast.html in that folder."""
-    run = forecasts.load(path)
+    run = forecasts.load(path, _catalogue())
     try:
         wanted = None if by is None else datetime.date.fromisoformat(by)
     except ValueError:
         raise RecipeError(f"{by!r} is no date", where="--by", fix="write it as 2025-08-31") from None
+    if wanted is not None:
+        forecasts.check_date(run, wanted, "--by")
     result = forecasts.forecast(run, draws, seed, wanted)
     if out is not None:
         make_folder(out)

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from ottava.console.students import KEEPS, keeping
-from ottava.console.words import bracket, points
+from ottava.console.words import bracket, columns, points
 
 BYTES = "bytes"
 
@@ -276,9 +276,9 @@ def students_table(rows: Sequence[Mapping[str, Any]]) -> str:
             row["name"], f"{row['parameters'] / 1e9:.2f} B", f"{row['memory_gb']:,.0f} GB",
             f"{row['served_gb']:.1f} GB", row["chip"], str(row["chips"]), span(row["hours"], "h"), usd,
         ])  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, "", "Extrapolated from published runs; >= where a model is smaller than any of them."])
+    return "\n".join(
+        [*columns(lines), "", "Extrapolated from published runs; >= where a model is smaller than any of them."]
+    )
 
 
 def targets_table(found: Mapping[str, Any]) -> str:
@@ -288,14 +288,12 @@ def targets_table(found: Mapping[str, Any]) -> str:
     for name, chip in found.items():
         cells = [_target(chip["layouts"].get(form)) for form in forms]
         lines.append([name, chip["recommended"] or "none", *cells, chip["evidence"]])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     notes = [
         "exact: every value, on the chip. What an engine makes of the shapes: ottava convert --for ENGINE tells.",
         *_refused([chip["layouts"] for chip in found.values()]),
         "? recalled, not read in a source. --json gives reason, source and date of every entry.",
     ]
-    return "\n".join([*text, "", *notes])
+    return "\n".join([*columns(lines), "", *notes])
 
 
 def _refused(answers: Iterable[Mapping[str, Any]]) -> Iterator[str]:

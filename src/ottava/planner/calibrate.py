@@ -92,8 +92,8 @@ def load(path: Path | None = None) -> Calibration:
     try:
         return Calibration.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise RecipeError(f"no calibration: {first}", where=path, fix="make one: ottava calibrate") from None
+        reason = error.strerror if isinstance(error, OSError) else "the file is not one of ottava calibrate"
+        raise RecipeError(f"no calibration: {reason}", where=path, fix="make one: ottava calibrate") from None
 
 
 def prepare(work: Workload, catalogue: Catalogue, actual: float = 1.0) -> tuple[fit.Run, layouts.Found]:
@@ -225,13 +225,15 @@ def calibrate_files(
     data, place = rows.published(), chips.locate(catalogue_name)
     catalogue, known = chips.load(place), rows.read(data)
     measured = [one for path in own for one in rows.examined(path)]
-    for path in own:
-        known += rows.read(path)
+    ours = {path: rows.read(path) for path in own}
+    known += [row for theirs in ours.values() for row in theirs]
     asked = [(row.work.chip, row.where) for row in known if row.work is not None]
     for chip, where in asked + [(str(one.chip), where) for one, where in measured]:
         if chip not in catalogue.chips:
             fix = document.suggest(chip, catalogue.chips)
             raise RecipeError(f"no figures for a chip {chip!r}", where=where, fix=fix)
+    for path, theirs in ours.items():
+        _check_speeds(path, theirs, catalogue)
     if not usable(known):
         raise RecipeError("no row is a training run with a speed", where=data, fix="add tokens_per_s_per_chip")
     beside = [products(one, catalogue) for one, _ in measured]
@@ -239,6 +241,28 @@ def calibrate_files(
     made = make(known, catalogue, digest(data, place), guesses, beside)
     write_json(out, made.model_dump(mode="json"))
     return made, guesses
+
+
+def _check_speeds(path: Path, own: Sequence[Row], catalogue: Catalogue) -> None:
+    """Speeds of one's own runs that are none, or that no chip reaches; and files that teach nothing."""
+    for row in own:
+        said = row.about.get(rows.TARGET)
+        if said is None:
+            continue
+        if isinstance(said, bool) or not isinstance(said, int | float) or not 0 < said < math.inf:
+            what = f"{row.id}: {rows.TARGET} is a number above 0, found {said!r}"
+            raise RecipeError(what, where=row.where, fix="write tokens of a second and chip, as measured")
+        if row.work is None or row.work.kind != "train":
+            continue
+        chip = catalogue.chip(row.work.chip)
+        peaks = [figure.value for figure in (chip.bf16_tflops, chip.fp8_tflops, chip.int8_tops) if figure is not None]
+        most = 1e12 * max(peaks, default=math.inf) / row.work.model.flops_per_token(row.work.sequence)
+        if said > most:
+            what = f"{row.id}: {said:,.6g} tokens/s and chip, and the peak of a {row.work.chip} is {most:,.4g}"
+            raise RecipeError(what, where=row.where, fix="divide by the number of chips; check tokens_per_s_per_chip")
+    if not usable(own) and not rows.examined(path):
+        what = f"no row is a training run with its {rows.TARGET}: there is nothing to learn"
+        raise RecipeError(what, where=path, fix=f"add {rows.TARGET}, as measured")
 
 
 def _short(values: Any) -> tuple[float, ...]:

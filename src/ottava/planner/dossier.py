@@ -138,7 +138,8 @@ def _at_home(
         change = [_lift(one) for one in refusals]
     figures = [way.hours.basis for way in ways[:1]] + [way.usd.basis for way in ways[:1]]
     return {
-        "verdict": verdict, "best": None if best is None else _way(best), "fails": fails, "change": change,
+        "verdict": verdict, "best": None if best is None else _way(best) | {"shares": len(rows)}, "fails": fails,
+        "change": change,
         "refusals": [{"pool": o.pool, "why": o.why, "needs": o.needs, "there": o.there} for o in refusals],
         "figures": figures,
     }  # fmt: skip
@@ -203,6 +204,9 @@ def _compare(
     if found_status == "unknown":
         return "not known", [*fails, "the solver found no plan with it in the time it had"], []
     entries = relax.fewest(at_home, seconds=seconds, workers=workers)
+    if not entries:
+        words = f"none was found in {seconds:g} s: give the search more time (--seconds)"
+        return "fails", [f"with {name} on domestic chips no plan of the portfolio exists", *fails], [words]
     change = [entry["reason"] + ("" if entry["usd"] is None else f" (${entry['usd']:,.0f})") for entry in entries]
     fails.insert(0, f"with {name} on domestic chips no plan of the portfolio exists")
     return "fails", fails, change

@@ -18,31 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from ottava.document import Document, read, suggest
+from ottava.document import Document, Key, read, suggest
 from ottava.errors import RecipeError
 from ottava.planner import quantity as q
-from ottava.planner.chips import Provenance
-from ottava.planner.portfolio import Price
+from ottava.planner.chips import Catalogue, Provenance
+from ottava.planner.portfolio import Interval, Price, check_distinct
 from ottava.recipe import Frozen, Name
 
 Array = NDArray[np.float64]
 Z90 = 1.2815515655446004  # of the normal distribution: the 90% quantile
+SHORTEST_MTBF_H = 0.05
 LONGEST_H = 5 * 365 * 24.0
 """A run that has not ended after so many hours never does, for a plan's purposes."""
 
 
-class Time(Provenance):
+class Time(Interval):
     """A time with its 10% and 90% quantiles; without them it is certain."""
 
     value: q.Hours
     low: q.Hours | None = None
     high: q.Hours | None = None
-
-    @model_validator(mode="after")
-    def _rising(self) -> Time:
-        if not (self.low or self.value) <= self.value <= (self.high or self.value) or self.value <= 0:
-            raise ValueError("low, value and high must rise, above 0")
-        return self
 
     def draw(self, rng: np.random.Generator, count: int) -> Array:
         """From a lognormal distribution on each side of the middle, which is its median."""
@@ -55,13 +50,17 @@ class Time(Provenance):
 class Failures(Provenance):
     """Failures that stopped a whole run, seen in so many chip-hours."""
 
-    seen: Annotated[int, Field(ge=0)]
+    seen: q.Number
     chip_hours: q.ChipHours
+
+    @model_validator(mode="after")
+    def _watched(self) -> Failures:
+        if self.chip_hours <= 0:
+            raise ValueError("failures are seen in chip-hours above 0")
+        return self
 
     def rate(self, rng: np.random.Generator, count: int) -> Array:
         """Failures a chip-hour, drawn from what is known of them."""
-        if self.chip_hours <= 0:
-            raise ValueError("failures are seen in chip-hours above 0")
         return np.asarray(rng.gamma(self.seen + 0.5, 1 / self.chip_hours, count))
 
     @property
@@ -75,7 +74,7 @@ class Chips(Frozen):
     default the best by Daly's formula."""
 
     chip: str
-    chips: Annotated[int, Field(ge=1)]
+    chips: q.Count
     work: Time
     failures: Failures
     checkpoint: q.Seconds
@@ -89,7 +88,7 @@ class Fallback(Frozen):
     planned by then, it moves on, with what it has, which takes `move`."""
 
     decide_after: q.Hours
-    least: q.Share
+    least: q.Chance
     move: q.Hours
     to: Chips
 
@@ -102,7 +101,7 @@ class Stage(Frozen):
     time: Time | None = None
     run: Chips | None = None
     fallback: Fallback | None = None
-    again: q.Share = 0.0
+    again: q.Chance = 0.0
 
     @model_validator(mode="after")
     def _one(self) -> Stage:
@@ -124,14 +123,16 @@ class Run(Frozen):
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
 
 
-def load(path: Path) -> Run:
+def load(path: Path, catalogue: Catalogue) -> Run:
     """Read and check a file such as fleets/r2-run.yaml. Raises RecipeError with file and line."""
     document = read(path)
     if document.data.get("kind") != "run":
         where = document.where(("kind",), key=True)
         raise RecipeError("a file with `kind: run` is wanted here", where=where, fix="see fleets/r2-run.yaml")
     run = document.parse(Run)
+    check_distinct(document, "stages")
     _check(run, document)
+    _check_chips(run, document, catalogue)
     return run
 
 
@@ -147,9 +148,34 @@ def _check(run: Run, document: Document) -> None:
                     f"{stage.name!r} waits for {before!r}, which does not stand before it", where=where,
                     fix="list stages in order; a circle cannot be put in order",
                 )  # fmt: skip
-    twice = next((index for index, name in enumerate(names) if name in names[:index]), None)
-    if twice is not None:
-        raise RecipeError(f"two stages have the name {names[twice]!r}", where=document.where(("stages", twice, "name")))
+    check_date(run, run.by, document.where(("by",)))
+
+
+def check_date(run: Run, by: datetime.date, where: str) -> None:
+    """A date to release by that is not after the start. Raises RecipeError."""
+    if by <= run.start:
+        what = f"{by} is not after {run.start}, when the first stage starts"
+        raise RecipeError(what, where=where, fix="give a later date")
+
+
+def _check_chips(run: Run, document: Document, catalogue: Catalogue) -> None:
+    """Chips nobody knows, and runs that fail so often that simulating them has no end."""
+    for index, stage in enumerate(run.stages):
+        places: list[tuple[Key, Chips | None]] = [
+            (("stages", index, "run"), stage.run),
+            (("stages", index, "fallback", "to"), stage.fallback.to if stage.fallback else None),
+        ]
+        for at, there in places:
+            if there is None:
+                continue
+            if there.chip not in catalogue.chips:
+                fix = suggest(there.chip, catalogue.chips)
+                raise RecipeError(f"no figures for a chip {there.chip!r}", where=document.where((*at, "chip")), fix=fix)
+            mtbf = 1 / (there.failures.mean * there.chips)
+            if mtbf < SHORTEST_MTBF_H:
+                what = f"so many chips fail every {3600 * mtbf:.2g} s: no run makes progress at that rate"
+                fix = "check chips, seen and chip_hours"
+                raise RecipeError(what, where=document.where((*at, "failures")), fix=fix)
 
 
 def daly_interval(checkpoint_h: float, mtbf_h: float) -> float:

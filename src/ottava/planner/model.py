@@ -46,7 +46,8 @@ class Model:
         for number, task in enumerate(instance.tasks):
             self._task(number, task)
         self._order()
-        self.started = self._starts()
+        # what gives way is counted, so the tight bound is not needed, and the smaller form answers in the time there is
+        self.started = self._starts() if slack is None else None
         self._pools()
         self._budget()
 
@@ -255,6 +256,13 @@ class Model:
                 slots = self.instance.tasks[number].options[one[0]].slots
                 self.cp.add_hint(self.start[number], one[1])
                 self.cp.add_hint(self.end[number], one[1] + slots)
+            else:
+                self.cp.add_hint(self.start[number], self.release[number])
+                self.cp.add_hint(self.end[number], self.release[number])
+        left = {f"task {task.name}" for task, one in zip(self.instance.tasks, schedule, strict=True) if one is None}
+        for name, (used, amount) in self.relaxed.items():
+            self.cp.add_hint(used, name in left)
+            self.cp.add_hint(amount, int(name in left))
 
 
 def _sum(ones: Sequence[Any], weights: Sequence[int] | None = None) -> Any:

@@ -126,8 +126,9 @@ def earlier(instance: Instance, schedule: Schedule) -> list[Chosen | None]:
 
 
 def costs(problem: Problem, schedule: Schedule, judged: Judgement) -> dict[str, Any]:
-    """Dollars of the plan with their interval, and when it ends."""
+    """Dollars of the plan with their interval, energy, and when it ends."""
     ways = [way for _, way, _ in _taken(problem, schedule)]
+    spent = [energy(problem, way) for way in ways]
     ends = [
         one.start + t.options[one.option].slots for t, one in zip(problem.instance.tasks, schedule, strict=True) if one
     ]
@@ -135,6 +136,7 @@ def costs(problem: Problem, schedule: Schedule, judged: Judgement) -> dict[str, 
         "usd": round(sum(way.usd.value for way in ways)),
         "usd_low": round(sum(way.usd.low for way in ways)),
         "usd_high": round(sum(way.usd.high for way in ways)),
+        "kwh": None if None in spent else sum(one for one in spent if one is not None),
         "budget": problem.instance.budget,
         "penalty_usd": judged.penalty,
         "lateness_usd": judged.lateness,
@@ -170,12 +172,20 @@ def assignments(problem: Problem, schedule: Schedule) -> list[dict[str, Any]]:
                 "start_h": one.start * problem.asked.portfolio.grid, "end_h": end * problem.asked.portfolio.grid,
                 "hours": round(way.hours.value, 1), "hours_low": round(way.hours.low, 1),
                 "hours_high": round(way.hours.high, 1), "usd": round(way.usd.value), "usd_low": round(way.usd.low),
-                "usd_high": round(way.usd.high), "against": list(way.against), "binding": binding,
+                "usd_high": round(way.usd.high), "kwh": energy(problem, way),
+                "against": list(way.against), "binding": binding,
                 "late_h": _late(problem, number, end), "basis": way.hours.basis,
                 "reason": f"{_place(problem, piece, one)}; {waits}",
             }
         )  # fmt: skip
     return sorted(rows, key=lambda row: (row["start_h"], row["task"]))
+
+
+def energy(problem: Problem, way: Way) -> int | None:
+    """kWh of the chips alone, at the power they are rated for, all the time; None where that is not known. Hosts,
+    network and cooling are not in it."""
+    watts = problem.asked.catalogue.chip(way.pool.chip).watts
+    return None if watts is None else round(way.chips * way.hours.value * watts.value / 1000)
 
 
 def _late(problem: Problem, number: int, end: int) -> float:

@@ -10,7 +10,7 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,11 +22,27 @@ from ottava.planner.workload import Workload
 from ottava.recipe import Frozen, Name
 
 Kind = Literal["train", "rl", "distill", "serve"]
-Count = Annotated[int, Field(ge=1)]
 Day = datetime.date
+MOST_STEPS = 20_000
+"""Steps of time of a plan: two years in hours. A grid finer than its horizon allows is a mistake."""
 
 
-class Price(Provenance):
+class Interval(Provenance):
+    """A figure and the range it lies in; without ends it is certain."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        low, high = (self.value if end is None else end for end in (self.low, self.high))
+        if not 0 < low <= self.value <= high:
+            raise ValueError("low, value and high must rise, above 0")
+        return self
+
+
+class Price(Interval):
     """Rent or cost of a chip for an hour, and the range it lies in."""
 
     value: q.UsdPerChipHour
@@ -45,7 +61,7 @@ class Licence(Provenance):
 class Arrival(Frozen):
     """More chips, `after` so long from the start of the plan."""
 
-    chips: Count
+    chips: q.Count
     after: q.Hours
 
 
@@ -58,13 +74,13 @@ class Pool(Provenance):
 
     name: Name
     chip: str
-    chips: Annotated[int, Field(ge=0)]
-    reserved: Annotated[int, Field(ge=0)] = 0
+    chips: q.Number
+    reserved: q.Number = 0
     arrivals: tuple[Arrival, ...] = ()
     lead_time: q.Hours = 0.0
     usd_per_chip_hour: Price | None = None
     link: q.GigabitsPerSecond | None = None
-    domain: Count | None = None
+    domain: q.Count | None = None
     licence: Licence | None = None
     state_funded: bool = False
     note: str = ""
@@ -89,11 +105,6 @@ class Inventory(Frozen):
     description: str = ""
     domestic: tuple[str, ...] = ("Huawei",)
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Inventory:
-        _distinct([pool.name for pool in self.pools], "pools")
-        return self
 
 
 class Rule(Provenance):
@@ -134,7 +145,7 @@ class Rule(Provenance):
         return outside or vendor in self.vendors
 
 
-class Work(Provenance):
+class Work(Interval):
     """Chip-hours of a job on one kind of chip, with the interval that its source allows."""
 
     value: q.ChipHours
@@ -142,7 +153,7 @@ class Work(Provenance):
     high: q.ChipHours | None = None
 
 
-class Rate(Provenance):
+class Rate(Interval):
     """Tokens a second that one chip serves."""
 
     value: q.TokensPerSecondChip
@@ -180,12 +191,12 @@ class Job(Provenance):
     name: Name
     kind: Kind
     parameters: q.Parameters
-    chips: tuple[Count, ...] = ()
+    chips: tuple[q.Count, ...] = ()
     hours: dict[str, Work] = Field({})
     workload: Workload | None = None
     memory: q.Gigabytes
     link: q.GigabitsPerSecond = 0.0
-    domain: Count = 1
+    domain: q.Count = 1
     not_before: Day | None = None
     deadline: Deadline | None = None
     after: tuple[str, ...] = ()
@@ -194,7 +205,7 @@ class Job(Provenance):
     phases: tuple[Phase, ...] = ()
     rate: dict[str, Rate] = Field({})
     headroom: q.Share = 0.0
-    split: Count = 1
+    split: q.Count = 1
 
     @model_validator(mode="after")
     def _whole(self) -> Job:
@@ -220,20 +231,6 @@ class Portfolio(Frozen):
     rules: tuple[Rule, ...] = ()
     jobs: Annotated[tuple[Job, ...], Field(min_length=1)]
 
-    @model_validator(mode="after")
-    def _distinct(self) -> Portfolio:
-        _distinct([job.name for job in self.jobs], "jobs")
-        _distinct([rule.name for rule in self.rules], "rules")
-        if self.grid <= 0 or self.horizon < self.grid:
-            raise ValueError("the horizon is at least one step of the grid, and the grid is above 0")
-        return self
-
-
-def _distinct(names: list[str], what: str) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"two {what} have the name {twice!r}")
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -256,6 +253,9 @@ def load(jobs: Path, fleet: Path, catalogue: Catalogue) -> Asked:
     _expect(jobs_file, "portfolio")
     _expect(fleet_file, "inventory")
     asked = Asked(jobs_file.parse(Portfolio), fleet_file.parse(Inventory), catalogue, jobs_file, fleet_file)
+    _check_steps(asked)
+    for file, what in ((jobs_file, "jobs"), (jobs_file, "rules"), (fleet_file, "pools")):
+        check_distinct(file, what)
     _check_chips(asked)
     _check_names(asked)
     _check_circle(asked)
@@ -275,6 +275,28 @@ def _expect(document: Document, kind: str) -> None:
     ]
     where = document.where(("kind",), key=True)
     raise RecipeError(f"a file with `kind: {kind}` is wanted here", where=where, fix=f"see {example}")
+
+
+def check_distinct(file: Document, what: str) -> None:
+    """Entries of a list with one name twice. Raises RecipeError at the second."""
+    names = [entry["name"] for entry in file.data.get(what) or ()]
+    twice = next((number for number, name in enumerate(names) if name in names[:number]), None)
+    if twice is not None:
+        where = file.where((what, twice, "name"))
+        raise RecipeError(f"two {what} have the name {names[twice]!r}", where=where, fix="rename one of them")
+
+
+def _check_steps(asked: Asked) -> None:
+    """The plan's steps of time: at least one, and no more than can be searched."""
+    portfolio = asked.portfolio
+    if portfolio.grid <= 0 or portfolio.horizon < portfolio.grid:
+        where = asked.jobs_file.where(("grid" if "grid" in asked.jobs_file.data else "horizon",))
+        what = "the horizon is at least one step of the grid, and the grid is above 0"
+        raise RecipeError(what, where=where, fix="lengthen the horizon, or make the grid finer")
+    if portfolio.horizon / portfolio.grid > MOST_STEPS:
+        steps = portfolio.horizon / portfolio.grid
+        what = f"the plan has {steps:,.0f} steps of its grid, and {MOST_STEPS:,} can be searched"
+        raise RecipeError(what, where=asked.jobs_file.where(("horizon",)), fix="shorten it, or make the grid coarser")
 
 
 def _check_chips(asked: Asked) -> None:

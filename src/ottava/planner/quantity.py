@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 _WRITTEN = re.compile(r"\s*([-+]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-z%$].*?)\s*\Z")
 
@@ -26,6 +26,12 @@ PARAMETERS = {"parameters": 1.0}
 PER_DAY = {"tokens/day": 1.0, "tokens/s": 86400.0}
 PER_CHIP = {"tokens/s/chip": 1.0}
 SHARE = {"%": 0.01}
+LARGEST = 1e18
+"""Of any quantity, in its base unit: more is a slip of the pen, and would leave the solver's 64 bits."""
+
+MOST = 10**9
+"""Of anything that is counted, chips or layers or sequences."""
+
 SPEED = {"tokens/s": 1.0}
 TOKENS = {"tokens": 1.0}
 
@@ -45,7 +51,16 @@ def read(text: Any, units: Mapping[str, float], *, least: float = 0.0) -> float:
         raise ValueError(f"the unit {unit!r} is not one of {', '.join(units)}")
     if number < least:
         raise ValueError(f"this must not be below {least:g}")
+    if number * units[unit] > LARGEST:
+        raise ValueError(f"this is beyond {LARGEST:g} {first}, more than there can be")
     return number * units[unit]
+
+
+def plain(number: Any) -> Any:
+    """A bare number as it is. ValueError for true, false and words, which pydantic would take for numbers."""
+    if isinstance(number, bool | str):
+        raise ValueError("a plain number is wanted here, without quotes")
+    return number
 
 
 def _in(units: Mapping[str, float]) -> BeforeValidator:
@@ -67,3 +82,7 @@ TokensPerSecondChip = Annotated[float, _in(PER_CHIP)]
 TokensPerSecond = Annotated[float, _in(SPEED)]
 Tokens = Annotated[float, _in(TOKENS)]
 Share = Annotated[float, _in(SHARE)]
+Chance = Annotated[float, _in(SHARE), Field(le=1)]
+Number = Annotated[int, BeforeValidator(plain), Field(ge=0, le=MOST)]
+Count = Annotated[int, BeforeValidator(plain), Field(ge=1, le=MOST)]
+Positive = Annotated[float, BeforeValidator(plain), Field(gt=0)]

@@ -7,8 +7,11 @@ links and the length of the plan cannot.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
+from ottava.planner.greedy import warm_start
+from ottava.planner.instance import Chosen
 from ottava.planner.solver import Answer, Slack, solve
 from ottava.planner.ways import Problem, price
 
@@ -44,8 +47,19 @@ def fewest(problem: Problem, *, seconds: float, workers: int, kinds: Collection[
     Entries {constraint, kind, by, unit, usd, proven, reason}; usd: what it costs at the prices given, None where it has
     none (a rule). proven: True where no smaller set and no cheaper one of this size exists.
     """
-    found = solve(problem.instance, seconds=seconds, workers=workers, slack=slack(problem, kinds))
+    allowed = slack(problem, kinds)
+    found = solve(problem.instance, seconds=seconds, workers=workers, slack=allowed, hint=_without(problem, allowed))
     return [_entry(problem, name, amount, found) for name, amount in found.relaxed.items()]
+
+
+def _without(problem: Problem, allowed: Slack) -> list[Chosen | None] | None:
+    """A schedule that leaves out what does not fit, to begin the search from; None where jobs may not be given up."""
+    if not allowed.tasks:
+        return None
+    tasks = problem.instance.tasks
+    loose = tuple(replace(task, drop=allowed.tasks.get(task.name, task.drop)) for task in tasks)
+    schedule, told = warm_start(replace(problem.instance, tasks=loose))
+    return None if told.broken else schedule
 
 
 def alone(problem: Problem, *, seconds: float, workers: int) -> list[dict[str, Any]]:

@@ -65,6 +65,8 @@ def read(path: Path) -> list[Row]:
         if not isinstance(rows, list):
             raise RecipeError(f"{section} is no list of rows", where=file.where((section,)), fix="write a list")
         found += [_row(file, (section, number), shapes) for number in range(len(rows))]
+    if not found and not file.data.get("qualify"):
+        raise RecipeError("the file has no rows", where=path, fix="write a list of rows, as in published_runs.json")
     twice = {row.id for row in found if [other.id for other in found].count(row.id) > 1}
     if twice:
         again = [row for row in found if row.id in twice][1]

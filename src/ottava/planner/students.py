@@ -14,6 +14,7 @@ from ottava import document
 from ottava.planner import cost
 from ottava.planner.chips import Catalogue, Figure, Range
 from ottava.planner.cost import Estimate
+from ottava.planner.quantity import Count
 from ottava.recipe import Frozen
 
 STATE_BYTES = 16
@@ -22,8 +23,6 @@ Source: arXiv 1910.02054, section 3.1."""
 
 USABLE = 0.8
 """Share of a chip's memory for the state; the rest is for activations (recomputed) and buffers. Assumed."""
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class Shape(Frozen):

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from ottava.planner.quantity import Count, Number, Positive, plain
 from ottava.recipe import Frozen
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, BeforeValidator(plain), Field(ge=0, le=1)]
 Precision = Literal["bf16", "fp16", "fp8", "mxfp8", "int8"]
 Recompute = Literal["none", "selective", "full"]
 Kind = Literal["train", "rl", "distill", "serve"]
@@ -42,9 +41,9 @@ class Experts(Named):
 
     count: Count = Field(alias="E")
     chosen: Count = Field(alias="k")
-    shared: Annotated[int, Field(ge=0)] = Field(0, alias="sh")
+    shared: Number = Field(0, alias="sh")
     width: Count = Field(alias="ffn")
-    dense: Annotated[int, Field(ge=0)] = 0
+    dense: Number = 0
 
     @model_validator(mode="after")
     def _possible(self) -> Experts:
@@ -62,13 +61,13 @@ class Model(Named):
     heads: Count
     kv_heads: Count = Field(alias="kv")
     head_width: Count = Field(alias="hd")
-    width: Annotated[int, Field(ge=0)] = Field(alias="ffn")
+    width: Number = Field(alias="ffn")
     gated: bool = Field(alias="glu")
     vocabulary: Count = Field(alias="vocab")
     tied: bool = False
     latent: Latent | None = Field(None, alias="mla")
     experts: Experts | None = Field(None, alias="moe")
-    depth_heads: Annotated[int, Field(ge=0)] = Field(0, alias="mtp")
+    depth_heads: Number = Field(0, alias="mtp")
     window: tuple[Count, Share] | None = Field(None, alias="swa")
 
     @model_validator(mode="after")
@@ -168,7 +167,7 @@ class Layout(Named):
 
     tensor: Count = Field(1, alias="tp")
     pipeline: Count = Field(1, alias="pp")
-    virtual: int = Field(1, alias="vpp")
+    virtual: Annotated[int, BeforeValidator(plain)] = Field(1, alias="vpp")
     expert: Count = Field(1, alias="ep")
     context: Count = Field(1, alias="cp")
     micro: Count = Field(1, alias="mbs")
