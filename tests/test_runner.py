@@ -225,7 +225,7 @@ def test_one_stage_alone_says_that_what_lies_outside_was_edited(
 ) -> None:
     go(tmp_path, recipe(tmp_path), until="train")
     monkeypatch.setattr(FakeSpec, "outside", lambda self: {"task": "edited"})
-    with pytest.raises(ArtifactError, match="'label' .* was made before what it names outside the recipe was edited"):
+    with pytest.raises(ArtifactError, match=r"'label' .* was made before what it names outside the recipe was edited"):
         go(tmp_path, recipe(tmp_path), only="serve")
 
 
