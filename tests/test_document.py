@@ -69,7 +69,8 @@ CASES = {
     "no such fleet": (
         GOOD.replace("fleet: f", "fleet: g"),
         (),
-        "error: no such fleet 'g'\n  where: r.yaml:2:8\n  mend:  name a file in fleets/",
+        "error: no such fleet 'g'\n  where: r.yaml:2:8\n  mend:  name a file: beside the "
+        "recipe, in ../fleets from there, in the working folder, or in fleets/ of that",
     ),
     "key twice": (
         GOOD + "name: u\n",

@@ -22,7 +22,7 @@ from ottava.errors import DataError, RecipeError
 from ottava.recipe import load_recipe
 from ottava.stages import problems
 from ottava.tasks import chains, content, verify
-from ottava.tasks.base import row, write_lines
+from ottava.tasks.base import generator, row, write_lines
 from ottava.tasks.verify import grade
 from ottava.trainer import trials
 from tests.test_engine import problems as asked_chains
@@ -105,6 +105,23 @@ def test_what_a_function_raises_later_is_the_users_mistake_too(module: Module, t
     with pytest.raises(DataError) as none:
         tasks.get("own:larger.py")
     assert "without .py" in str(none.value.fix)
+
+
+def test_what_a_module_prints_is_no_answer_of_the_program(module: Module, capfd: pytest.CaptureFixture[str]) -> None:
+    """`--json` is one object on standard output."""
+    loud = "MAX_STEPS = 2\nSAFE = True\nprint('at its import')"
+    name = module(
+        ("MAX_STEPS = 2", loud),
+        ("    top, found", "    print('as it draws')\n    top, found"),
+        ("    return final(text)", "    print('as it judges')\n    return final(text)"),
+    )
+    task = tasks.get(f"own:{name}")
+    (problem,) = task.sample(generator(0, "loud"), 1, 1, "train")
+    assert grade(task, problem, problem.answer).right
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert all(f"as it {what}" in said.err for what in ("draws", "judges"))
+    assert "at its import" in said.err
 
 
 # ---- the content, and the keys

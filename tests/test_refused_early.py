@@ -103,6 +103,14 @@ def test_what_could_not_be_carried_out_is_refused(tmp_path: Path, said: str, why
     assert error.value.exit_code == 2
 
 
+def test_a_conversion_of_nothing_is_refused(tmp_path: Path) -> None:
+    text = RECIPE[: RECIPE.index("  train:")] + "  convert: {}\n"
+    with pytest.raises(RecipeError, match="no model to convert") as error:
+        read(tmp_path, text=text)
+    assert error.value.where == f"{tmp_path / 't.yaml'}:6:12"
+    assert "convert" in read(tmp_path, text=text.replace("  convert", "  train: {steps: 2}\n  convert")).stages
+
+
 @pytest.mark.parametrize(
     ("old", "new", "where", "what", "fix"),
     [

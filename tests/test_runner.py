@@ -220,6 +220,15 @@ def test_one_stage_alone_of_another_version_says_so(tmp_path: Path, fakes: dict[
     assert "--only label" in str(error.value.fix)
 
 
+def test_one_stage_alone_says_that_what_lies_outside_was_edited(
+    tmp_path: Path, fakes: dict[str, FakeStage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(tmp_path, recipe(tmp_path), until="train")
+    monkeypatch.setattr(FakeSpec, "outside", lambda self: {"task": "edited"})
+    with pytest.raises(ArtifactError, match=r"'label' .* was made before what it names outside the recipe was edited"):
+        go(tmp_path, recipe(tmp_path), only="serve")
+
+
 def test_corrupt_artifact(tmp_path: Path, fakes: dict[str, FakeStage]) -> None:
     done, _ = go(tmp_path, recipe(tmp_path))
     (done["train"].path / "value").write_text("x")

@@ -234,4 +234,5 @@ def _find_fleet(document: Document, name: str, recipe: Path) -> Path:
         for candidate in (place, place.with_name(place.name + ".yaml")):
             if candidate.is_file():
                 return candidate
-    raise RecipeError(f"no such fleet {name!r}", where=document.where(("fleet",)), fix="name a file in fleets/")
+    fix = "name a file: beside the recipe, in ../fleets from there, in the working folder, or in fleets/ of that"
+    raise RecipeError(f"no such fleet {name!r}", where=document.where(("fleet",)), fix=fix)

@@ -307,6 +307,8 @@ class Walk:
             return f"with the seed {made['seed']}, not {self.recipe.seed}"
         if made["version"] != stages.load(stage).VERSION:
             return "by another version of the stage"
+        if made.get("outside", {}) != self.recipe.stages[stage].outside():
+            return "before what it names outside the recipe was edited"
         inputs = {called: found.digest for called, found in self._inputs(stage).items()}
         return None if made["inputs"] == inputs else "from something else than is there now"
 

@@ -19,7 +19,7 @@ import math
 import shutil
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -277,9 +277,7 @@ def _remarks(starts: Mapping[int, Path], final: Mapping[str, Sequence[Path]]) ->
         results = [_json(folder / RESULT) for folder in folders]
         said += [verdicts.of_evaluation(result, f"{name}, seed {_json(folder / TRIAL)['seed']}")
                  for result, folder in zip(results, folders, strict=True)]  # fmt: skip
-        learnt: defaultdict[str, int] = defaultdict(int)
-        for remark in (remark for result in results for remark in result.get("remarks", ())):
-            learnt[remark] += 1
+        learnt = Counter(remark for result in results for remark in result.get("remarks", ()))
         said += [[f"{name}, {count} of {len(results)} seeds: {remark}" for remark, count in learnt.items()]]
     return verdicts.said(*said)
 

@@ -22,9 +22,12 @@ from ottava.artifact import Artifact, file_digest, write_json
 from ottava.checkpoint.source import Source, folder_of
 from ottava.context import Context
 from ottava.errors import RecipeError
+from ottava.trainer.spec import MAKERS
 
 VERSION = "2"
 INPUTS = ("?@model",)
+
+NO_MODEL = ("no model to convert", "add a train stage, or set convert.source")
 
 
 class Spec(Source):
@@ -49,7 +52,10 @@ class Spec(Source):
         return self
 
     def unmet(self, name: str, stages: Mapping[str, recipe.Spec]) -> tuple[tuple[str, ...], str, str] | None:
-        if self.source is None or self.package is not None or Path(self.source).expanduser().is_dir():
+        if self.source is None:
+            made = any(other.partition("-")[0] in MAKERS for other in recipe.earlier(name, stages))
+            return None if made else ((), *NO_MODEL)
+        if self.package is not None or Path(self.source).expanduser().is_dir():
             return None
         fix = "name a Hugging Face folder, or package:NAME; without it, the model that the recipe makes is converted"
         return ("source",), f"there is no such folder: {self.source}", fix
@@ -86,7 +92,7 @@ def _find(spec: Spec, inputs: Mapping[str, Artifact]) -> tuple[Path, dict[str, A
         folder = folder_of(spec.source, "convert.source")
         return folder, {"kind": "folder", "folder": str(folder.resolve())}
     if "model" not in inputs:
-        raise RecipeError("no model to convert", where="convert", fix="add a train stage, or set convert.source")
+        raise RecipeError(NO_MODEL[0], where="convert", fix=NO_MODEL[1])
     return inputs["model"].file("model"), {"kind": inputs["model"].stage, "artifact": inputs["model"].digest}
 
 

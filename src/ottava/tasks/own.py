@@ -1,8 +1,9 @@
 """A module of yours as a task: `own:package.module`.
 
 It is looked at before anybody uses it, and whatever it raises later is said with its own file and line: what is wrong
-in it is its writer's to mend, and no fault of the program's. `check_answer` is called as it stands: where replies are
-graded, what it raises is a verdict on it (`ottava.tasks.verify`).
+in it is its writer's to mend, and no fault of the program's. What `check_answer` raises is left as it is: where replies
+are graded, that is a verdict on it (`ottava.tasks.verify`). What any of it prints goes to standard error, as standard
+output is for what a command answers (`--json`: one object).
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import functools
 import importlib
 import inspect
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,7 +47,7 @@ class Own:
         if name.startswith("_") or name == "module":
             raise AttributeError(name)
         found = getattr(self.module, name)
-        if name != "check_answer" and inspect.isfunction(found):
+        if inspect.isfunction(found):
             found = _guarded(self, name, found)
         setattr(self, name, found)
         return found
@@ -53,7 +56,8 @@ class Own:
 def make(name: str) -> Own:
     """The task `own:<name>`. Raises DataError with file:line where the module is missing, breaks, or is no task."""
     try:
-        module = importlib.import_module(name)
+        with redirect_stdout(sys.stderr):
+            module = importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             fix = "name it as an import does (package.module, without .py), and put its folder on PYTHONPATH"
@@ -106,15 +110,16 @@ def _assigned(file: str, name: str) -> str:
 
 
 def _guarded(task: Own, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose exceptions are the user's mistakes."""
+    """The function, whose exceptions are the user's mistakes, but for those of `check_answer`."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
-        except OttavaError:
-            raise
+            with redirect_stdout(sys.stderr):
+                return function(*args, **kwargs)
         except (Exception, SystemExit) as error:
+            if name == "check_answer" or isinstance(error, OttavaError):
+                raise
             what = f"{name} of the task {task.NAME!r} raised {described(error)}"
             raise DataError(what, where=line_of(error, task.NAME), fix="mend the task's module") from error
 

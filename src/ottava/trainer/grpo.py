@@ -464,7 +464,7 @@ def told(rollouts: Path) -> list[dict[str, Any]]:
 
 
 def _about(facts: Any) -> dict[str, float]:
-    """What a generation's shards say together. reward: the share found right of all that was drawn; drawn,
+    """What a generation's shards say together. reward: the share found right of all that have a verdict; drawn,
     drawn_ids: so many replies and ids. mixed: of the groups that are learnt from, those whose rewards differ; stopped:
     of their replies."""
     its = list(facts)
