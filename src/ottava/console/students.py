@@ -85,6 +85,11 @@ def ahead(students: Sequence[Mapping[str, Any]]) -> int:
     return sum(one["low"] > 0 for one in students)
 
 
+def behind(students: Sequence[Mapping[str, Any]]) -> int:
+    """How many students are below their controls, by the whole interval of the difference."""
+    return sum(one["high"] < 0 for one in students)
+
+
 def kept(found: Content) -> str | None:
     """How many students keep KEEPS of the teacher, in words."""
     students = found["students"]
@@ -178,7 +183,7 @@ def _taught(students: Sequence[Mapping[str, Any]], teacher: float, check: str) -
         check,
     )
     each = listed([f"{one['name']} {points(solved(one) - one['control'])} ({range_of(one)})" for one in students])
-    less = sum(one["high"] < 0 for one in students)
+    less = behind(students)
     yield row(
         "measured",
         f"{_of(ahead(students), students)} solve more {beside(students)}" + (f", and {less} less" if less else ""),
@@ -259,11 +264,12 @@ def story(found: Content) -> Iterator[str]:
         return
     teacher = found["traces"]["teacher"]
     differ = mode_of(students) != control_mode_of(students)
-    how = f", {called(mode_of(students))},"
+    how = f", {called(mode_of(students))}," if differ else ""
+    less = f" and {behind(students)} less" if behind(students) else ""
     controls = f"their controls, which had no teacher and were asked {_manner(control_mode_of(students))}"
     yield (
         f"{_of(keeping(students, teacher), students)} keep at least {KEEPS:.0%} of the teacher's "
-        f"{percent(teacher)}; {ahead(students)} solve more{how if differ else ''} than "
+        f"{percent(teacher)}; {ahead(students)} solve more{less}{how} than "
         f"{controls if differ else 'their controls, which had no teacher'} (one seed)."
     )
 
