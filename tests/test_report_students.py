@@ -78,7 +78,8 @@ def test_a_claim_beside_a_control_says_how_both_were_asked_and_from_where(told: 
     assert "78.1% of the teacher's 99.8% on the same problems in the same mode" in own["how"]
     assert "2 -> 0.5 nats an id" in own["how"]
     (story,) = (said for said in content["verdict"] if "students keep" in said)
-    assert "; 1 solve more and 1 less, thinking, than their controls, which had no teacher and were asked directly" in story
+    how = "thinking, than their controls, which had no teacher and were asked directly"
+    assert f"; 1 solve more and 1 less, {how}" in story
 
 
 def test_students_and_controls_asked_alike_are_told_as_before(tmp_path: Path) -> None:
