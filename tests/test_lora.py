@@ -414,7 +414,7 @@ def test_a_verifier_is_tried_once_for_an_artifact(tmp_path: Path, monkeypatch: p
     reinforce._trusted(untried, ctx)
     monkeypatch.setattr(chains, "check_answer", lambda problem, text: True)
     reinforce._trusted(tried, ctx)
-    with pytest.raises(DataError, match="must not be learnt from"):
+    with pytest.raises(DataError, match="must not be trusted"):
         reinforce._trusted(untried, ctx)
 
 

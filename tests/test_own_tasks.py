@@ -248,6 +248,13 @@ def test_a_task_that_does_not_keep_its_word_is_refused(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_verifier_that_says_yes_to_a_higher_level_alone_is_refused(module: Module, tmp_path: Path) -> None:
+    name = module(("return final(text)", "return problem.steps == 2 or final(text)"))
+    with pytest.raises(DataError, match=r"must not be trusted: . of 8 answers of other problems were") as error:
+        drawn(name, tmp_path / "out", levels=[1, 2], answers=30, test=4)
+    assert "check_answer" in str(error.value.fix)
+
+
 def test_the_text_of_questions_is_compared_whatever_a_task_says(module: Module, tmp_path: Path) -> None:
     """A family that is never alike, and a split by the case of letters: one question on both sides."""
     name = module(

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ottava.errors import OttavaError
+from ottava.errors import DataError, OttavaError
 from ottava.tasks.base import Problem, Task, generator, row
 from ottava.tasks.own import described
 
@@ -204,6 +204,14 @@ def count(grades: Iterable[Grade]) -> dict[str, Any]:
     }
 
 
+def require_trusted(task: Task, problems: Sequence[Problem]) -> None:
+    """Raise DataError where the task's verifier must not be learnt from, by `canary`."""
+    if reasons := canary(task, problems):
+        own = task.NAME.startswith("own:")
+        what = f"the verifier of {task.NAME} must not be trusted: {'; '.join(reasons)}"
+        raise DataError(what, fix="mend check_answer in the task's module" if own else "another task")
+
+
 def canary(
     task: Task, problems: Sequence[Problem] | None = None, *, limit_s: float = LIMIT_S, stray: float = 0.25
 ) -> list[str]:
@@ -211,14 +219,15 @@ def canary(
 
     A right answer must be right; nothing, and a text that names several answers, must be wrong; so must the answer of
     another problem, but for a share `stray` (two problems may have answers that are equal in other words).
-    problems: those that will be learned from, or some of them; None: problems of the easiest level.
+    problems: those that will be learned from, of which TRIED from all along the list are tried; None: problems of the
+    easiest level.
     """
     if problems is None:
         try:
             problems = task.sample(generator(0, "canary", task.NAME), 1, TRIED, "train", fewer=True)
         except OttavaError as error:
             return [f"there is no problem to try the verifier on: {error.what}"]
-    problems = problems[:TRIED]
+    problems = problems[:: max(1, len(problems) // TRIED)][:TRIED]
     if not problems:
         return ["there is no problem to try the verifier on"]
     tried: dict[str, list[Grade]] = {"gold": [], "other": [], "empty": [], "several": []}
@@ -261,5 +270,6 @@ def _reasons(tried: dict[str, list[Grade]], stray: float) -> list[str]:
     lost = [grade for grades in tried.values() for grade in grades if grade.kind == "unscorable"]
     for why, number in sorted(Counter(grade.why for grade in lost).items()):
         detail = next(grade.detail for grade in lost if grade.why == why)
-        reasons.append(f"{number} answers could not be graded: {why}" + (f" ({detail})" if detail else ""))
+        answers = "answer" if number == 1 else "answers"
+        reasons.append(f"{number} {answers} could not be graded: {why}" + (f" ({detail})" if detail else ""))
     return reasons
