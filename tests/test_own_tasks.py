@@ -183,12 +183,12 @@ def key_of(its: Any) -> str:
     return walk._key("problems", walk._place("problems"), runner.NOT_KEYED)
 
 
-def test_the_key_of_a_built_in_task_is_what_it_was(tmp_path: Path) -> None:
-    """As it was computed before there was content: written down here a second time."""
+def test_a_built_in_task_adds_nothing_to_the_key(tmp_path: Path) -> None:
+    """Nothing is added for it: what goes into the key, written down here a second time."""
     its = read(tmp_path, "chains")
     spec = its.stages["problems"].model_dump(mode="json", exclude={"budget_s", "pool"})
     pools = [pool.model_dump(mode="json") for pool in its.fleet.pools]
-    said = {"stage": "problems", "version": "1", "seed": 0, "spec": spec, "inputs": {}, "pools": pools}
+    said = {"stage": "problems", "version": problems.VERSION, "seed": 0, "spec": spec, "inputs": {}, "pools": pools}
     assert key_of(its) == digest_of(said)
 
 

@@ -30,7 +30,7 @@ from ottava.trainer import verdicts
 if TYPE_CHECKING:
     from ottava.context import Context
 
-VERSION = "1"
+VERSION = "2"
 INPUTS = ()
 LABEL = True
 
