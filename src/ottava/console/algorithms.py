@@ -89,9 +89,10 @@ def lines(found: Content) -> Iterator[str]:
     """Each algorithm's gain over seeds, what it cost, and how the default follows."""
     if not found["algorithms"]:
         return
+    wide = max(10, *(1 + len(one["name"]) for one in compared(found)))
     for one in compared(found):
         yield (
-            f"{one['name']:<10}{points(one['gain']):>6} points {bracket(one)}  {plural(one['seeds'], 'seed')}  "
+            f"{one['name']:<{wide}}{points(one['gain']):>6} points {bracket(one)}  {plural(one['seeds'], 'seed')}  "
             f"{seconds(one['cpu_s'])} CPU  {'default' if one['default'] else one['verdict']}"
         )
     yield spent(found)
