@@ -531,3 +531,11 @@ def test_the_command_prints_one_object(tmp_path: Path, capsys: pytest.CaptureFix
     assert one["low"] < one["tokens_per_s_per_chip"] < one["high"]
     hours = 1e12 / one["tokens_per_s_per_chip"] / 64 / 3600
     assert one["hours"][1] == pytest.approx(hours, rel=1e-4)
+
+
+def test_the_example_rows_are_predicted_but_for_the_one_without_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    command: Callable[..., Any] = cli.app
+    command(["predict", str(Path(__file__).parents[1] / "fleets" / "rows.json"), "--json"], standalone_mode=False)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["id"] for row in rows if row["declined"]] == ["serve-unprofiled"]
+    assert all(row["low"] < row["tokens_per_s_per_chip"] < row["high"] for row in rows if not row["declined"])
