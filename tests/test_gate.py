@@ -20,7 +20,7 @@ from ottava.errors import OttavaError, RecipeError
 from ottava.qualify import command, judges, measure, plants, verdict
 from ottava.qualify.bets import MOST, Bets
 from ottava.qualify.completion import Run, allowed, completes, rate
-from ottava.qualify.gate import Failure, Found, Terms, accusing, examine
+from ottava.qualify.gate import Failure, Found, Terms, _exchanges, accusing, examine
 from ottava.recipe import Pool, load_recipe
 from ottava.supervisor.local import LocalLauncher
 from ottava.trainer import reduce
@@ -254,6 +254,34 @@ def test_who_hangs_is_named_and_the_others_go_on(starter: LocalLauncher, tmp_pat
     found = examine(starter, Pool(name="cores", workers=4), terms, tmp_path)
     assert [(f.chip, f.kind, f.at) for f in found.failures] == [(2, "hangs", "repeat:1")]
     assert sorted(found.data["repeat"]) == [0, 1, 3]
+
+
+@pytest.mark.parametrize("place", ["links:2", "soak:1"])
+def test_who_hangs_where_all_came_as_far_is_told_by_the_stacks(
+    starter: LocalLauncher, tmp_path: Path, place: str
+) -> None:
+    plant = plants.parse(f"hang:1:{place}").model_dump()
+    terms = Terms(soak_s=0.5, hang_s=10.0, parts=(place.partition(":")[0],), plants=(plant,))
+    found = examine(starter, Pool(name="cores", workers=2), terms, tmp_path)
+    assert [(f.chip, f.kind, f.at) for f in found.failures] == [(1, "hangs", place)]
+
+
+def test_a_stack_says_who_waits_for_others() -> None:
+    listens = 'Thread 0x1 (most recent call first):\n  File "ottava/link.py", line 9 in _listen'
+    works = 'Thread 0x2 (most recent call first):\n{}  File "ottava/qualify/worker.py", line 46 in run'
+    waits = '  File "site-packages/torch/distributed/distributed_c10d.py", line 2 in recv\n'
+    assert _exchanges("\n\n".join([listens, works.format(waits)]))
+    assert not _exchanges("\n\n".join([listens, works.format("")]))
+    assert not _exchanges("\n\n".join([listens + "\n" + waits, works.format("")]))
+
+
+def test_a_slow_sender_of_two_is_told_from_the_other(starter: LocalLauncher, tmp_path: Path) -> None:
+    """Not by the sum of both ways, in which two workers are alike."""
+    plant = plants.parse("link:0:20").model_dump()
+    terms = Terms(parts=("links",), plants=(plant,))
+    found = examine(starter, Pool(name="cores", workers=2), terms, tmp_path)
+    by_pair = {(link["from"], link["to"]): link for link in found.data["links"][0]["map"]}
+    assert by_pair[0, 1]["latency_s"] > 0.5e-3 * 20 * 0.2 > 2 * by_pair[1, 0]["latency_s"]
 
 
 def test_the_odd_one_of_four_is_named(starter: LocalLauncher, tmp_path: Path) -> None:

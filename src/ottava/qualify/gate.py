@@ -27,6 +27,10 @@ COMPARISONS = 6  # two of links, up to four works
 GRACE_S = 2.0  # for the others' last words after the first has failed
 LEASE_S = 60.0  # a worker that hears nothing for so long ends by itself; a busy machine must not end it
 
+STACKS_S = 1.5  # for all workers to write where they stand
+MINE, EXCHANGES = "qualify/worker.py", ("torch/distributed/", "trainer/reduce.py")
+"""In a stack: of the thread that does the parts; of one that waits for others."""
+
 Data = dict[str, dict[int, dict[str, Any]]]
 """Of each part, each chip's findings; ranks in them have become chips."""
 
@@ -255,11 +259,29 @@ class _Group:
         quiet = [r for r in self._at if now - self._heard.get(r, 0.0) > self._terms.hang_s / 2]
         least = min(self._count.values())
         behind = [rank for rank, count in self._count.items() if count == least]
-        for ranks, how in ((quiet, "is stopped: not a sign of life"), (behind, "does not go on, and the others wait")):
+        suspects: tuple[tuple[Callable[[], list[int]], str], ...] = (
+            (lambda: quiet, "is stopped: not a sign of life"),
+            (lambda: behind, "does not go on, and the others wait"),
+            (self._elsewhere, "stands in code of its own, and the others wait"),
+        )
+        for who, how in suspects:
+            ranks = who()
             if 0 < len(ranks) < len(self._chips) or len(self._chips) == 1:
                 rank = ranks[0]
                 return Failure(self._chips[rank], "hangs", self._at[rank], f"{how} for {self._terms.hang_s:g} s")
         return Failure(None, "unnamed", self._at[0], f"all wait for each other for {self._terms.hang_s:g} s")
+
+    def _elsewhere(self) -> list[int]:
+        """Who came as far as the others and does not wait for them: all others stand in an exchange (their stacks)."""
+        paths = {rank: (self._logs / f"stacks-epoch{self._epoch}-rank{rank}.txt").resolve() for rank in self._at}
+        for rank, path in paths.items():
+            self._hub.tell("stacks", rank, path=str(path))
+        time.sleep(STACKS_S)
+        standing = {rank: path.read_text(errors="replace") if path.exists() else "" for rank, path in paths.items()}
+        if not all(MINE in text for text in standing.values()):
+            return []
+        own = [rank for rank, text in standing.items() if not _exchanges(text)]
+        return own if len(own) == 1 else []
 
     def _share(self) -> float:
         """How much of the examination is done: parts count alike, but the soak for its time beside 3 s each."""
@@ -285,6 +307,12 @@ class _Group:
         failed = len({f.chip for f in self._found.failures} | self._found.changed)
         shown = rate(failed, soaked).per_worker_hour
         return f"soak: {failed} failures, {shown['low']:.3g} to {shown['high']:.3g} a worker hour"
+
+
+def _exchanges(stacks: str) -> bool:
+    """Whether the thread that does the parts stands in a call that exchanges data (a dump of faulthandler)."""
+    own = next(thread for thread in stacks.split("\n\n") if MINE in thread)
+    return any(place in own for place in EXCHANGES)
 
 
 def _order(place: str) -> tuple[int, int]:
