@@ -59,9 +59,9 @@ DEVICE_TESTS := $(addprefix tests/test_,$(addsuffix .py,platforms trainer saver 
 
 .venv-npu/installed: pyproject.toml setup.py Makefile $(wildcard src/ottava/fp8/csrc/*)
 	$(PYTHON) -m venv .venv-npu
-	.venv-npu/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	.venv-npu/bin/pip install --quiet --disable-pip-version-check --no-deps torch_npu==2.13.0 vllm-ascend==0.23.0
-	.venv-npu/bin/pip install --quiet --disable-pip-version-check -e . "pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	.venv-npu/bin/pip install --no-compile --quiet --disable-pip-version-check "$(TORCH)"
+	.venv-npu/bin/pip install --no-compile --quiet --disable-pip-version-check --no-deps torch_npu==2.13.0 vllm-ascend==0.23.0
+	.venv-npu/bin/pip install --no-compile --quiet --disable-pip-version-check -e . "pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.100"
 	touch $@
 
 test-npu: export OTTAVA_TEST_PLATFORM := npu
@@ -84,7 +84,7 @@ test-npu-all: export OMP_NUM_THREADS := 1
 test-npu-all: .venv-npu/installed
 	$(NPU) .venv-npu/bin/pytest $(BOTH) tests/npu/test_drills.py
 
-# Our Triton kernels through Huawei's compiler, up to its closed last step (docs/ascend.md). triton-ascend takes triton's
+# Our Triton kernels through Huawei's compiler, up to its last step, which is not published (docs/ascend.md). triton-ascend takes triton's
 # name in Python, so it has an environment of its own.
 .venv-hivm/installed: pyproject.toml setup.py Makefile $(wildcard src/ottava/fp8/csrc/*)
 	$(PYTHON) -m venv .venv-hivm

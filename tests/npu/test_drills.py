@@ -36,7 +36,9 @@ KINDS = {
 """What the supervisor calls a fault of each class."""
 
 
-def drill(dataset: Path, folder: Path, launcher: LocalLauncher, ranks: int, order: str) -> Run:
+def drill(dataset: Path, folder: Path, launcher: LocalLauncher, ranks: int, order: str, patience: int = 60) -> Run:
+    """patience: seconds that a rank waits for its peers. Only where an exchange breaks is it waited for to the end;
+    elsewhere a busy machine must not break one."""
     spec = TrainSpec.model_validate(
         {
             "steps": STEPS,
@@ -45,10 +47,11 @@ def drill(dataset: Path, folder: Path, launcher: LocalLauncher, ranks: int, orde
             "direct": {"begin": 0.5, "batch": 1},
             "checkpoint_every": 50,
             "restarts": 0,
+            "hang_s": 240.0,
         }
     )
     pools = (
-        Pool(name="npu", platform="npu", workers=ranks, env={ORDER: order, "HCCL_EXEC_TIMEOUT": "8"}),
+        Pool(name="npu", platform="npu", workers=ranks, env={ORDER: order, "HCCL_EXEC_TIMEOUT": str(patience)}),
         Pool(name="cpu", workers=1),
     )
     base = {"spec": spec.model_dump(mode="json"), "seed": 3, "data": str(dataset), "chat": str(dataset / "chat")}
@@ -97,14 +100,15 @@ OFTEN = some(DRILLS)
 def test_a_code_costs_no_step_and_no_bit(
     dataset: Path, tmp_path: Path, launcher: LocalLauncher, undisturbed: str, code: int, place: str, ranks: int
 ) -> None:
-    run = drill(dataset, tmp_path, launcher, ranks, f"code={code} place={place} step={AT} rank={ranks - 1}")
+    # of a call that its task queue makes, torch_npu tells no number
+    fault_class = FaultClass.COLLECTIVE if place == "launch" else codes.TABLE[code]
+    patience = 8 if fault_class is FaultClass.COLLECTIVE else 60
+    run = drill(dataset, tmp_path, launcher, ranks, f"code={code} place={place} step={AT} rank={ranks - 1}", patience)
     final, segments = supervise(run)
     state = journal.fold(journal.read(run.journal.path))
     kept = AT if place == "boundary" else AT - 1
     assert [(s.pool, s.start, s.lost) for s in segments] == [("npu", 0, 0), ("cpu", kept, 0)]
     (fault,) = state.faults
-    # of a call that its task queue makes, torch_npu tells no number
-    fault_class = FaultClass.COLLECTIVE if place == "launch" else codes.TABLE[code]
     assert fault["kind"] == KINDS[fault_class], fault["message"]
     if fault_class is not FaultClass.COLLECTIVE:  # of a broken exchange nobody is the first to know
         assert codes.number(fault["message"]) == code
