@@ -33,7 +33,7 @@ SERVE = {
 def rounding_cost(rounded: int, tensors: int, sqnr_db: float | None, dtypes: set[str]) -> str:
     """What a source loses that was not trained on the grid, and how nothing is lost.
 
-    rounded: so many of the tensors were changed; sqnr_db: signal to noise, or None; dtypes: of the source's linear weights.
+    rounded: so many of the tensors were changed; sqnr_db: signal to noise, or None; dtypes: of its linear weights.
     """
     noise = "" if sqnr_db is None else f", {sqnr_db:.1f} dB signal to noise"
     way = "end training on the grid (grid_from, docs/training.md)"
