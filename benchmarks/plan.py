@@ -1,16 +1,16 @@
 """How close to the best a portfolio's plan is proven to be: python -m benchmarks.plan [--json]
 
-Fifty jobs on twelve pools over 26 weeks (in steps of --grid days), made at random by seed at two loads: moderate
-(all jobs
-can be done) and oversubscribed (the pools hold about two thirds of what is asked, so that jobs are left out at a
-price).
-Each is solved for --seconds. gap is what is proven: (objective - bound) / objective. `ours` is the proven gap of the
-solver, `baseline` that of the heuristic alone against the same bound.
+Fifty jobs on twelve pools over 26 weeks (in steps of --grid days), made at random by seed at two loads: moderate (all
+jobs can be done) and oversubscribed (the pools hold about two thirds of what is asked, so that jobs are left out at a
+price). Each is given --seconds, of which the heuristic and the start of the solver's process are part. gap is what is
+proven: (objective - bound) / objective. `ours` is the proven gap of the solver, `baseline` that of the heuristic alone
+against the same bound.
 """
 
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 
 from benchmarks.common import options, show
@@ -91,10 +91,11 @@ def _task(
 
 def solved(name: str, seed: int, load: float, grid: int, seconds: float, workers: int) -> dict[str, object]:
     """One row: what is proven of this portfolio."""
-    asked = instance(seed, load, grid)
+    asked, begun = instance(seed, load, grid), time.monotonic()
     start, told = warm_start(asked)
-    found = best(asked, start, told, seconds, workers)
-    row: dict[str, object] = {"name": f"{name} {seed}", "status": found.status, "seconds": round(found.seconds, 1)}
+    found = best(asked, start, told, seconds - (time.monotonic() - begun), workers)
+    took = round(time.monotonic() - begun, 1)  # heuristic, start of the solver's process and solver
+    row: dict[str, object] = {"name": f"{name} {seed}", "status": found.status, "seconds": took}
     if not found.schedule or found.bound is None:
         return row | {"ours": None, "baseline": None}
     judged = judge(asked, found.schedule)

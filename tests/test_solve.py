@@ -12,11 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from benchmarks.plan import instance as portfolio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ottava.planner import instance as instances
 from ottava.planner import solver
+from ottava.planner.columns import SCALE, Prices, all_columns, bound
 from ottava.planner.greedy import place, warm_start
 from ottava.planner.instance import Chosen, Instance, Option, Task, judge, least
 from ottava.planner.place import best, earlier
@@ -111,26 +113,37 @@ def drawn(seed: int) -> Instance:
 
 
 CHILD = """
-import json, sys
-from ottava.planner import model
+import json, sys, time
+from ottava.planner import columns, model, search
 from ottava.planner.instance import of
 told = []
+search.FIRST = 2
 for asked in json.load(sys.stdin):
-    model.MOST_CELLS = asked.pop("most")
-    told.append(model.answer(of(asked["instance"]), asked))
+    form, instance = asked.pop("form"), of(asked["instance"])
+    model.MOST_CELLS = -1 if form == "intervals" else 10**6
+    if form in ("columns", "intervals"):
+        told.append(model.answer(instance, asked))
+        continue
+    found = search.Search(instance, columns.all_columns(instance), 0)
+    found.price(60.0)
+    if form == "neighbourhoods":
+        found.take([None] * len(instance.tasks))
+        found.improve(time.monotonic() + 60.0, 0.0)
+    told.append({"bound": found.floor, "objective": found.objective, "schedule": found.schedule()})
 assert "highspy" not in sys.modules
 json.dump(told, sys.stdout)
 """
 
 
-def answers(asked: list[tuple[Instance, Slack | None, int]]) -> list[dict[str, Any]]:
-    """The model's answers, all from one process of its own. The number is MOST_CELLS: -1 leaves the literals out."""
+def answers(asked: list[tuple[Instance, Slack | None, str]]) -> list[Any]:
+    """The solver's answers, all from one process of its own, each in a form: columns, intervals, neighbourhoods (alone,
+    from nothing), or linear (the bound of the linear program alone)."""
     questions = [
         {
-            "instance": one.json(), "seconds": 60.0, "workers": 1, "hint": None, "gap": 0.0, "seed": 0, "most": most,
+            "instance": one.json(), "seconds": 60.0, "workers": 1, "hint": None, "gap": 0.0, "seed": 0, "form": form,
             "slack": None if slack is None else solver._slack_json(slack),
         }
-        for one, slack, most in asked
+        for one, slack, form in asked
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", CHILD], input=json.dumps(questions), capture_output=True, text=True, check=False
@@ -144,13 +157,13 @@ def schedule_of(told: dict[str, Any]) -> list[Chosen | None]:
 
 
 @needs_solver
-@pytest.mark.parametrize("most", [250_000, -1], ids=["literals", "intervals"])
-def test_the_solver_agrees_with_brute_force(most: int) -> None:
+@pytest.mark.parametrize("form", ["columns", "intervals"])
+def test_the_solver_agrees_with_brute_force(form: str) -> None:
     cases = [drawn(seed) for seed in range(80)]
     expected = [brute(case) for case in cases]
     assert any(one is None for one in expected)
     assert sum(one is not None for one in expected) > 20
-    for case, best_, told in zip(cases, expected, answers([(case, None, most) for case in cases]), strict=True):
+    for case, best_, told in zip(cases, expected, answers([(case, None, form) for case in cases]), strict=True):
         if best_ is None:
             assert told["status"] == "infeasible"
             continue
@@ -164,7 +177,7 @@ def test_the_solver_agrees_with_brute_force(most: int) -> None:
 @needs_solver
 def test_the_fewest_relaxations_are_the_fewest() -> None:
     """Against every set of rules, deadlines and budget taken away, smallest first, each tried by brute force."""
-    asked: list[tuple[Instance, Slack | None, int]] = []
+    asked: list[tuple[Instance, Slack | None, str]] = []
     sizes: list[int | None] = []
     for seed in range(40):
         case = drawn(seed)
@@ -181,7 +194,7 @@ def test_the_fewest_relaxations_are_the_fewest() -> None:
             pools={},
             budget=1 if case.budget is not None else None,
         )
-        asked.append((case, slack, 250_000))
+        asked.append((case, slack, "columns"))
     assert len(set(sizes)) > 2
     for (case, _, _), fewest, told in zip(asked, sizes, answers(asked), strict=True):
         if fewest is None:
@@ -192,11 +205,97 @@ def test_the_fewest_relaxations_are_the_fewest() -> None:
 
 
 @needs_solver
+def test_the_bound_of_the_linear_program_is_never_above_the_best() -> None:
+    cases = [case for seed in range(400) if brute(case := drawn(seed)) is not None]
+    assert len(cases) > 100
+    tight = 0
+    for case, told in zip(cases, answers([(case, None, "linear") for case in cases]), strict=True):
+        best_, floor = brute(case), told["bound"]
+        assert best_ is not None
+        assert floor <= best_
+        tight += floor == best_
+    assert tight > len(cases) / 2
+
+
+@needs_solver
+def test_the_bound_of_the_linear_program_by_hand() -> None:
+    """Chips: two tasks want the cheap pool, which holds one. Waiting: a task is late unless the one before it hurries.
+    Budget: half of the money, so half of the tasks, the others are left out."""
+    ways = (Option(0, 1, 2, 10), Option(1, 1, 2, 20))
+    chips = Instance((Task("a", ways), Task("b", ways)), (((0, 1),), ((0, 2),)), 2)
+    slow, fast = Option(0, 1, 3, 5), Option(0, 1, 1, 10)
+    after = Task("b", (Option(1, 1, 1, 1),), due=2, late=100, after=(0,))
+    waits = Instance((Task("a", (slow, fast)), after), (((0, 1),), ((0, 1),)), 5)
+    dear = Task("a", (Option(0, 1, 1, 10),), drop=100)
+    budget = Instance((dear, dear), (((0, 2),),), 1, budget=10)
+    assert [least(one) for one in (chips, waits, budget)] == [20, 6, 20]
+    found = answers([(one, None, "linear") for one in (chips, waits, budget)])
+    assert [told["bound"] for told in found] == [30, 11, 110]
+    assert [brute(one) for one in (chips, waits, budget)] == [30, 11, 110]
+
+
+@needs_solver
+def test_neighbourhoods_break_nothing_and_find_the_best_of_small_cases() -> None:
+    cases = [case for seed in range(800) if len((case := drawn(seed)).tasks) == 3 and brute(case) is not None]
+    hits = 0
+    for case, told in zip(cases, answers([(case, None, "neighbourhoods") for case in cases]), strict=True):
+        if told["objective"] is not None:
+            judged = judge(case, schedule_of(told))
+            assert not judged.broken
+            assert judged.objective == told["objective"]
+            hits += judged.objective == brute(case)
+    assert hits > 0.8 * len(cases) > 20
+
+
+@needs_solver
+def test_fourteen_jobs_are_solved_and_twice_the_same() -> None:
+    """Neighbourhoods alone, columns and intervals, once with half the money. The seed decides all that these do."""
+    rich = portfolio(9, 1.2, jobs=14, pools=4)
+    cases = [rich, replace(rich, budget=warm_start(rich, rounds=5)[1].usd // 2)]
+    for case in cases:
+        forms = ("neighbourhoods", "neighbourhoods", "columns", "intervals")
+        near, again, columns, intervals = answers([(case, None, form) for form in forms])
+        assert near["schedule"] == again["schedule"]
+        for told in (near, columns, intervals):
+            judged = judge(case, schedule_of(told))
+            assert (judged.broken, judged.objective) == ((), told["objective"])
+        assert columns["status"] == intervals["status"] == "optimal"
+        assert columns["bound"] == columns["objective"] == intervals["objective"] <= near["objective"]
+        assert near["objective"] <= 1.02 * columns["objective"]
+
+
+@needs_solver
 def test_the_child_answers_as_the_model_does() -> None:
     case = next(one for seed in range(80) if brute(one := drawn(seed)) is not None)
     found = solve(case, seconds=20, workers=1, gap=0.0)
     assert found.status == "optimal"
     assert judge(case, found.schedule).objective == brute(case)
+
+
+@settings(max_examples=150, deadline=None)
+@given(small(), st.data())
+def test_whatever_the_prices_no_schedule_costs_less_than_their_bound(instance: Instance, data: st.DataObject) -> None:
+    """And none with a column costs less than the bound and the column's reduced cost."""
+    price = st.one_of(st.just(0), st.integers(0, 20 * SCALE))
+    slots = st.lists(price, min_size=instance.horizon, max_size=instance.horizon)
+    prices = Prices(
+        [data.draw(slots) for _ in instance.pools],
+        {(n, b): data.draw(slots) for n, task in enumerate(instance.tasks) for b in task.after},
+        data.draw(st.integers(0, 2 * SCALE)) if instance.budget is not None else 0,
+    )
+    columns = all_columns(instance)
+    number = {(c.task, c.option, c.start): index for index, c in enumerate(columns)}
+    known = bound(instance, columns, prices)
+    for schedule in every(instance):
+        told = judge(instance, schedule)
+        if told.broken:
+            continue
+        assert known.dollars <= told.objective
+        keys = [(n, c.option, c.start) if c else (n, None, instance.horizon) for n, c in enumerate(schedule)]
+        taken = [number[key] for key in keys]  # every schedule is made of columns
+        assert sum(columns[index].cost for index in taken) == told.objective
+        assert all(known.total + known.reduced[index] <= SCALE * told.objective for index in taken)
+        assert set(taken) <= set(known.within(columns, told.objective))
 
 
 @settings(max_examples=60, deadline=None)

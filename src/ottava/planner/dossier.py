@@ -20,6 +20,7 @@ from ottava.planner.chips import Catalogue
 from ottava.planner.greedy import warm_start
 from ottava.planner.instance import judge, least
 from ottava.planner.portfolio import Asked, load
+from ottava.planner.quantity import dollars
 from ottava.planner.solver import solve
 from ottava.planner.ways import Problem, Refusal, Span3, Way, build
 
@@ -188,7 +189,9 @@ def _compare(
     )
     pieces = sum(piece.job.name == name for piece in problem.pieces)
     if pieces == 1 and dearer.value > 0:
-        fails.append(f"alone it costs {_usd(dearer.value)} more, between {_usd(dearer.low)} and {_usd(dearer.high)}")
+        fails.append(
+            f"alone it costs {dollars(dearer.value)} more, between {dollars(dearer.low)} and {dollars(dearer.high)}"
+        )
     if not told.broken and told.objective <= least(at_home.instance) * (1 + 1e-4):
         found_status, objective = "optimal", float(told.objective)
     else:
@@ -198,7 +201,7 @@ def _compare(
         found_status = "feasible" if schedule else found.status
     if found_status in ("optimal", "feasible"):
         before = weight
-        extra = "" if before is None else f", at {_usd(objective - before)} more, penalties and lateness included"
+        extra = "" if before is None else f", at {dollars(objective - before)} more, penalties and lateness included"
         fails.insert(0, f"with {name} on domestic chips the portfolio still fits{extra}")
         return "possible", fails, []
     if found_status == "unknown":
@@ -207,7 +210,7 @@ def _compare(
     if not entries:
         words = f"none was found in {seconds:g} s: give the search more time (--seconds)"
         return "fails", [f"with {name} on domestic chips no plan of the portfolio exists", *fails], [words]
-    change = [entry["reason"] + ("" if entry["usd"] is None else f" (${entry['usd']:,.0f})") for entry in entries]
+    change = [entry["reason"] + ("" if entry["usd"] is None else f" ({dollars(entry['usd'])})") for entry in entries]
     fails.insert(0, f"with {name} on domestic chips no plan of the portfolio exists")
     return "fails", fails, change
 
@@ -265,7 +268,3 @@ def _flat(one: Any) -> str:
 
 def _sum(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return float(sum(row[key] for row in rows))
-
-
-def _usd(value: float) -> str:
-    return f"{'-' if value < 0 else ''}${abs(value):,.0f}"

@@ -7,7 +7,7 @@ what its own answer is worth. Time counts slots from the plan's start; money who
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -171,3 +171,23 @@ def after_all(instance: Instance) -> list[int]:
     for number in range(len(instance.tasks)):
         visit(number, ())
     return order
+
+
+def windows(instance: Instance, loose: Collection[str] = (), may_drop: bool = False) -> tuple[list[int], list[int]]:
+    """First start and last end of every task, tightened along what waits for what.
+
+    loose: names of tasks whose deadline does not count; may_drop: any task may be left out.
+    """
+    tasks, horizon = instance.tasks, instance.horizon
+    release = [min(task.release, horizon) for task in tasks]
+    limit = [horizon if task.deadline is None or task.name in loose else min(task.deadline, horizon) for task in tasks]
+    shortest = [min((option.slots for option in task.options), default=0) for task in tasks]
+    order = after_all(instance)
+    for number in order:
+        for before in tasks[number].after:
+            release[number] = min(horizon, max(release[number], release[before] + shortest[before]))
+    if not may_drop and all(task.drop is None for task in tasks):
+        for number in reversed(order):  # a task that may be left out does not hurry those before it
+            for before in tasks[number].after:
+                limit[before] = min(limit[before], max(0, limit[number] - shortest[number]))
+    return release, [max(a, b) for a, b in zip(release, limit, strict=True)]

@@ -1,4 +1,5 @@
-"""The CP-SAT model. Imported in the solver's own process only (`planner.solver`).
+"""The CP-SAT model of intervals: for problems too large for `planner.search`, and for what is relaxed where there is no
+plan. Imported in the solver's own process only (`planner.solver`).
 
 Beside the constraints themselves it states what they imply in sums, because the solver proves its bound from those:
 a task that takes an option pays at least the lateness which that option cannot avoid; and what has to be done between
@@ -9,15 +10,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ortools.sat.python import cp_model
 
-from ottava.planner.instance import Instance, Task, after_all
+from ottava.planner import columns, search
+from ottava.planner.instance import Instance, Task, windows
 
-MOST_CELLS = 250_000
-"""Slots that all options occupy from all their starts; beyond, intervals with sums over longer stretches have to do."""
+MOST_CELLS = 1_000_000
+"""Slots that all options occupy from all their starts; beyond, intervals have to do (`planner.search` is for fewer)."""
 
 STATUS = {
     cp_model.OPTIMAL: "optimal",
@@ -40,14 +42,13 @@ class Model:
         self.start: list[Any] = []
         self.end: list[Any] = []
         self.done: list[Any] = []
-        self.tardy: dict[int, Any] = {}
-        self.release, self.limit = _windows(instance, slack)
+        self.release, self.limit = windows(
+            instance, () if slack is None else slack["deadlines"], bool(slack and slack["tasks"])
+        )
         self.intervals: list[list[tuple[Any, int]]] = [[] for _ in instance.pools]
         for number, task in enumerate(instance.tasks):
             self._task(number, task)
         self._order()
-        # what gives way is counted, so the tight bound is not needed, and the smaller form answers in the time there is
-        self.started = self._starts() if slack is None else None
         self._pools()
         self._budget()
 
@@ -117,7 +118,6 @@ class Model:
             for option, chosen in zip(task.options, self.present[number], strict=True)
         ]
         cp.add(tardy >= sum(least))
-        self.tardy[number] = tardy
         self.costs.append(task.late * tardy)
 
     def _order(self) -> None:
@@ -141,69 +141,7 @@ class Model:
                     demands.append(most - chips)
             if intervals:
                 self.cp.add_cumulative(intervals, demands, most + extra)
-            if self.started is None:
-                self._energy(pool, capacity, extra)
-            else:
-                self._slots(pool, capacity, extra)
-
-    def _starts(self) -> list[dict[tuple[int, int], Any]] | None:
-        """A literal for every option and slot it may start in; None where there would be too many of them.
-
-        With these, what a start costs and what it occupies are sums, and the bound is that of the time-indexed linear
-        program, which is far tighter than that of intervals.
-        """
-        tasks = self.instance.tasks
-        spans = [
-            (number, index, range(self.release[number], (self.release[number] if task.fixed else limit - o.slots) + 1))
-            for number, (task, limit) in enumerate(zip(tasks, self.limit, strict=True))
-            for index, o in enumerate(task.options)
-        ]
-        if sum(len(span) * tasks[number].options[index].slots for number, index, span in spans) > MOST_CELLS:
-            return None
-        started: list[dict[tuple[int, int], Any]] = [{} for _ in tasks]
-        for number, index, span in spans:
-            ones = [self.cp.new_bool_var("") for _ in span]
-            started[number] |= {(index, slot): one for slot, one in zip(span, ones, strict=True)}
-            self.cp.add(_sum(ones) == self.present[number][index])
-        for number, mine in enumerate(started):
-            begins = _sum(list(mine.values()), [slot for _, slot in mine])
-            self.cp.add(self.start[number] == begins).only_enforce_if(self.done[number])
-            self._late_starts(number, mine)
-        self._waits(started)
-        return started
-
-    def _late_starts(self, number: int, mine: Mapping[tuple[int, int], Any]) -> None:
-        task = self.instance.tasks[number]
-        if number in self.tardy and task.due is not None:
-            late = [max(0, slot + task.options[index].slots - task.due) for index, slot in mine]
-            self.cp.add(self.tardy[number] >= _sum(list(mine.values()), late))
-
-    def _waits(self, started: Sequence[Mapping[tuple[int, int], Any]]) -> None:
-        """Slot by slot: a task that starts by then means that those before it have ended by then."""
-        tasks = self.instance.tasks
-        for number, task in enumerate(tasks):
-            for before in task.after:
-                slots = [option.slots for option in tasks[before].options]
-                for at in range(self.release[number], self.limit[number]):
-                    begun = [x for (_, slot), x in started[number].items() if slot <= at]
-                    ended = [x for (index, slot), x in started[before].items() if slot + slots[index] <= at]
-                    if begun:
-                        self.cp.add(_sum(begun) <= _sum(ended))
-
-    def _slots(self, pool: int, capacity: list[int], extra: Any) -> None:
-        """Chips in use in every slot, as sums over starts."""
-        assert self.started is not None
-        rows: list[tuple[list[Any], list[int]]] = [([], []) for _ in capacity]
-        for task, mine in zip(self.instance.tasks, self.started, strict=True):
-            for (index, slot), x in mine.items():
-                option = task.options[index]
-                if option.pool == pool:
-                    for busy in range(slot, min(slot + option.slots, len(rows))):
-                        rows[busy][0].append(x)
-                        rows[busy][1].append(option.chips)
-        for (ones, chips), there in zip(rows, capacity, strict=True):
-            if ones:
-                self.cp.add(_sum(ones, chips) <= there + extra)
+            self._energy(pool, capacity, extra)
 
     def _energy(self, pool: int, capacity: list[int], extra: Any) -> None:
         """Between two points, the chip-slots of what must lie between them are at most those that are there."""
@@ -250,8 +188,6 @@ class Model:
             for index, chosen in enumerate(self.present[number]):
                 self.cp.add_hint(chosen, one is not None and one[0] == index)
             self.cp.add_hint(self.done[number], one is not None)
-            for (index, slot), x in (self.started[number] if self.started is not None else {}).items():
-                self.cp.add_hint(x, one is not None and [index, slot] == list(one))
             if one is not None:
                 slots = self.instance.tasks[number].options[one[0]].slots
                 self.cp.add_hint(self.start[number], one[1])
@@ -263,13 +199,6 @@ class Model:
         for name, (used, amount) in self.relaxed.items():
             self.cp.add_hint(used, name in left)
             self.cp.add_hint(amount, int(name in left))
-
-
-def _sum(ones: Sequence[Any], weights: Sequence[int] | None = None) -> Any:
-    """A sum that the solver's library adds up, not Python."""
-    if weights is None:
-        return cp_model.LinearExpr.sum(ones)
-    return cp_model.LinearExpr.weighted_sum(ones, weights)
 
 
 def _least_inside(release: int, limit: int, slots: int, first: int, last: int) -> int:
@@ -288,27 +217,13 @@ def _segments(steps: Any, horizon: int) -> list[tuple[int, int, int]]:
     return [(a, min(b, horizon), chips) for a, b, chips in found if a < min(b, horizon)]
 
 
-def _windows(instance: Instance, slack: Mapping[str, Any] | None) -> tuple[list[int], list[int]]:
-    """First start and last end of every task, tightened along what waits for what."""
-    tasks, horizon = instance.tasks, instance.horizon
-    loose = {} if slack is None else slack["deadlines"]
-    release = [min(task.release, horizon) for task in tasks]
-    limit = [horizon if task.deadline is None or task.name in loose else min(task.deadline, horizon) for task in tasks]
-    shortest = [min((option.slots for option in task.options), default=0) for task in tasks]
-    order = after_all(instance)
-    for number in order:
-        for before in tasks[number].after:
-            release[number] = min(horizon, max(release[number], release[before] + shortest[before]))
-    if not any(task.drop is not None for task in tasks) and not (slack and slack["tasks"]):
-        for number in reversed(order):  # a task that may be left out does not hurry those before it
-            for before in tasks[number].after:
-                limit[before] = min(limit[before], max(0, limit[number] - shortest[number]))
-    return release, [max(a, b) for a, b in zip(release, limit, strict=True)]
-
-
 def answer(instance: Instance, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Solve and tell: {status, schedule, objective, bound, relaxed, seconds}."""
     begun = time.monotonic()
+    if asked["slack"] is None:
+        found = columns.all_columns(instance)
+        if columns.cells(found) <= MOST_CELLS:
+            return search.answer(instance, found, asked)
     model = Model(instance, asked["slack"])
     if asked["hint"] is not None:
         model.hint(asked["hint"])

@@ -17,6 +17,7 @@ from ottava.artifact import file_digest
 from ottava.planner import relax
 from ottava.planner.greedy import earliest, warm_start
 from ottava.planner.instance import Chosen, Instance, Judgement, Schedule, after_all, judge, least
+from ottava.planner.quantity import dollars
 from ottava.planner.solver import Answer, solve
 from ottava.planner.ways import Piece, Problem, Way
 
@@ -31,7 +32,7 @@ def plan(problem: Problem, *, seconds: float = 30.0, workers: int = 0, alternati
     """
     clock = time.monotonic()
     begun, told = warm_start(problem.instance)
-    found = best(problem.instance, begun, told, seconds, workers)
+    found = best(problem.instance, begun, told, seconds - (time.monotonic() - clock), workers)
     if not found.schedule:
         return _without(problem, found, seconds, workers, alternatives)
     schedule = earlier(problem.instance, found.schedule)
@@ -59,7 +60,7 @@ def best(instance: Instance, begun: list[Chosen | None], told: Judgement, second
     floor = least(instance)
     if not told.broken and told.objective - floor <= OPTIMAL * told.objective:
         return Answer("optimal", begun, told.objective, floor, {}, 0.0)
-    found = solve(instance, seconds=seconds, workers=workers, hint=None if told.broken else begun)
+    found = solve(instance, seconds=seconds, workers=workers, hint=begun)
     bound = max(floor, found.bound if found.bound is not None else floor)
     if not told.broken and (not found.schedule or judge(instance, found.schedule).objective > told.objective):
         return Answer("feasible", begun, told.objective, bound, {}, found.seconds)
@@ -209,17 +210,17 @@ def _place(problem: Problem, piece: Piece, one: Chosen) -> str:
     next_best = min(
         (o for o in lawful if o.pool.name != way.pool.name), key=lambda other: other.usd.value + other.penalty
     )
-    rules = f", counting {_usd(way.penalty)} for disregarding {' and '.join(way.against)}" if way.against else ""
+    rules = f", counting {dollars(way.penalty)} for disregarding {' and '.join(way.against)}" if way.against else ""
     if cost <= best.usd.value + best.penalty + 1 and cost >= next_best.usd.value + next_best.penalty - 1:
-        return f"no pool of {len(pools)} that take it costs less{rules} ({_usd(cost)}, as on {next_best.pool.name})"
+        return f"no pool of {len(pools)} that take it costs less{rules} ({dollars(cost)}, as on {next_best.pool.name})"
     if cost <= best.usd.value + best.penalty + 1:
-        there = f"{_usd(cost)} against {_usd(next_best.usd.value + next_best.penalty)} on {next_best.pool.name}"
+        there = f"{dollars(cost)} against {dollars(next_best.usd.value + next_best.penalty)} on {next_best.pool.name}"
         spared = f", where it would disregard {' and '.join(next_best.against)}" if next_best.against else ""
         return f"{way.pool.name} costs least of {len(pools)} pools that take it{rules} ({there}{spared})"
     if best.pool.name == way.pool.name:
-        spared = _usd(cost - best.usd.value - best.penalty)
+        spared = dollars(cost - best.usd.value - best.penalty)
         return f"{way.chips:,} chips of {way.pool.name} for the sake of time: {best.chips:,} cost {spared} less{rules}"
-    dearer = _usd(cost - best.usd.value - best.penalty)
+    dearer = dollars(cost - best.usd.value - best.penalty)
     return f"{way.pool.name} costs {dearer} more than {best.pool.name}{rules}, which has no room for it in time"
 
 
@@ -259,7 +260,7 @@ def left_out(problem: Problem, schedule: Sequence[Chosen | None]) -> list[dict[s
         if one is None:
             task = problem.instance.tasks[number]
             cheapest = min(way.usd.value for way in piece.ways)
-            why = f"leaving it out costs {_usd(task.drop or 0)}; placing it costs {_usd(cheapest)} at least, and"
+            why = f"leaving it out costs {dollars(task.drop or 0)}; placing it costs {dollars(cheapest)} at least, and"
             waits = [problem.pieces[n].name for n in task.after if schedule[n] is None]
             end = (
                 f" {waits[0]}, which it waits for, is left out"
@@ -268,7 +269,3 @@ def left_out(problem: Problem, schedule: Sequence[Chosen | None]) -> list[dict[s
             )
             rows.append({"job": piece.job.name, "task": piece.name, "usd": task.drop or 0, "reason": why + end})
     return rows
-
-
-def _usd(value: float) -> str:
-    return f"${value:,.0f}"

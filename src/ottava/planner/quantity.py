@@ -86,3 +86,8 @@ Chance = Annotated[float, _in(SHARE), Field(le=1)]
 Number = Annotated[int, BeforeValidator(plain), Field(ge=0, le=MOST)]
 Count = Annotated[int, BeforeValidator(plain), Field(ge=1, le=MOST)]
 Positive = Annotated[float, BeforeValidator(plain), Field(gt=0)]
+
+
+def dollars(value: float) -> str:
+    """Whole dollars, as a sentence has them: $1,234, -$5."""
+    return f"{'-' if value < 0 else ''}${abs(value):,.0f}"

@@ -1,6 +1,6 @@
-"""The schedule by OR-Tools CP-SAT: an optional interval for every way to do a task, a cumulative for every pool.
+"""The schedule by OR-Tools: columns (`planner.search`) where there are few enough, else intervals (`planner.model`).
 
-CP-SAT runs in a process of its own, which gets an instance on standard input and answers on standard output: ortools
+It runs in a process of its own, which gets an instance on standard input and answers on standard output: ortools
 and highspy (which SciPy carries) share symbols and must not meet in one process, and a solver that takes all memory
 must not take the command with it.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,8 @@ def solve(
     gap: float = 1e-4,
     seed: int = 0,
 ) -> Answer:
-    """Solve an instance in a child process. workers: threads, 0: one a core, at most 8. hint: a schedule to begin from.
+    """Solve an instance in a child process, in `seconds` with its start. workers: threads, 0: one a core, at most 8.
+    hint: a schedule to begin from; it may leave out what it must not.
 
     slack: constraints that may be relaxed; the answer then has the fewest relaxations, and among these the cheapest.
     Raises PlatformError where ortools is not installed.
@@ -65,6 +67,7 @@ def solve(
     asked = {
         "instance": instance.json(),
         "seconds": seconds,
+        "sent": time.time(),
         "workers": workers or min(8, os.cpu_count() or 1),
         "hint": None if hint is None else [None if c is None else [c.option, c.start] for c in hint],
         "slack": None if slack is None else _slack_json(slack),
@@ -107,6 +110,7 @@ def _main() -> int:
     from ottava.planner.model import answer
 
     asked = json.load(sys.stdin)
+    asked["seconds"] = max(1.0, asked["seconds"] - max(0.0, time.time() - asked.pop("sent")))  # what the start took
     if "highspy" in sys.modules:
         raise RuntimeError("highspy and ortools must not meet in one process")
     json.dump(answer(of(asked["instance"]), asked), sys.stdout)
