@@ -14,12 +14,12 @@ from typing import Any
 from scipy.stats import binom, t
 
 
-def options(description: str, **more: int) -> argparse.Namespace:
-    """--json, and a number for each name in `more`."""
+def options(description: str, **more: int | str) -> argparse.Namespace:
+    """--json, and a number or a text for each name in `more`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     for name, default in more.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser.parse_args()
 
 
