@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from scipy.stats import binom, t
+from scipy.stats import beta, binom, t
 
 
 def options(description: str, **more: int | str) -> argparse.Namespace:
@@ -63,6 +63,13 @@ def throughput(name: str, ours: Callable[[], float], baseline: Callable[[], floa
         "low": ratios[max(outside - 1, 0)],
         "high": ratios[min(pairs - outside, pairs - 1)],
     }
+
+
+def share(name: str, good: int, runs: int) -> dict[str, Any]:
+    """Counts with the exact 95% interval of the share (Clopper and Pearson)."""
+    low = float(beta.ppf(0.025, good, runs - good + 1)) if good else 0.0
+    high = float(beta.ppf(0.975, good + 1, runs - good)) if good < runs else 1.0
+    return {"name": name, "ours": good, "baseline": runs, "ratio": good / runs, "low": low, "high": high}
 
 
 def show(results: Sequence[Mapping[str, Any]], as_json: bool, **more: Any) -> None:

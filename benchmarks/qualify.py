@@ -26,9 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import beta
-
-from benchmarks.common import options, show
+from benchmarks.common import options, share, show
 from ottava.qualify import verdict
 from ottava.qualify.gate import Terms, examine
 from ottava.qualify.plants import KINDS
@@ -84,13 +82,6 @@ def examined(launcher: LocalLauncher, workers: int, seed: int, plants: list[dict
     return {"named": sorted({str(f.chip) for f in against}), "said": said, "seconds": time.monotonic() - begun}
 
 
-def row(name: str, good: int, runs: int) -> dict[str, Any]:
-    """Counts with the exact 95% interval of the share."""
-    low = float(beta.ppf(0.025, good, runs - good + 1)) if good else 0.0
-    high = float(beta.ppf(0.975, good + 1, runs - good)) if good < runs else 1.0
-    return {"name": name, "ours": good, "baseline": runs, "ratio": good / runs, "low": low, "high": high}
-
-
 def campaign(clean: int, each: int, seed: int) -> list[tuple[str, int, list[dict[str, Any]]]]:
     """What is examined, in an order drawn from the seed: (kind, workers, what is planted)."""
     draw = random.Random(seed)
@@ -140,10 +131,12 @@ def told(made: list[dict[str, Any]], args: argparse.Namespace) -> None:
         named[one["kind"]].append(one["right"])
     wrong = [one for one in made if not one["right"]]
     clean = named.pop("clean", [])
-    rows = [row("false alarms, clean runs", clean.count(False), len(clean))] if clean else []
-    rows += [row(f"right worker named, {kind}", right.count(True), len(right)) for kind, right in sorted(named.items())]
+    rows = [share("false alarms, clean runs", clean.count(False), len(clean))] if clean else []
+    rows += [
+        share(f"right worker named, {kind}", right.count(True), len(right)) for kind, right in sorted(named.items())
+    ]
     planted = [right for each in named.values() for right in each]
-    rows += [row("right worker named, all", planted.count(True), len(planted))] if planted else []
+    rows += [share("right worker named, all", planted.count(True), len(planted))] if planted else []
     show(
         rows,
         args.json,
