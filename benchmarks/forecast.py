@@ -1,8 +1,9 @@
 """Do the forecast's intervals hold on real runs? python -m benchmarks.forecast [--json] [--runs 24] [--first 8]
 
 Small training runs under the supervisor, whose workers are killed at random: at times of an exponential clock, in
-restarts too. Each run is forecast before it starts, from what the journals of the runs before say: failures in so many
-seconds, what a restart took, the rest of the time. Counted is how often its wall time lies from P10 to P90.
+restarts too. After one that warms the machine, each run is forecast before it starts, from what the journals of the
+runs before say: failures in so many seconds, what a restart took, the rest of the time. Counted is how often its wall
+time lies from P10 to P90.
 
 --first: runs that only teach; --mtbf: mean seconds between kills, unknown to the forecast. ours: runs inside the
 interval; baseline: runs forecast; low, high: 95% interval of the share (Clopper and Pearson).
@@ -168,6 +169,8 @@ def main() -> None:
         data = Path(name) / "label"
         data.mkdir()
         problems(data)
+        (Path(name) / "warm").mkdir()
+        drilled(local, data, Path(name) / "warm", args.steps)  # type: ignore[arg-type]
         for number in range(args.first + args.runs):
             said = past.forecast(args.steps, number) if number >= args.first else None
             seen, wall = past.failures, past.learn(sound(local, data, Path(name), number, args))
