@@ -54,13 +54,14 @@ test-harness: install .venv-harness/installed
 # Huawei's own torch_npu on host memory (docs/ascend.md). Without its libraries it breaks `import torch`, so it has an
 # environment of its own. The same tests, under the same names, run on cores in `make test`.
 NPU := .venv-npu/bin/python -m host_cann run --
+BOTH := -n 2 --dist worksteal
 DEVICE_TESTS := $(addprefix tests/test_,$(addsuffix .py,platforms trainer saver reduce device_chain supervisor))
 
 .venv-npu/installed: pyproject.toml setup.py Makefile $(wildcard src/ottava/fp8/csrc/*)
 	$(PYTHON) -m venv .venv-npu
-	.venv-npu/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	.venv-npu/bin/pip install --quiet --disable-pip-version-check --no-deps torch_npu==2.13.0 vllm-ascend==0.23.0
-	.venv-npu/bin/pip install --quiet --disable-pip-version-check -e . "pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	.venv-npu/bin/pip install --no-compile --quiet --disable-pip-version-check "$(TORCH)"
+	.venv-npu/bin/pip install --no-compile --quiet --disable-pip-version-check --no-deps torch_npu==2.13.0 vllm-ascend==0.23.0
+	.venv-npu/bin/pip install --no-compile --quiet --disable-pip-version-check -e . "pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.100"
 	touch $@
 
 test-npu: export OTTAVA_TEST_PLATFORM := npu
@@ -68,24 +69,22 @@ test-npu: export OTTAVA_OUTCOMES := .venv-npu/outcomes.jsonl
 test-npu: export OMP_NUM_THREADS := 1
 test-npu: .venv-npu/installed
 	rm -f $(OTTAVA_OUTCOMES)
-	$(NPU) .venv-npu/bin/pytest -p tests.npu.record -m "not slow" tests/npu
-	$(NPU) .venv-npu/bin/pytest -p tests.npu.record -n 2 -m "device and not slow" $(DEVICE_TESTS)
+	$(NPU) .venv-npu/bin/pytest -p tests.npu.record $(BOTH) -m "(stand_in or device) and not slow" tests/npu $(DEVICE_TESTS)
 	$(NPU) .venv-npu/bin/python -m tests.npu.record $(OTTAVA_OUTCOMES) src/ottava/platforms/ascend/evidence.json
 
 # What CI has time for: the stand-in, the wheel's lists, the hand-off, and the suite but for its longest runs.
 test-npu-some: export OTTAVA_TEST_PLATFORM := npu
 test-npu-some: export OMP_NUM_THREADS := 1
 test-npu-some: .venv-npu/installed
-	$(NPU) .venv-npu/bin/pytest -m "not slow" --deselect tests/npu/test_drills.py tests/npu
-	$(NPU) .venv-npu/bin/pytest -m "not slow" -k 107019 tests/npu/test_drills.py
-	$(NPU) .venv-npu/bin/pytest -n 2 -m "device and not slow" $(filter-out %trainer.py %supervisor.py,$(DEVICE_TESTS))
+	$(NPU) .venv-npu/bin/pytest $(BOTH) -m "(stand_in or device) and not slow" -k "not test_drills or 107019" \
+		tests/npu $(filter-out %trainer.py %supervisor.py,$(DEVICE_TESTS))
 
 # Every code of the table, in every place, on groups of both sizes.
 test-npu-all: export OMP_NUM_THREADS := 1
 test-npu-all: .venv-npu/installed
-	$(NPU) .venv-npu/bin/pytest tests/npu/test_drills.py
+	$(NPU) .venv-npu/bin/pytest $(BOTH) tests/npu/test_drills.py
 
-# Our Triton kernels through Huawei's compiler, up to its closed last step (docs/ascend.md). triton-ascend takes triton's
+# Our Triton kernels through Huawei's compiler, up to its last step, which is not published (docs/ascend.md). triton-ascend takes triton's
 # name in Python, so it has an environment of its own.
 .venv-hivm/installed: pyproject.toml setup.py Makefile $(wildcard src/ottava/fp8/csrc/*)
 	$(PYTHON) -m venv .venv-hivm

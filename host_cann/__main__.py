@@ -7,6 +7,7 @@ HOST_CANN_JITTER_US (every task of a stream is held up by up to so long, to find
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -32,8 +33,20 @@ def _joined(first: str, variable: str) -> str:
     return os.pathsep.join(filter(None, (first, os.environ.get(variable))))
 
 
+def faults_problem(folder: Path) -> str | None:
+    """What is wrong with HOST_CANN_FAULTS, by the stand-in's own reading, which it does again at every call."""
+    if "HOST_CANN_FAULTS" not in os.environ:
+        return None
+    names = ("libascendcl.so", "libhccl.so", "libacl_op_compiler.so")  # the first before those that link it
+    runtime, *_ = [ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL) for name in names]
+    ask = runtime.host_cann_faults_problem
+    ask.restype = ctypes.c_char_p
+    found: bytes | None = ask()
+    return None if found is None else found.decode()
+
+
 def main(words: list[str]) -> int:
-    """Exit status: 2 for a wrong command line or where the stand-in cannot be built."""
+    """Exit status: 2 for a wrong command line, faults that could not be planted, or where nothing can be built."""
     if words[:1] not in (["build"], ["run"]) or (words[0] == "run" and len(words) < 3):
         print(USAGE, file=sys.stderr)
         return 2
@@ -45,6 +58,10 @@ def main(words: list[str]) -> int:
     if words[0] == "build":
         print(folder)
         return 0
+    wrong = faults_problem(folder)
+    if wrong is not None:
+        print(wrong, file=sys.stderr)
+        return 2
     command = words[2:] if words[1] == "--" else words[1:]
     os.environ.update(environment(folder))
     os.execvp(command[0], command)

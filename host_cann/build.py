@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ LIBRARIES = {
     "libgraph.so": (),
     "libacl_tdt_channel.so": (),
 }
+DOCUMENTED = (107020, 507054)
+"""Codes that torch_npu's documentation has and its table has not."""
 
 
 class BuildError(Exception):
@@ -43,10 +46,14 @@ def build() -> Path:
         raise BuildError(f"no C++ compiler: {compiler} is not on the path; install g++ or set CXX")
     work = target.with_name(f"{target.name}.{os.getpid()}")
     work.mkdir(parents=True, exist_ok=True)
+    codes = ", ".join(map(str, sorted({*wheel_codes(), *DOCUMENTED})))
+    (work / "codes.inc").write_text(f"static const long WHEEL_CODES[] = {{{codes}}};\n")
     for name, sources in LIBRARIES.items():
         files = [str(SOURCES / source) for source in sources] or ["-x", "c++", os.devnull]
         runtime = [] if name == "libascendcl.so" else [f"-L{work}", "-lascendcl"]
-        _compile([compiler, *FLAGS, f"-Wl,-soname,{name}", *files, "-o", str(work / name), *runtime, "-lrt"])
+        _compile(
+            [compiler, *FLAGS, f"-I{work}", f"-Wl,-soname,{name}", *files, "-o", str(work / name), *runtime, "-lrt"]
+        )
     _compile([compiler, *FLAGS, *_torch_flags(), str(SOURCES / "redirect.cpp"), "-o", str(work / EXTENSION),
               *_torch_libraries(), f"-L{work}", "-lascendcl"])  # fmt: skip
     try:
@@ -73,6 +80,12 @@ def _stamp() -> str:
         whole.update(path.name.encode() + path.read_bytes())
     whole.update(Path(__file__).read_bytes())
     return whole.hexdigest()[:16]
+
+
+def wheel_codes() -> set[int]:
+    """The numbers of the wheel's table of error codes."""
+    header = _root("torch_npu") / "include/torch_npu/csrc/core/npu/NPUErrorCodes.h"
+    return {int(code) for code in re.findall(r"\{(\d+),\s*\"", header.read_text())}
 
 
 def version(name: str) -> str:

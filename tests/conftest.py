@@ -40,9 +40,15 @@ def _unpinned_afterwards() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[Any]:
-    """One warm process server for the whole session."""
+    """One warm process server for the whole session; on host memory one that forks workers of NPUs too."""
     from ottava.supervisor.local import LocalLauncher
 
+    if "HOST_CANN_LIBRARIES" in os.environ:
+        from .npu.zygote import launcher as forking
+
+        with forking() as processes:
+            yield processes
+        return
     with LocalLauncher() as processes:
         yield processes
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ottava.checkpoint.ascend import DESCRIPTION
 from ottava.checkpoint.convert import convert
@@ -113,6 +117,53 @@ def test_the_values_are_the_masters(handed: Path, model: Path, tmp_path: Path) -
     assert compare(tmp_path / "master", tmp_path / "a2", workers=1)["verdict"] == "identical"
     assert not (tmp_path / "a2" / DESCRIPTION).exists()
     assert load(handed) is not None  # this project reads it as it reads every layout
+
+
+@pytest.fixture(scope="module")
+def off_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in BF16 that no training brought to the grid."""
+    folder = build(tmp_path_factory.mktemp("off") / "m", "llama")
+    values = load_file(folder / "model.safetensors")
+    for value in values.values():
+        if value.ndim == 2:
+            value.mul_(1.0 + 2**-6)
+    save_file(values, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["mxfp8", "bf16"])
+def test_rounding_is_said_with_what_it_costs_and_how_to_keep_all(layout: str, off_grid: Path, tmp_path: Path) -> None:
+    """In the terminal and in --json: a team that asks for bf16 does not expect other values than its own."""
+    words = [sys.executable, "-m", "ottava.cli", "convert", off_grid, tmp_path / "out", "--layout", layout]
+    done = subprocess.run([*words, "--for", "vllm-ascend", "--json"], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert (report["label"], report["rounded"]) == ("rounded", report["quantised"])
+    (said,) = [text for text in report["warnings"] if "rounded" in text]
+    assert said.startswith(f"{report['rounded']} of {report['tensors']} tensors were rounded")
+    assert f"{report['sqnr_db']:.1f} dB" in said
+    assert "serve the source" in said
+    assert "grid_from" in said
+    assert f"warning: {said}" in done.stderr.splitlines()
+    assert json.loads((tmp_path / "out/conversion.json").read_text())["warnings"] == report["warnings"]
+
+
+@pytest.mark.parametrize("layout", ["mxfp8", "bf16"])
+def test_nothing_is_said_where_nothing_was_rounded(layout: str, model: Path, tmp_path: Path) -> None:
+    report = convert({"source": str(model), "out": str(tmp_path / "a"), "layout": layout, "engine": "vllm-ascend"})
+    assert report["rounded"] == 0
+    assert not any("rounded" in text for text in report["warnings"])
+
+
+def test_a_source_that_no_chip_takes_as_it_is_is_not_recommended(off_grid: Path, tmp_path: Path) -> None:
+    """In float32 the source would be rounded too, when it is loaded."""
+    wide = tmp_path / "wide"
+    shutil.copytree(off_grid, wide)
+    values = {name: value.float() for name, value in load_file(wide / "model.safetensors").items()}
+    save_file(values, wide / "model.safetensors", {"format": "pt"})
+    report = convert({"source": str(wide), "out": str(tmp_path / "out"), "layout": "bf16", "engine": "vllm-ascend"})
+    (said,) = [text for text in report["warnings"] if "rounded" in text]
+    assert "grid_from" in said
+    assert "serve the source" not in said
 
 
 @pytest.mark.parametrize("layout", ["e8m0", "deepseek"])

@@ -128,6 +128,12 @@ void (*known(const std::string& name, const Operator& op))(const Operator&) {
   return nullptr;
 }
 
+// These can be made to fail, by the names of the operators that are computed here.
+__attribute__((constructor)) void know_operators() {
+  static const Entry entries[] = {{"aclopCast", false}, {"aclopFill", false}, {"aclopPadV3", false}};
+  know(std::begin(entries), std::end(entries));
+}
+
 Error run(const char* name, int inputs, const void* const* descriptions, const void* const* in, int outputs,
           const void* const* described, const void* const* out, void* stream) {
   const std::string operation = name ? name : "?";

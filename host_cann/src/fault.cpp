@@ -6,14 +6,21 @@
 // (1 by default). times: how many calls in a row fail (1; 0: all from then on). rank: only where RANK is that (all).
 // later: 1 for a call that gives a stream work: it succeeds, and the stream fails when its turn comes.
 // text: one word for aclGetRecentErrMsg. A file is read again whenever it changes.
+//
+// A rule that could never be planted ends the process: a drill whose fault is not planted would pass for no reason.
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <map>
+#include <set>
 #include <sstream>
+#include <stdexcept>
 #include <vector>
 
+#include "codes.inc"  // WHEEL_CODES, made by build.py
 #include "runtime.h"
 
 namespace host_cann {
@@ -37,6 +44,53 @@ Rules& rules() {
   return *all;
 }
 
+// By name, whether the call gives a stream work.
+std::map<std::string, bool>& calls() {
+  static auto* all = new std::map<std::string, bool>;
+  return *all;
+}
+
+// What is wrong with a rule, where, and how it is mended.
+std::runtime_error unplanted(const std::string& what, const std::string& where, const std::string& mend) {
+  return std::runtime_error("host_cann: HOST_CANN_FAULTS: " + what + "\n  where: " + where + "\n  mend:  " + mend);
+}
+
+// The known call that shares the longest beginning with a name.
+std::string nearest(const std::string& name) {
+  std::string best;
+  size_t most = 0;
+  for (const auto& [call, _] : calls()) {
+    size_t same = 0;
+    while (same < std::min(call.size(), name.size()) && call[same] == name[same]) ++same;
+    if (best.empty() || same > most) most = same, best = call;
+  }
+  return best;
+}
+
+// Raises std::runtime_error where the rule is for nothing that could happen.
+void check(const Rule& rule, const std::string& line) {
+  static const std::set<long> codes(std::begin(WHEEL_CODES), std::end(WHEEL_CODES));
+  const auto call = calls().find(rule.call);
+  if (rule.call.empty() || rule.code == SUCCESS) {
+    throw unplanted("a rule needs call= and code=", line, "call=aclrtMalloc code=207001");
+  }
+  if (call == calls().end()) {
+    throw unplanted("no call is named " + rule.call, line,
+                    "did you mean " + nearest(rule.call) + "? It must be an entry point with CALLED in host_cann/src, "
+                    "or an operator that is computed there");
+  }
+  if (!codes.count(rule.code)) {
+    throw unplanted(std::to_string(rule.code) + " is no code that torch_npu or its documentation knows", line,
+                    "take one of NPUErrorCodes.h in the wheel, 107020 or 507054");
+  }
+  if (rule.nth < 1 || rule.times < 0) {
+    throw unplanted("no call would ever fail", line, "count calls from nth=1; times=0 stands for all from then on");
+  }
+  if (rule.later && !call->second) {
+    throw unplanted(rule.call + " gives no stream work, so that nothing can fail later", line, "leave out later=1");
+  }
+}
+
 Rule parse(const std::string& line) {
   Rule rule;
   std::istringstream words(line);
@@ -51,17 +105,12 @@ Rule parse(const std::string& line) {
     else if (key == "code" && whole) rule.code = static_cast<Error>(number);
     else if (key == "nth" && whole) rule.nth = number;
     else if (key == "times" && whole) rule.times = number;
-    else if (key == "rank" && whole) rule.rank = number;
+    else if (key == "rank" && whole && number >= 0) rule.rank = number;
     else if (key == "later" && whole) rule.later = number != 0;
-    else {
-      std::fprintf(stderr, "host_cann: HOST_CANN_FAULTS: cannot read %s in: %s\n", word.c_str(), line.c_str());
-      std::abort();  // a drill whose fault is not planted would pass for no reason
-    }
+    else throw unplanted("cannot read " + word, line, "write NAME=VALUE: call and text, and as numbers code, nth,"
+                          " times, rank and later");
   }
-  if (rule.call.empty() || rule.code == SUCCESS) {
-    std::fprintf(stderr, "host_cann: HOST_CANN_FAULTS: a rule needs call= and code=: %s\n", line.c_str());
-    std::abort();
-  }
+  check(rule, line);
   return rule;
 }
 
@@ -75,25 +124,30 @@ std::vector<Rule> parse_all(std::string text) {
   return found;
 }
 
-// Read the rules where they are new. Under the mutex.
+// Read the rules where they are new. Under the mutex. Raises std::runtime_error.
 void refresh(Rules& all) {
   const char* given = std::getenv("HOST_CANN_FAULTS");
   std::string source = given ? given : "", stamp = source;
-  if (source.rfind('@', 0) == 0) {
+  const bool filed = source.rfind('@', 0) == 0;
+  const std::string path = filed ? source.substr(1) : "";
+  if (filed) {
     struct stat about {};
-    if (stat(source.c_str() + 1, &about)) return;  // not there yet
+    if (stat(path.c_str(), &about) || !S_ISREG(about.st_mode) || access(path.c_str(), R_OK)) {
+      throw unplanted("no such file, or none that can be read", path,
+                      "make it before the program starts; an empty one holds no faults");
+    }
     stamp += std::to_string(about.st_ino) + " " + std::to_string(about.st_size) + " " +
              std::to_string(about.st_mtim.tv_sec) + "." + std::to_string(about.st_mtim.tv_nsec);
   }
   if (stamp == all.stamp) return;
-  all.stamp = stamp;
-  if (source.rfind('@', 0) == 0) {
-    std::ifstream file(source.substr(1));
+  if (filed) {
+    std::ifstream file(path);
     std::ostringstream text;
     text << file.rdbuf();
     source = text.str();
   }
   all.rules = parse_all(source);
+  all.stamp = stamp;
 }
 
 thread_local Error last_error = SUCCESS;
@@ -138,12 +192,23 @@ Error fail_again(Error code, const std::string& otherwise) {
   return code;
 }
 
+void know(const Entry* from, const Entry* to) {
+  for (; from != to; ++from) calls()[from->name] = from->on_stream;
+}
+
+HOST_CANN_ENTRIES()
+
 Verdict called(const char* name) {
   static const bool armed = std::getenv("HOST_CANN_FAULTS") != nullptr;
   if (!armed) return {};
   Rules& all = rules();
   std::lock_guard<std::mutex> lock(all.mutex);
-  refresh(all);
+  try {
+    refresh(all);
+  } catch (const std::runtime_error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    std::abort();
+  }
   const long rank = setting("RANK", 0);
   for (Rule& rule : all.rules) {
     if (rule.call != name || (rule.rank >= 0 && rule.rank != rank)) continue;
@@ -168,6 +233,19 @@ Error refuse(const char* name) {
 }  // namespace host_cann
 
 using namespace host_cann;
+
+// For `python -m host_cann run`: what is wrong with HOST_CANN_FAULTS, or null.
+EXPORT const char* host_cann_faults_problem() {
+  static std::string text;
+  try {
+    Rules now;
+    refresh(now);
+    return nullptr;
+  } catch (const std::runtime_error& error) {
+    text = error.what();
+    return text.c_str();
+  }
+}
 
 EXPORT const char* aclGetRecentErrMsg() {
   thread_local std::string shown;

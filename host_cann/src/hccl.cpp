@@ -122,6 +122,10 @@ Result known(int type) { return size_of(type) ? OK : UNSUPPORTED; }
 
 }  // namespace
 
+namespace host_cann {
+HOST_CANN_ENTRIES()
+}  // namespace host_cann
+
 #define TYPED(type) \
   CALLED_ON(stream); \
   if (known(type)) return known(type)

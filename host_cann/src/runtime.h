@@ -41,6 +41,16 @@ struct Verdict {
 // Count a call, and say whether a rule of HOST_CANN_FAULTS is for it (fault.cpp).
 SHARED Verdict called(const char* name);
 
+// A call that can be made to fail. The macros below put one of each into a section of their library, so that a rule for
+// a call that nobody counts is known as wrong when it is read.
+struct Entry {
+  const char* name;
+  bool on_stream;  // it gives a stream work
+};
+
+// Make a library's entries known.
+SHARED void know(const Entry* from, const Entry* to);
+
 // Keep the code and the text for aclrtGetLastError and aclGetRecentErrMsg, and return the code.
 SHARED Error fail(Error code, const std::string& text);
 
@@ -70,9 +80,21 @@ Error drain_device(int device, long timeout_ms);
 
 }  // namespace host_cann
 
+#define HOST_CANN_ENTRY(on_stream)                                                            \
+  static host_cann::Entry entry __attribute__((section("host_cann_entries"), used)) = {__func__, on_stream}
+
+// Once in every library that has entry points, inside of namespace host_cann.
+#define HOST_CANN_ENTRIES()                                                                   \
+  extern "C" Entry __start_host_cann_entries[] __attribute__((visibility("hidden")));         \
+  extern "C" Entry __stop_host_cann_entries[] __attribute__((visibility("hidden")));          \
+  __attribute__((constructor)) static void know_own() {                                       \
+    know(__start_host_cann_entries, __stop_host_cann_entries);                                \
+  }
+
 // The first line of an entry point: count it, and fail where a rule says so.
 #define CALLED()                                                    \
   do {                                                              \
+    HOST_CANN_ENTRY(false);                                         \
     if (host_cann::Error code = host_cann::called(__func__).code) { \
       return code;                                                  \
     }                                                               \
@@ -81,6 +103,7 @@ Error drain_device(int device, long timeout_ms);
 // The same where the call gives a stream work: a fault may come at once or in the stream's order.
 #define CALLED_ON(stream)                                                                    \
   do {                                                                                       \
+    HOST_CANN_ENTRY(true);                                                                   \
     host_cann::Verdict verdict = host_cann::called(__func__);                                \
     if (verdict.code && verdict.later) {                                                     \
       return host_cann::enqueue(stream, [code = verdict.code](host_cann::Error prior) {      \

@@ -1,7 +1,8 @@
-"""Lowers Triton kernels for Ascend chips with Huawei's published compilers, up to their closed last step.
+"""Lowers Triton kernels for Ascend chips with Huawei's published compilers, as far as these go.
 
-triton-ascend makes linalg of a kernel, ascendnpu-ir's bishengir-compile makes HIVM of that. The next program, hivmc, is
-published nowhere outside of CANN: that it is missing must be the only reason why the compiler stops.
+triton-ascend makes linalg of a kernel, ascendnpu-ir's bishengir-compile makes HIVM of that and looks for hivmc, which
+is in neither package. A kernel counts as lowered where HIVM was written and the compiler then says that it cannot find
+hivmc. Whether hivmc would take that HIVM, and whether a chip would compute the right bits with it, is not shown.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def linalg(kernel: Any, types: dict[str, str], constants: dict[str, int], soc: s
 
 
 def hivm(text: str, soc: str, folder: Path) -> str:
-    """HIVM of a linalg module for `soc`. Raises NotLoweredError where anything but the closed step is in the way."""
+    """HIVM of a linalg module for `soc`. Raises NotLoweredError unless it was written and hivmc then missed."""
     package = find_spec("ascendnpuir")
     assert package is not None
     assert package.origin is not None

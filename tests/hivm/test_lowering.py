@@ -1,6 +1,6 @@
 """Every Triton kernel lowers to HIVM for an Ascend 910B, a 910C and a 950: level L3 of docs/ascend.md.
 
-No chip ran it, and no instruction of a chip was made: hivmc, which does that, is closed.
+No chip ran it, and no instruction of a chip was made: hivmc, which is to do that, is in neither package.
 """
 
 from __future__ import annotations

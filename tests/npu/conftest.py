@@ -7,5 +7,15 @@ right, not Ascend's numerics (level L2 of docs/ascend.md).
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 collect_ignore_glob = [] if "HOST_CANN_LIBRARIES" in os.environ else ["*"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what lies here, so that one run can ask for it and for the tests of the marker `device` at once."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.stand_in)

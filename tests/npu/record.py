@@ -35,6 +35,7 @@ SHOWS = {
     "tests/test_saver.py": ("exact state", "L2"),
     "tests/test_reduce.py": ("exchange", "L2"),
     "tests/test_supervisor.py": ("supervision", "L2"),
+    "tests/npu/test_standby.py": ("supervision", "L2"),
     "tests/test_device_chain.py": ("conversion and verification", "L2"),
     "tests/hivm/test_lowering.py": ("triton kernels", "L3"),
 }

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from host_cann.build import DOCUMENTED, wheel_codes
 
 from ottava.platforms.ascend import codes
 from ottava.platforms.npu import Npu
@@ -21,18 +20,10 @@ SILENT = {207000}
 """What torch_npu lets pass with a warning where it waits for a device."""
 
 
-def wheels() -> set[int]:
-    """The numbers of the wheel's table."""
-    spec = importlib.util.find_spec("torch_npu")
-    assert spec is not None
-    assert spec.origin is not None
-    header = Path(spec.origin).parent / "include/torch_npu/csrc/core/npu/NPUErrorCodes.h"
-    return {int(code) for code in re.findall(r"\{(\d+),\s*\"", header.read_text())}
-
-
 def test_every_code_of_the_wheel_is_classified_and_no_other() -> None:
-    assert len(wheels()) > 180
-    assert set(codes.TABLE) == wheels() | set(codes.OUTSIDE)
+    assert len(wheel_codes()) > 180
+    assert set(codes.TABLE) == wheel_codes() | set(codes.OUTSIDE)
+    assert set(DOCUMENTED) == set(codes.OUTSIDE)
 
 
 EVERY_CODE = """

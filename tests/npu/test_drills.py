@@ -7,14 +7,8 @@ that the state came over whole, not that an NPU and a GPU round alike.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -28,7 +22,7 @@ from ottava.supervisor.local import LocalLauncher
 from ottava.supervisor.loop import Run, supervise
 from ottava.trainer.spec import TrainSpec
 
-from .zygote import NONE, ORDER, RULES
+from .zygote import ORDER
 
 STEPS, AT = 4, 2
 SILENT = ((207000, "boundary"),)
@@ -42,25 +36,9 @@ KINDS = {
 """What the supervisor calls a fault of each class."""
 
 
-@pytest.fixture(scope="module")
-def warm() -> Iterator[LocalLauncher]:
-    """Workers forked from a process that has torch_npu loaded."""
-    ours, theirs = socket.socketpair()
-    with TemporaryDirectory(prefix="drills-") as folder, ours:
-        path = str(Path(folder) / "zygote")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.npu.zygote", str(theirs.fileno()), path], pass_fds=[theirs.fileno()],
-            env={**os.environ, "OMP_NUM_THREADS": "1", RULES: NONE},
-        )  # fmt: skip
-        theirs.close()
-        assert b"ready" in ours.recv(1000)
-        with LocalLauncher(server=path) as launcher:
-            yield launcher
-        ours.close()
-        process.wait(60)
-
-
-def drill(dataset: Path, folder: Path, launcher: LocalLauncher, ranks: int, order: str) -> Run:
+def drill(dataset: Path, folder: Path, launcher: LocalLauncher, ranks: int, order: str, patience: int = 60) -> Run:
+    """patience: seconds that a rank waits for its peers. Only where an exchange breaks is it waited for to the end;
+    elsewhere a busy machine must not break one."""
     spec = TrainSpec.model_validate(
         {
             "steps": STEPS,
@@ -69,10 +47,11 @@ def drill(dataset: Path, folder: Path, launcher: LocalLauncher, ranks: int, orde
             "direct": {"begin": 0.5, "batch": 1},
             "checkpoint_every": 50,
             "restarts": 0,
+            "hang_s": 240.0,
         }
     )
     pools = (
-        Pool(name="npu", platform="npu", workers=ranks, env={ORDER: order, "HCCL_EXEC_TIMEOUT": "8"}),
+        Pool(name="npu", platform="npu", workers=ranks, env={ORDER: order, "HCCL_EXEC_TIMEOUT": str(patience)}),
         Pool(name="cpu", workers=1),
     )
     base = {"spec": spec.model_dump(mode="json"), "seed": 3, "data": str(dataset), "chat": str(dataset / "chat")}
@@ -80,9 +59,9 @@ def drill(dataset: Path, folder: Path, launcher: LocalLauncher, ranks: int, orde
 
 
 @pytest.fixture(scope="module")
-def undisturbed(dataset: Path, warm: LocalLauncher, tmp_path_factory: pytest.TempPathFactory) -> str:
+def undisturbed(dataset: Path, launcher: LocalLauncher, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest at the end of the same run on cores, which no code ever met."""
-    run = drill(dataset, tmp_path_factory.mktemp("u"), warm, 2, "")
+    run = drill(dataset, tmp_path_factory.mktemp("u"), launcher, 2, "")
     return supervise(replace(run, pools=run.pools[1:]))[0].digest
 
 
@@ -119,16 +98,17 @@ OFTEN = some(DRILLS)
     [pytest.param(*drill, marks=() if drill in OFTEN else pytest.mark.slow) for drill in DRILLS],
 )
 def test_a_code_costs_no_step_and_no_bit(
-    dataset: Path, tmp_path: Path, warm: LocalLauncher, undisturbed: str, code: int, place: str, ranks: int
+    dataset: Path, tmp_path: Path, launcher: LocalLauncher, undisturbed: str, code: int, place: str, ranks: int
 ) -> None:
-    run = drill(dataset, tmp_path, warm, ranks, f"code={code} place={place} step={AT} rank={ranks - 1}")
+    # of a call that its task queue makes, torch_npu tells no number
+    fault_class = FaultClass.COLLECTIVE if place == "launch" else codes.TABLE[code]
+    patience = 8 if fault_class is FaultClass.COLLECTIVE else 60
+    run = drill(dataset, tmp_path, launcher, ranks, f"code={code} place={place} step={AT} rank={ranks - 1}", patience)
     final, segments = supervise(run)
     state = journal.fold(journal.read(run.journal.path))
     kept = AT if place == "boundary" else AT - 1
     assert [(s.pool, s.start, s.lost) for s in segments] == [("npu", 0, 0), ("cpu", kept, 0)]
     (fault,) = state.faults
-    # of a call that its task queue makes, torch_npu tells no number
-    fault_class = FaultClass.COLLECTIVE if place == "launch" else codes.TABLE[code]
     assert fault["kind"] == KINDS[fault_class], fault["message"]
     if fault_class is not FaultClass.COLLECTIVE:  # of a broken exchange nobody is the first to know
         assert codes.number(fault["message"]) == code

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ottava.platforms import FaultClass
+from ottava.platforms.ascend import codes
 from ottava.platforms.npu import Npu
 
 from .test_group import ROOT, group
@@ -83,13 +86,61 @@ def test_a_setting_that_is_no_number_ends_the_process(name: str) -> None:
         assert f"{name}={value} is no number" in done.stderr
 
 
-def test_a_rule_that_cannot_be_read_ends_the_process() -> None:
-    """A drill whose fault is not planted would pass for no reason."""
-    code = "from tests.npu import raw; raw.device(0)"
-    for rules in ("call=aclrtSetDevice", "code=5", "call=x code=five", "call=x code=5 when=now"):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, "HOST_CANN_FAULTS": rules},
-        )  # fmt: skip
-        assert done.returncode != 0
-        assert "HOST_CANN_FAULTS" in done.stderr
+ONLY_LOOKS = "from tests.npu import raw; raw.device(0)"
+UNPLANTED = [
+    ("call=aclrtSetDevice", "needs call= and code="),
+    ("code=207001", "needs call= and code="),
+    ("call=aclrtMalloc code=five", "cannot read code=five"),
+    ("call=aclrtMalloc code=207001 when=now", "cannot read when=now"),
+    ("call=aclrtMaloc code=207001", "no call is named aclrtMaloc"),
+    ("call=aclrtMaloc code=207001", "did you mean aclrtMalloc?"),
+    ("call=aclrtMapMem code=207001", "no call is named aclrtMapMem"),  # the stand-in has it only to refuse it
+    ("call=aclopGelu code=207001", "no call is named aclopGelu"),
+    ("call=aclrtMalloc code=207099", "207099 is no code"),
+    ("call=aclrtMalloc code=207001 nth=0", "no call would ever fail"),
+    ("call=aclrtMalloc code=207001 times=-1", "no call would ever fail"),
+    ("call=aclrtMalloc code=207001 rank=-1", "cannot read rank=-1"),
+    ("call=aclrtMalloc code=207001 later=1", "gives no stream work"),
+    ("call=aclrtMalloc code=207001; call=HcclAllRed code=21", "did you mean HcclAllReduce?"),
+    ("@/no/such/file", "no such file"),
+    (f"@{ROOT}", "no such file"),
+]
+
+
+@pytest.mark.parametrize(("rules", "what"), UNPLANTED)
+def test_a_fault_that_could_never_be_planted_is_refused(rules: str, what: str) -> None:
+    """A drill whose fault is not planted would pass for no reason: before it starts, and at its first call."""
+    env = {**os.environ, "HOST_CANN_FAULTS": rules}
+    for words, status in (
+        (["-m", "host_cann", "run", "--", "echo", "began"], 2),
+        (["-c", ONLY_LOOKS], -signal.SIGABRT),
+    ):
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=env)
+        assert done.returncode == status
+        assert "began" not in done.stdout
+        assert done.stderr.count("HOST_CANN_FAULTS") == 1
+        assert what in done.stderr
+        assert "mend: " in done.stderr
+
+
+def test_a_file_of_faults_that_goes_away_ends_the_process(tmp_path: Path) -> None:
+    file = tmp_path / "faults"
+    code = f"import os; from tests.npu import raw; raw.device(0); os.unlink({str(file)!r}); raw.device(0)"
+    file.write_text("call=aclrtMalloc code=207001\n")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "HOST_CANN_FAULTS": f"@{file}"},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGABRT
+    assert f"where: {file}" in done.stderr
+
+
+def test_every_code_of_the_table_can_be_planted() -> None:
+    """Each with a call of each library."""
+    calls = ("aclrtMalloc", "HcclAllReduce", "aclopCast")
+    rules = ";".join(f"call={calls[code % 3]} code={code}" for code in codes.TABLE)
+    done = subprocess.run(
+        [sys.executable, "-m", "host_cann", "run", "--", "echo", "began"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "HOST_CANN_FAULTS": rules},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "began\n"), done.stderr

@@ -30,6 +30,21 @@ SERVE = {
 """How the folder is served, by its layout."""
 
 
+def rounding_cost(rounded: int, tensors: int, sqnr_db: float | None, dtypes: set[str]) -> str:
+    """What a source loses that was not trained on the grid, and how nothing is lost.
+
+    rounded: so many of the tensors were changed; sqnr_db: signal to noise, or None; dtypes: of its linear weights.
+    """
+    noise = "" if sqnr_db is None else f", {sqnr_db:.1f} dB signal to noise"
+    way = "end training on the grid (grid_from, docs/training.md)"
+    if dtypes == {"BF16"}:
+        way = f"serve the source, which 910B, 910C and 950 compute in BF16 as it is ({SERVE['bf16']}), or {way}"
+    return (
+        f"{rounded} of {tensors} tensors were rounded to UE8M0 FP8{noise}: vllm-ascend serves the rounded values, in "
+        f"either layout. To lose nothing, {way}"
+    )
+
+
 def description(tensors: Mapping[str, Mapping[str, Any]], quantised: set[str]) -> dict[str, Any]:
     """The content of quant_model_description.json.
 

@@ -143,8 +143,8 @@ def convert(args: Mapping[str, Any], progress: Progress | None = None) -> dict[s
 
     Returns {"on_grid", "label": "on-grid" | "rounded" | "lossy", "layout", "digest", "tensors", "quantised",
     "rounded", "sqnr_db", "bytes", "rounding", "warnings"} and the notes: tensors, quantised and rounded count published
-    weights, bytes is the size of the folder's tensor files, warnings are sentences about what the source lacks. An
-    overlay's rounding.json goes with the result.
+    weights, bytes is the size of the folder's tensor files, warnings are sentences about what the source lacks and, for
+    vllm-ascend, what rounding lost. An overlay's rounding.json goes with the result.
     Raises CheckpointError or FormatError, naming file and tensor, ResourceError where the disk is too small, Busy
     where `out` is being written; `out` is complete or not there.
     """
@@ -170,6 +170,10 @@ def convert(args: Mapping[str, Any], progress: Progress | None = None) -> dict[s
         report["bytes"] = sum(os.fstat(descriptor).st_size for descriptor in part.files.values())
         if options.engine == ascend.ENGINE:
             report["serve"] = ascend.SERVE[options.layout]
+            if report["rounded"]:
+                dtypes = {plan.found[name].data.dtype for name in plan.quantised}
+                lost = ascend.rounding_cost(report["rounded"], report["tensors"], report["sqnr_db"], dtypes)
+                report["warnings"].append(lost)
         report |= options.notes
         if options.overlay is not None and (options.overlay / OVERLAY_NOTE).is_file():
             shutil.copyfile(options.overlay / OVERLAY_NOTE, part.folder / OVERLAY_NOTE)

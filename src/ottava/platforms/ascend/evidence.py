@@ -16,7 +16,7 @@ LEVELS = {
     "L0": "read: the operator exists, with that signature, or those who read our files do it by these rules",
     "L1": "its shapes and types are accepted, without computing",
     "L2": "Huawei's own torch_npu runs the code, on host memory: state, streams, collectives and errors, not numerics",
-    "L3": "the kernel lowers to the chip's instructions, up to the closed last step",
+    "L3": "the kernel lowers to HIVM; what makes instructions of that is not published",
     "L4": "it ran on an NPU",
 }
 
