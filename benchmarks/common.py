@@ -11,15 +11,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from scipy.stats import binom, t
+from scipy.stats import beta, binom, t
 
 
-def options(description: str, **more: int) -> argparse.Namespace:
-    """--json, and a number for each name in `more`."""
+def options(description: str, **more: int | str) -> argparse.Namespace:
+    """--json, and a number or a text for each name in `more`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     for name, default in more.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser.parse_args()
 
 
@@ -63,6 +63,13 @@ def throughput(name: str, ours: Callable[[], float], baseline: Callable[[], floa
         "low": ratios[max(outside - 1, 0)],
         "high": ratios[min(pairs - outside, pairs - 1)],
     }
+
+
+def share(name: str, good: int, runs: int) -> dict[str, Any]:
+    """Counts with the exact 95% interval of the share (Clopper and Pearson)."""
+    low = float(beta.ppf(0.025, good, runs - good + 1)) if good else 0.0
+    high = float(beta.ppf(0.975, good + 1, runs - good)) if good < runs else 1.0
+    return {"name": name, "ours": good, "baseline": runs, "ratio": good / runs, "low": low, "high": high}
 
 
 def show(results: Sequence[Mapping[str, Any]], as_json: bool, **more: Any) -> None:

@@ -1,15 +1,18 @@
-"""How good the gate is: python -m benchmarks.qualify [--json] [--clean 50] [--each 6] [--load 2] [--minutes 0]
+"""How good the gate is: python -m benchmarks.qualify [--json] [--clean 50] [--each 6] [--load 2] [--keep FILE]
 
 clean    examinations of pools without a fault, on a machine kept busy: how often anybody is accused
 planted  faults of every kind, at chips and places drawn from the seed: how often exactly the right worker is named
 
 Pools have 2 or 4 CPU processes in turn. The machine is kept busy by `load` processes that compute in bursts, drawn
-from the seed. minutes: after so many no other examination begins; 0: all are made, in an order drawn from the seed.
+from the seed. --minutes: after so many no other examination begins; 0: all are made, in an order drawn from the seed.
+--keep: a file that gets a line for every examination as it ends; the ones that are in it already are not made again.
 Intervals are 95% ones of Clopper and Pearson.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import random
 import statistics
@@ -23,9 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import beta
-
-from benchmarks.common import options, show
+from benchmarks.common import options, share, show
 from ottava.qualify import verdict
 from ottava.qualify.gate import Terms, examine
 from ottava.qualify.plants import KINDS
@@ -81,48 +82,69 @@ def examined(launcher: LocalLauncher, workers: int, seed: int, plants: list[dict
     return {"named": sorted({str(f.chip) for f in against}), "said": said, "seconds": time.monotonic() - begun}
 
 
-def row(name: str, good: int, runs: int) -> dict[str, Any]:
-    """Counts with the exact 95% interval of the share."""
-    low = float(beta.ppf(0.025, good, runs - good + 1)) if good else 0.0
-    high = float(beta.ppf(0.975, good + 1, runs - good)) if good < runs else 1.0
-    return {"name": name, "ours": good, "baseline": runs, "ratio": good / runs, "low": low, "high": high}
+def campaign(clean: int, each: int, seed: int) -> list[tuple[str, int, list[dict[str, Any]]]]:
+    """What is examined, in an order drawn from the seed: (kind, workers, what is planted)."""
+    draw = random.Random(seed)
+    work = [("clean", 2 + 2 * (n % 2)) for n in range(clean)]
+    # without a majority nobody can say which of two rounds as it should
+    work += [(kind, 4 if kind == "rounding" else 2 + 2 * (n % 2)) for n in range(each) for kind in KINDS]
+    draw.shuffle(work)
+    return [(kind, workers, [] if kind == "clean" else [drawn(kind, workers, draw)]) for kind, workers in work]
+
+
+def kept(path: Path, work: list[tuple[str, int, list[dict[str, Any]]]], seed: int) -> dict[int, dict[str, Any]]:
+    """The examinations of an earlier start, by their place in `work`."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {one["number"]: one for one in lines}
+    for number, one in found.items():
+        if one["seed"] != seed or number >= len(work) or work[number][2] != one["planted"]:
+            sys.exit(f"{path} is of another campaign; name another file or give the same seed and counts")
+    return found
 
 
 def main() -> None:
-    args = options(__doc__ or "", clean=50, each=6, load=2, seed=0, minutes=0)
-    draw, wrong, seconds, loads = random.Random(args.seed), [], [], []
-    named: dict[str, list[bool]] = defaultdict(list)
+    args = options(__doc__ or "", clean=50, each=6, load=2, seed=0, minutes=0, keep="")
+    work = campaign(args.clean, args.each, args.seed)
+    done = kept(Path(args.keep), work, args.seed) if args.keep else {}
     begun = time.monotonic()
     with busy(args.load, args.seed), LocalLauncher() as launcher:
-        work: list[tuple[str, int]] = [("clean", 2 + 2 * (n % 2)) for n in range(args.clean)]
-        # without a majority nobody can say which of two rounds as it should
-        work += [(kind, 4 if kind == "rounding" else 2 + 2 * (n % 2)) for n in range(args.each) for kind in KINDS]
-        draw.shuffle(work)
-        for number, (kind, workers) in enumerate(work):
+        for number, (kind, workers, plants) in enumerate(work):
+            if number in done:
+                continue
             if args.minutes and time.monotonic() - begun > 60 * args.minutes:
                 break
-            loads.append(os.getloadavg()[0])
-            plants = [] if kind == "clean" else [drawn(kind, workers, draw)]
-            one = examined(launcher, workers, args.seed + number, plants)
+            at = {"number": number, "seed": args.seed, "kind": kind, "workers": workers, "planted": plants}
+            load, one = os.getloadavg()[0], examined(launcher, workers, args.seed + number, plants)
             right = one["named"] == [str(plant["chip"]) for plant in plants]
-            named[kind].append(right)
-            seconds.append(one["seconds"])
-            if not right:
-                wrong.append({"planted": plants, "workers": workers, **one})
-            print(f"{number + 1}/{len(work)} {kind} {workers} {plants} {right} {one}", file=sys.stderr, flush=True)
+            done[number] = at | {"right": right, "load": load} | one
+            if args.keep:
+                with Path(args.keep).open("a") as file:
+                    file.write(json.dumps(done[number]) + "\n")
+            print(f"{number + 1}/{len(work)} {done[number]}", file=sys.stderr, flush=True)
+    told(list(done.values()), args)
+
+
+def told(made: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print the counts of the examinations that were made."""
+    named: dict[str, list[bool]] = defaultdict(list)
+    for one in made:
+        named[one["kind"]].append(one["right"])
+    wrong = [one for one in made if not one["right"]]
     clean = named.pop("clean", [])
-    rows = [row("false alarms, clean runs", clean.count(False), len(clean))] if clean else []
-    rows += [row(f"right worker named, {kind}", right.count(True), len(right)) for kind, right in sorted(named.items())]
+    rows = [share("false alarms, clean runs", clean.count(False), len(clean))] if clean else []
+    rows += [
+        share(f"right worker named, {kind}", right.count(True), len(right)) for kind, right in sorted(named.items())
+    ]
     planted = [right for each in named.values() for right in each]
-    rows += [row("right worker named, all", planted.count(True), len(planted))] if planted else []
+    rows += [share("right worker named, all", planted.count(True), len(planted))] if planted else []
     show(
         rows,
         args.json,
         wrong=wrong,
         load=args.load,
         seed=args.seed,
-        median_s=statistics.median(seconds),
-        loadavg=statistics.median(loads),
+        median_s=statistics.median(one["seconds"] for one in made),
+        loadavg=statistics.median(one["load"] for one in made),
     )
 
 

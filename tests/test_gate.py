@@ -322,6 +322,18 @@ def test_the_command_passes_a_sound_pool_and_fails_a_bad_one(
     assert {finding["chip"] for finding in report["findings"]} == {0}
 
 
+@pytest.mark.slow
+def test_the_command_names_a_slow_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (*LAPTOP, "--pool", "ascend", "--soak", "0.5s", "--json", "--out", str(tmp_path / "out"))
+    assert called(monkeypatch, *words, "--plant", "slow:1:2.5") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["passed"], report["may_run"]) == (False, [0])
+    assert {(finding["chip"], finding["check"]) for finding in report["findings"]} == {(1, "straggler")}
+    assert "speed" in report["measured_again"]
+
+
 BAD = [
     (("--pool", "nvida"), "nvida"),
     (("--pool", "nvidia", "--soak", "soon"), "no time"),

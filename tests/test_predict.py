@@ -242,7 +242,7 @@ def planted(families: dict[str, float], per: int, noise: float, seed: int) -> li
                 return math.log(terms.efficiency) + scale
 
             actual = math.log(Terms().efficiency) + scale + factor + draw.normal(0, noise)
-            found.append(fit.Run(f"{family}{number}", family, f"{family}-sku", f"site{number}", False, actual, speed))
+            found.append(fit.Run(f"{family}{number}", family, f"{family}-sku", f"site{number}", None, actual, speed))
     return found
 
 
@@ -290,6 +290,34 @@ def test_what_is_left_out_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
     for old, new in zip(before, after, strict=True):
         same = (old.middle, old.low, old.high, old.baseline) == (new.middle, new.low, new.high, new.baseline)
         assert same == (old.run.site == "ai2")
+
+
+def test_a_publisher_is_left_out_with_all_its_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten times the speed of one release moves no prediction of the same publisher's other release."""
+    monkeypatch.setattr(fit, "ROUNDS", 1)
+    first, second = some(("meta-llama2",)), some(("ai2",))
+    named = [(one.model_copy(update={"site": "bridge-25.11"}), speed) for one, speed in first]
+    named += [(one.model_copy(update={"site": "bridge-26.02"}), speed) for one, speed in second]
+    others = some(("phi4", "megatron-2022"))
+    before = calibrate.strangers(named + others, CATALOGUE)
+    assert {one.run.site for one in before} == {"bridge-25.11", "bridge-26.02"}
+    faster = [(one, speed * 10 if one.site == "bridge-25.11" else speed) for one, speed in named]
+    after = calibrate.strangers(faster + others, CATALOGUE)
+    assert [one.middle for one in before] == [one.middle for one in after]
+    assert calibrate.strangers(others, CATALOGUE) == []
+
+
+def test_a_models_own_factor_is_learnt_where_it_has_experts() -> None:
+    """Two models whose runs differ by a constant: known again at a new site; an unknown model is their mean."""
+    runs = [replace(run, model="x" if number % 2 else "y", actual=run.actual + 0.2 * (number % 2 or -1))
+            for number, run in enumerate(planted({"a": 0.0}, 24, 0.02, seed=5))]  # fmt: skip
+    fitted = fit.fit(runs)
+    fresh = replace(runs[1], site="new")
+    known = fit.predictive(fresh, fitted)
+    assert known[0] - fresh.speed(Terms()) == pytest.approx(0.2, abs=0.06)
+    unknown = fit.predictive(replace(fresh, model="z"), fitted)
+    assert unknown[0] - fresh.speed(Terms()) == pytest.approx(0.0, abs=0.06)
+    assert unknown[1] > known[1]
 
 
 def gate(efficiency: float | None, chip: str | None = "H800") -> dict[str, object]:
@@ -374,7 +402,7 @@ def test_the_committed_calibration_is_what_the_command_makes(tmp_path: Path) -> 
     assert made.names == committed.names
     assert made.mean == pytest.approx(committed.mean, abs=1e-4)
     assert made.accuracy == committed.accuracy
-    assert len({one.run.site for one in guesses}) == 23
+    assert len({one.run.site for one in guesses}) == 25
 
 
 # --- rows

@@ -11,7 +11,7 @@ from ottava.console.charts import Frame, log_ticks, logarithmic, svg, tag
 from ottava.planner.calibrate import Guess
 from ottava.planner.predict import Prediction
 
-GROUPS = {"all": "all runs", "dense": "dense", "experts": "mixture of experts"}
+GROUPS = {"all": "all runs", "dense": "dense", "experts": "mixture of experts", "publisher": "publisher unknown"}
 COLOURS = {"ampere": "#7a5195", "hopper": "#2a7f62", "blackwell": "#d45087", "ascend": "#c65102"}
 STYLE = """
 text { font: 12px sans-serif; fill: #333 } .rule { stroke: #ddd } .axis { stroke: #555 } .equal { stroke: #555 }

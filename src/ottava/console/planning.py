@@ -273,11 +273,12 @@ def forecast(path: Path, *, by: str | None, draws: int, seed: int, out: Path | N
 def forecast_text(result: Content) -> str:
     """For the terminal."""
     release, usd = result["release"], result["usd"]
+    alone = "" if result["fallback"] is None else ", without the fallback,"
     lines = [
         f"{result['probability']:.1%} to be released by {result['by']} ({result['draws']:,} simulated runs: "
         f"{result['low']:.1%} to {result['high']:.1%})",
         f"release: P10 {release['p10']}, P50 {release['p50']}, P90 {release['p90'] or 'never'}; "
-        f"as planned {result['planned']}",
+        f"as planned{alone} {result['planned']}",
         f"cost: P10 {money(usd['p10'])}, P50 {money(usd['p50'])}, P90 {money(usd['p90'])}",
     ]
     for row in result["stages"]:

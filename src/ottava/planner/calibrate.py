@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,8 @@ def prepare(work: Workload, catalogue: Catalogue, actual: float = 1.0) -> tuple[
     def speed(terms: Terms) -> float:
         return math.log(steptime.speed(work, found.layout, machine, terms))
 
-    sparse = work.model.experts is not None
-    return fit.Run(work.id, chip.family, work.chip, work.site or "", sparse, math.log(actual), speed), found
+    name = None if work.model.experts is None else work.model_name or ""
+    return fit.Run(work.id, chip.family, work.chip, work.site or "", name, math.log(actual), speed), found
 
 
 def usable(known: Iterable[Row]) -> list[tuple[Workload, float]]:
@@ -137,7 +138,7 @@ def products(row: rows.Examined, catalogue: Catalogue) -> fit.Run:
     assert row.matmul_efficiency is not None
     family = catalogue.chip(row.chip).family
     actual = math.log(row.matmul_efficiency)
-    return fit.Run(row.id, family, row.chip, row.site, False, actual, lambda terms: math.log(terms.efficiency))
+    return fit.Run(row.id, family, row.chip, row.site, None, actual, lambda terms: math.log(terms.efficiency))
 
 
 def cross_validate(
@@ -145,22 +146,36 @@ def cross_validate(
     catalogue: Catalogue,
     told: Callable[[float], None] = lambda share: None,
     beside: Sequence[fit.Run] = (),
+    source: Callable[[str], str] = lambda site: site,
+    only: Sequence[str] | None = None,
 ) -> list[Guess]:
-    """Predict every run from the runs of other sites. told: is given the share that is done; beside: what is learnt
-    from and not predicted."""
+    """Predict every run from the runs of other sources. told: is given the share that is done; beside: what is learnt
+    from and not predicted; source: of a site, by default itself; only: these sources are left out, by default all."""
     pairs = [(prepare(work, catalogue, actual)[0], work) for work, actual in known]
-    sites = sorted({run.site for run, _ in pairs})
+    sources = sorted({source(run.site) for run, _ in pairs}) if only is None else only
     found = []
-    for number, site in enumerate(sites):
-        seen = [(run, work) for run, work in pairs if run.site != site]
-        fitted = fit.fit([run for run, _ in seen] + [run for run in beside if run.site != site])
+    for number, name in enumerate(sources):
+        seen = [(run, work) for run, work in pairs if source(run.site) != name]
+        fitted = fit.fit([run for run, _ in seen] + [run for run in beside if source(run.site) != name])
         for run, work in pairs:
-            if run.site == site:
+            if source(run.site) == name:
                 middle, low, high = interval(run, fitted, work)
                 rough = _baseline(run, work, seen, catalogue)
                 found.append(Guess(run, math.exp(run.actual), middle, low, high, rough))
-        told((number + 1) / len(sites))
+        told((number + 1) / len(sources))
     return found
+
+
+def publisher(site: str) -> str:
+    """Of a site that is one release of a publisher's table (NAME-25.11): NAME; of others the site itself."""
+    return re.sub(r"-\d\d\.\d\d$", "", site)
+
+
+def strangers(known: Sequence[tuple[Workload, float]], catalogue: Catalogue) -> list[Guess]:
+    """Runs of publishers with several releases, predicted without any of that publisher's."""
+    sites = {work.site or "" for work, _ in known}
+    several = sorted({publisher(site) for site in sites if publisher(site) != site})
+    return cross_validate(known, catalogue, source=publisher, only=several)
 
 
 def _baseline(run: fit.Run, work: Workload, seen: Sequence[tuple[fit.Run, Workload]], catalogue: Catalogue) -> float:
@@ -239,6 +254,8 @@ def calibrate_files(
     beside = [products(one, catalogue) for one, _ in measured]
     guesses = cross_validate(usable(known), catalogue, told, beside)
     made = make(known, catalogue, digest(data, place), guesses, beside)
+    if unknown := strangers(usable(known), catalogue):
+        made = made.model_copy(update={"accuracy": {**made.accuracy, "publisher": _figures(unknown)}})
     write_json(out, made.model_dump(mode="json"))
     return made, guesses
 

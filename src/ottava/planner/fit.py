@@ -1,11 +1,11 @@
 """The fit behind `ottava calibrate`: one hierarchical model of all published runs, by maximum a posteriori.
 
-log(actual speed) = log(speed of steptime with the constants and the family's efficiency) + SKU + site + noise. Every
-unknown has a Gaussian prior: constants around what steptime.Terms says, families around each other, SKUs and sites (a
-cluster or a publication) around 0. So a family with many runs speaks for itself, and one with few is drawn to the rest
-(shrinkage). The variances of families, SKUs, sites and noise maximise the marginal likelihood of the linearised model
-(empirical Bayes; Robbins 1956, Laird and Ware 1982), so that nothing is set by hand. What is not known of a new SKU or
-site widens its interval.
+log(actual speed) = log(speed of steptime with the constants and the family's efficiency) + SKU + site + model + noise,
+the model only where it has experts. Every unknown has a Gaussian prior: constants around what steptime.Terms says,
+families around each other, SKUs, sites (a cluster or a publication) and models around 0. So a family with many runs
+speaks for itself, and one with few is drawn to the rest (shrinkage). The variances of these levels and of noise
+maximise the marginal likelihood of the linearised model (empirical Bayes; Robbins 1956, Laird and Ware 1982), so that
+nothing is set by hand. What is not known of a new SKU, site or model widens its interval.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PRIOR = {
 }  # fmt: skip
 """Sigma of the logarithm of each constant before any run is seen: about how far textbooks and papers lie apart."""
 
-LEVELS = ("family", "sku", "site")
-FIRST = {"family": 0.15, "sku": 0.08, "site": 0.1, "noise": 0.12, "sparse": 0.1}
+LEVELS = ("family", "sku", "site", "model")
+FIRST = {"family": 0.15, "sku": 0.08, "site": 0.1, "model": 0.1, "noise": 0.12, "sparse": 0.1}
 LEAST, MOST, WEAK = 0.02, 0.4, 0.7
 """Bounds of a sigma, and how closely (sigma of the logarithm) FIRST holds it: without, few runs could let it vanish."""
 ROUNDS, STEPS = 3, 4
@@ -38,15 +38,20 @@ ROUNDS, STEPS = 3, 4
 @dataclass(frozen=True)
 class Run:
     """One published run as the fit sees it. actual: log of its tokens/s and chip; speed: the same from constants;
-    sparse: of a model with experts, whose runs scatter more."""
+    model: the name of a model with experts, whose kernels are its own and whose runs scatter more; None of others."""
 
     id: str
     family: str
     sku: str
     site: str
-    sparse: bool
+    model: str | None
     actual: float
     speed: Callable[[Terms], float]
+
+    @property
+    def sparse(self) -> bool:
+        """Of a model with experts."""
+        return self.model is not None
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ def terms_of(mean: Array, family: float = 0.0) -> Terms:
 
 def fit(runs: Sequence[Run]) -> Fit:
     """The posterior of all unknowns, by Gauss-Newton; variances by the marginal likelihood, in turn."""
-    names = NAMES + tuple(f"{level} {who}" for level in LEVELS for who in sorted({getattr(run, level) for run in runs}))
+    known = {level: {who for run in runs if (who := getattr(run, level)) is not None} for level in LEVELS}
+    names = NAMES + tuple(f"{level} {who}" for level in LEVELS for who in sorted(known[level]))
     sigma, mean = dict(FIRST), np.zeros(len(names))
     for _ in range(ROUNDS):
         for _ in range(STEPS):
@@ -94,7 +100,7 @@ def gradient_of(run: Run, names: tuple[str, ...], mean: Array) -> tuple[float, A
     if family is not None:
         gradient[family] = gradient[NAMES.index("efficiency")]
     value = at
-    for level in ("sku", "site"):
+    for level in LEVELS[1:]:
         known = place.get(f"{level} {getattr(run, level)}")
         if known is not None:
             gradient[known] = 1.0
@@ -148,8 +154,9 @@ def predictive(run: Run, fitted: Fit) -> tuple[float, float]:
     """Mean and sigma of log speed of a run that was not among those of the fit."""
     value, gradient = gradient_of(run, fitted.names, fitted.mean)
     variance = float(gradient @ fitted.covariance @ gradient) + _noise([run], fitted.sigma)[0] ** 2
-    for level in ("sku", "site"):
-        if f"{level} {getattr(run, level)}" not in fitted.names:
+    for level in LEVELS[1:]:
+        who = getattr(run, level)
+        if who is not None and f"{level} {who}" not in fitted.names:
             variance += fitted.sigma[level] ** 2
     if f"family {run.family}" not in fitted.names:
         variance += (fitted.sigma["family"] * gradient[NAMES.index("efficiency")]) ** 2

@@ -133,7 +133,8 @@ def tornado(problem: Problem, schedule: Schedule) -> list[Cause]:
 def pareto(problem: Problem, schedule: Schedule, *, points: int, seconds: float, workers: int) -> list[dict[str, Any]]:
     """Cost against time: the cheapest plan found whose last job ends by then, from the shortest time to the plan's own.
 
-    Entries {end_slot, usd, p10, p90, objective, gap}; ends for which no plan was found are left out.
+    Entries {end_slot, usd, p10, p90, objective, gap}; ends for which no plan was found are left out, and plans that end
+    no sooner than a cheaper one.
     """
     instance = problem.instance
     latest = last_end(instance, schedule)
@@ -151,7 +152,8 @@ def pareto(problem: Problem, schedule: Schedule, *, points: int, seconds: float,
         gap = max(0.0, (judged.objective - answer.bound) / max(1, judged.objective))
         row = {"end_slot": last_end(hurried, answer.schedule), "usd": judged.usd, "objective": judged.objective}
         found.append({**row, "gap": round(gap, 5), **spread(problem, answer.schedule)})
-    return [row for n, row in enumerate(found) if all(row["end_slot"] != other["end_slot"] for other in found[:n])]
+    found.sort(key=lambda row: (row["end_slot"], row["usd"]))
+    return [row for n, row in enumerate(found) if all(row["usd"] < other["usd"] for other in found[:n])]
 
 
 def _sooner(task: Task, end: int) -> int | None:
