@@ -280,7 +280,7 @@ class _Experts:
     def __call__(self, x: Tensor) -> Tensor:
         weights, ids = self._routed(x)
         parts = torch.empty(*ids.shape, self.shared.down.outputs)
-        for number in ids.unique().tolist():
+        for number in torch.unique(ids).tolist():
             row, choice = (ids == number).nonzero(as_tuple=True)
             parts[row, choice] = self.experts[number](x[row])
         y = self.shared(x)
@@ -309,9 +309,9 @@ class _Experts:
 
 
 def _known(model: nn.Module) -> bool:
-    """Whether `Batched` computes this model: family, rotary embedding, plain layers, weights that BF16 holds exactly."""
+    """Whether `Batched` computes this model: its family, rotary embedding, plain layers, weights that BF16 holds."""
     whole: Any = model
-    config = getattr(whole, "config", None)
+    config: Any = getattr(whole, "config", None)
     family = getattr(config, "model_type", None)
     if not rows.levels() or family not in FAMILIES:
         return False
@@ -343,7 +343,7 @@ def _exact(weight: Tensor) -> bool:
     """Whether the kernels hold it: vectors stay float32, matrices become BF16."""
     if weight.dim() < 2 or weight.dtype == torch.bfloat16:
         return True
-    return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in weight.detach().split(1024))
+    return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in torch.split(weight.detach(), 1024))
 
 
 def _matrix(layer: Any) -> Tensor:

@@ -31,7 +31,6 @@ from ottava.errors import DataError, ResourceError
 from ottava.fp8 import rows
 from ottava.models.chat import Chat, Detokeniser
 
-
 CHUNK = 128
 """Rows of prompts that a step takes while others generate: at most so much later does their next token come."""
 

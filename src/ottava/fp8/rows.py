@@ -49,7 +49,8 @@ class Packed:
         assert self.columns % 2 == 0, "columns come in pairs"
         self.scales: Tensor | None = None
         if held:
-            self.weight = _panels(torch.cat([layer.codes for layer in layers]))  # type: ignore[union-attr]
+            codes: list[Any] = [layer.codes for layer in layers]  # type: ignore[union-attr]
+            self.weight = _panels(torch.cat(codes))
             self.scales = torch.cat([_by_group(layer) for layer in layers])
         else:
             self.weight = _panels(torch.cat([_bf16(layer) for layer in layers]))
@@ -155,7 +156,8 @@ def _bf16(layer: nn.Module | Tensor) -> Tensor:
     if isinstance(layer, Fp8Linear):
         return dequantise(layer.codes.view(torch.float8_e4m3fn), layer.scales, torch.bfloat16)
     weight: Any = layer.weight if isinstance(layer, nn.Module) else layer
-    return weight.detach().to(torch.bfloat16)
+    rounded: Tensor = weight.detach().to(torch.bfloat16)
+    return rounded
 
 
 def _panels(weight: Tensor) -> Tensor:
@@ -165,7 +167,8 @@ def _panels(weight: Tensor) -> Tensor:
     padded[:rows] = weight
     groups = padded.view(-1, GROUP // PANEL, PANEL, columns)
     blocks = [
-        part.reshape(*part.shape[:3], -1, 2).permute(0, 1, 3, 2, 4).flatten(1) for part in groups.split(BLOCK, -1)
+        part.reshape(*part.shape[:3], -1, 2).permute(0, 1, 3, 2, 4).flatten(1)
+        for part in torch.split(groups, BLOCK, -1)
     ]
     return torch.cat(blocks, 1)
 

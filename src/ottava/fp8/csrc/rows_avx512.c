@@ -3,6 +3,7 @@
 
 #if OTTAVA_X86
 #define FN CORE AVX512
+enum { AHEAD = 16384 }; /* bytes of weights fetched before they are needed */
 #define BODY static AVX512
 #define ROWS 4
 
@@ -66,6 +67,7 @@ FN void decode_all(uint16_t *out, const uint8_t *codes, size_t count, uint8_t sc
     const struct fold fold = fold_of(scale);
     for (size_t j = 0; j < count; j += 64) {
         const __m512i all = _mm512_loadu_si512(codes + j);
+        _mm_prefetch((const char *)codes + j + AHEAD, _MM_HINT_T0);
         const __m256i low = _mm512_castsi512_si256(all), high = _mm512_extracti64x4_epi64(all, 1);
         if (!_mm512_testn_epi8_mask(all, _mm512_set1_epi8(0x78))) {
             _mm512_store_si512(out + j, decode_normal(low, fold));
