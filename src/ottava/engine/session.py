@@ -233,7 +233,8 @@ class Engine:
     @property
     def load_now(self) -> int:
         """Requests that are generating or waiting."""
-        return len(self._active) + len(self._waiting)
+        with self._changed:
+            return len(self._active) + len(self._waiting)
 
     @property
     def alive(self) -> bool:
