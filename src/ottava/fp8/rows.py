@@ -119,25 +119,30 @@ def turn(x: Tensor, rows: int, heads: int, head: int, cos: Tensor, sin: Tensor, 
     )  # fmt: skip
 
 
-def put(x: Tensor, rows: int, width: int, caches: Tensor, at: Tensor, wide: bool) -> None:
-    """The first `width` numbers of each row to position at[row] of the cache whose address is caches[row]."""
-    _KERNELS.rows_put(x.data_ptr(), x.stride(0), rows, width, caches.data_ptr(), at.data_ptr(), wide)
+def put(
+    x: Tensor, rows: int, pieces: int, size: int, caches: Tensor, lengths: Tensor, at: Tensor, wide: bool
+) -> None:  # fmt: skip
+    """A row's numbers, `size` for each piece, to position at[row] of the pieces of its cache (see `attend`)."""
+    _KERNELS.rows_put(
+        x.data_ptr(), x.stride(0), rows, pieces, size, caches.data_ptr(), lengths.data_ptr(), at.data_ptr(), wide
+    )  # fmt: skip
 
 
 def attend(
-    q: Tensor, out: Tensor, caches: Tensor, counts: Tensor, rows: int,
-    *, heads: int, group: int, width: int, value_width: int, values: int, position: int, scale: float,
+    q: Tensor, out: Tensor, caches: Tensor, lengths: Tensor, counts: Tensor, rows: int,
+    *, heads: int, group: int, width: int, value_width: int, values: int, size: int, scale: float,
     level: int = BEST,
 ) -> None:  # fmt: skip
-    """Attention of each row over the first counts[row] positions of its cache (addresses and counts: int64 [rows]).
+    """Attention of each row over the first counts[row] positions of its cache.
 
     q: float32, `heads * group` queries of `width` a row; out: as many values of `value_width`, in the cache's type.
-    A position of the cache holds `position` numbers: at h * width head h's key, at values + h * value_width its value.
+    caches, lengths, counts: int64 [rows]; a cache lies at its address as pieces of [length, size] numbers: head h has
+    its keys in piece h, its values in piece `values + h`.
     """
     _KERNELS.rows_attention(
         level, kernels.threads_for(rows * heads, 2), q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0),
-        out.dtype == torch.float32, caches.data_ptr(), counts.data_ptr(), rows, heads, group, width, value_width,
-        values, position, scale,
+        out.dtype == torch.float32, caches.data_ptr(), lengths.data_ptr(), counts.data_ptr(), rows, heads, group, width,
+        value_width, values, size, scale,
     )  # fmt: skip
 
 

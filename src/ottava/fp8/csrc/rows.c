@@ -67,14 +67,14 @@ ENTRY(rows_silu) {
     RUN(v[7], silu, &p);
 }
 
-/* (level, threads, q, q_row, out, out_row, wide, caches, counts, rows, heads, group, width, value_width, values,
- * position, scale) */
+/* (level, threads, q, q_row, out, out_row, wide, caches, lengths, counts, rows, heads, group, width, value_width, values,
+ * size, scale) */
 ENTRY(rows_attention) {
     float scale;
-    ARGUMENTS(16, &scale);
-    struct attention p = {(const float *)v[2], (void *)v[4], (const size_t *)v[7], (const size_t *)v[8], v[3], v[5],
-                          v[10], v[11], v[12], v[13], v[14], v[15], v[6] != 0, scale};
-    RUN(v[9] * p.heads, attention, &p);
+    ARGUMENTS(17, &scale);
+    struct attention p = {(const float *)v[2], (void *)v[4], (const size_t *)v[7], (const size_t *)v[8],
+                          (const size_t *)v[9], v[3], v[5], v[11], v[12], v[13], v[14], v[15], v[16], v[6] != 0, scale};
+    RUN(v[10] * p.heads, attention, &p);
 }
 
 /* (level, x, count): in place */
@@ -112,20 +112,23 @@ ENTRY(rows_turn) {
     Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
 
-/* (x, x_row, rows, width, caches, positions, wide): a row's `width` numbers to its position of its cache. */
+/* (x, x_row, rows, pieces, size, caches, lengths, positions, wide): each `size` of a row's numbers to its position of the
+ * next piece of its cache. */
 ENTRY(rows_put) {
-    ARGUMENTS(7, NULL);
-    for (size_t r = 0; r < v[2]; r++) {
-        const float *x = (const float *)v[0] + r * v[1];
-        const size_t at = ((const size_t *)v[5])[r] * v[3], cache = ((const size_t *)v[4])[r];
-        if (v[6]) {
-            memcpy((float *)cache + at, x, v[3] * sizeof *x);
+    ARGUMENTS(9, NULL);
+    for (size_t i = 0; i < v[2] * v[3]; i++) {
+        const size_t r = i / v[3], piece = i % v[3], cache = ((const size_t *)v[5])[r];
+        const size_t at = (piece * ((const size_t *)v[6])[r] + ((const size_t *)v[7])[r]) * v[4];
+        const float *x = (const float *)v[0] + r * v[1] + piece * v[4];
+        uint16_t *narrow = (uint16_t *)cache + at;
+        if (v[8]) {
+            memcpy((float *)cache + at, x, v[4] * sizeof *x);
             continue;
         }
-        for (size_t i = 0; i < v[3]; i++) {
+        for (size_t j = 0; j < v[4]; j++) {
             uint32_t bits;
-            memcpy(&bits, x + i, sizeof bits);
-            ((uint16_t *)cache)[at + i] = (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+            memcpy(&bits, x + j, sizeof bits);
+            narrow[j] = (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
         }
     }
     Py_RETURN_NONE;

@@ -48,13 +48,13 @@ struct silu {
     int wide;
 };
 
-/* Each row's queries over the first `counts[row]` positions of its cache; a position holds `position` numbers: at
- * h * width the key of head h, at values + h * value_width its value. `group` queries share a head. */
+/* Each row's queries over the first `counts[row]` positions of its cache, which is pieces of [lengths[row], size] numbers:
+ * head h has its keys in piece h, its values in piece `values + h`. `group` queries share a head. */
 struct attention {
     const float *q;
     void *out;
-    const size_t *caches, *counts;
-    size_t q_row, out_row, heads, group, width, value_width, values, position;
+    const size_t *caches, *lengths, *counts;
+    size_t q_row, out_row, heads, group, width, value_width, values, size;
     int wide; /* of out and cache */
     float scale;
 };

@@ -66,6 +66,13 @@ FN float sum_(lanes s) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+FN lanes each_sum_(const lanes *x) {
+    float sums[16];
+    for (int i = 0; i < 16; i++)
+        sums[i] = sum_(x[i]);
+    return load_(sums);
+}
+
 FN float largest_(lanes s) {
     float x[8];
     _mm256_storeu_ps(x, _mm256_max_ps(s.a, s.b));

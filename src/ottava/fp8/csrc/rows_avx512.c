@@ -52,6 +52,25 @@ FN float sum_(lanes s) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+/* The halves of x and of y are added, and lie in the halves of the result. */
+FN lanes halves(lanes x, lanes y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xEE));
+}
+
+FN lanes quarters(lanes x, lanes y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
+}
+
+FN lanes each_sum_(const lanes *x) {
+    lanes four[4], two[2];
+    for (int i = 0; i < 4; i++)
+        four[i] = quarters(halves(x[i], x[i + 4]), halves(x[i + 8], x[i + 12]));
+    for (int i = 0; i < 2; i++)
+        two[i] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0x44),
+                               _mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0xEE));
+    return _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xDD));
+}
+
 FN float largest_(lanes s) { return _mm512_reduce_max_ps(s); }
 
 FN unsigned flushing(void) {

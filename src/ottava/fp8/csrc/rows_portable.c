@@ -64,6 +64,8 @@ FN float sum_(lanes s) {
     return s.at[0];
 }
 
+FN lanes each_sum_(const lanes *x) { EACH(sum_(x[i])); }
+
 FN float largest_(lanes s) {
     for (int i = 1; i < 16; i++)
         s.at[0] = s.at[i] > s.at[0] ? s.at[i] : s.at[0];

@@ -1,7 +1,7 @@
 /* The kernels of rows.h in lanes of 16, included once for each instruction set; rows_*.c say what the words mean:
  * FN an inlined function, BODY one that is called, SET the name of the result, and on `lanes` of 16 float32
  * zero_, set_, load_, store_, widen_ (BF16), narrow_ (to BF16, to nearest even), even_ and odd_ (of 16 pairs of BF16), add_,
- * sub_, mul_, div_, max_, min_, fma_, raise_ (by a power of two), sum_, largest_; ROWS rows of a product at a time; decode,
+ * sub_, mul_, div_, max_, min_, fma_, raise_ (by a power of two), sum_, each_sum_ (of 16 lanes), largest_; ROWS rows of a product at a time; decode,
  * and flushing (mode of the arithmetic; times_ where there is none). */
 #include <math.h>
 #include <stdlib.h>
@@ -211,17 +211,26 @@ enum { TOGETHER = 4 }; /* queries that meet a key as it is read */
 FN void scores(float *out, size_t line, const float *q, size_t padded, const void *cache, size_t at, size_t n,
                const struct attention *p, const int queries, const int wide) {
     const int whole = p->width % 16 == 0;
-    for (size_t k = 0; k < n; k++, at += p->position) {
-        lanes sum[TOGETHER];
-        for (int g = 0; g < queries; g++)
-            sum[g] = zero_();
-        for (size_t j = 0; j < p->width; j += 16) {
-            const lanes key = cached(cache, at + j, whole ? 16 : p->width - j, wide);
+    for (size_t k = 0; k < n; k += 16) {
+        lanes sums[TOGETHER][16];
+        const size_t count = n - k < 16 ? n - k : 16;
+        for (size_t i = 0; i < count; i++, at += p->size) {
+            lanes sum[TOGETHER];
             for (int g = 0; g < queries; g++)
-                sum[g] = fma_(load_(q + (size_t)g * padded + j), key, sum[g]);
+                sum[g] = zero_();
+            for (size_t j = 0; j < p->width; j += 16) {
+                const lanes key = cached(cache, at + j, whole ? 16 : p->width - j, wide);
+                for (int g = 0; g < queries; g++)
+                    sum[g] = fma_(load_(q + (size_t)g * padded + j), key, sum[g]);
+            }
+            for (int g = 0; g < queries; g++)
+                sums[g][i] = sum[g];
         }
-        for (int g = 0; g < queries; g++)
-            out[(size_t)g * line + k] = sum_(sum[g]) * p->scale;
+        for (int g = 0; g < queries; g++) {
+            for (size_t i = count; i < 16; i++)
+                sums[g][i] = zero_();
+            store_(out + (size_t)g * line + k, mul_(each_sum_(sums[g]), set_(p->scale)));
+        }
     }
 }
 
@@ -251,7 +260,7 @@ FN void values(const struct attention *p, size_t out, size_t column, const float
     for (int g = 0; g < queries; g++)
         for (int c = 0; c < chunks; c++)
             sum[g][c] = zero_();
-    for (size_t k = 0; k < n; k++, at += p->position)
+    for (size_t k = 0; k < n; k++, at += p->size)
         for (int c = 0; c < chunks; c++) {
             const lanes value = cached(cache, at + column + 16 * (size_t)c, chunks > 1 ? 16 : left, wide);
             for (int g = 0; g < queries; g++)
@@ -267,12 +276,13 @@ FN void attend(const struct attention *p, size_t row, size_t head, size_t query,
                const int queries, const int wide) {
     const size_t n = p->counts[row], padded = (p->width + 15) / 16 * 16, first = head * p->group + query;
     const void *cache = (const void *)p->caches[row];
-    const size_t at = p->values + head * p->value_width, out = row * p->out_row + first * p->value_width;
+    const size_t piece = p->lengths[row] * p->size, out = row * p->out_row + first * p->value_width;
+    const size_t at = (p->values + head) * piece;
     float *q = room + TOGETHER * line, inverse[TOGETHER];
     memset(q, 0, TOGETHER * padded * sizeof *q);
     for (int g = 0; g < queries; g++)
         memcpy(q + (size_t)g * padded, p->q + row * p->q_row + (first + (size_t)g) * p->width, p->width * sizeof *q);
-    scores(room, line, q, padded, cache, head * p->width, n, p, queries, wide);
+    scores(room, line, q, padded, cache, head * piece, n, p, queries, wide);
     for (int g = 0; g < queries; g++)
         inverse[g] = softmax(room + (size_t)g * line, line, n);
     size_t column = 0;
