@@ -10,7 +10,7 @@
  *              s[i] += s[i + h] for h = 8, 4, 2, 1.
  *   value      the keys in rising order, by fma, then times 1 / softmax's sum.
  *
- * Weights of a product lie in groups of GROUP outputs, each in blocks of BLOCK columns (the last may be shorter) as
+ * Weights of a product lie in groups of GROUP_OF outputs, each in blocks of BLOCK columns (the last may be shorter) as
  * [4 panels][pairs of columns][16 outputs][2]; outputs are padded with zeros, the number of columns is even. They are
  * E4M3 codes with a scale byte for each group and block, or BF16, with the same limits as in matmul.h.
  * Activations are BF16 or float32 (`wide`). */
