@@ -121,6 +121,7 @@ bench: install .venv-bench/installed
 	$(BIN)/python -m benchmarks.rollout --json
 	$(BIN)/python -m benchmarks.grpo --json
 	$(BIN)/python -m benchmarks.plan --json
+	$(BIN)/python -m benchmarks.serving --json
 
 # The long campaigns: twenty drills of each class of fault, and 10 seeds on each instruction set (docs/training.md).
 nightly: install test-all test-npu-all

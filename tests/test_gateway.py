@@ -491,8 +491,11 @@ def test_errors_of_the_schema_never_repeat_the_input() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that never ends by itself."""
-    return write_folder(tmp_path_factory.mktemp("served") / "model", random_model(quiet=[0, END, 2, 3, 4, ETHINK]))
+    """A model that never ends by itself, with room for replies that last."""
+    made = write_folder(tmp_path_factory.mktemp("served") / "model", random_model(quiet=[0, END, 2, 3, 4, ETHINK]))
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16384}))
+    return made
 
 
 def start(launcher: LocalLauncher, model: Path, tmp_path: Path, **more: Any) -> tuple[LocalProcess, str]:
@@ -547,7 +550,7 @@ def test_the_official_client_and_a_drain(launcher: LocalLauncher, folder: Path, 
 
     with (
         httpx.Client(trust_env=False) as other,
-        other.stream("POST", f"{url}{URL}", json={**request, "max_tokens": 400, "stream": True}) as response,
+        other.stream("POST", f"{url}{URL}", json={**request, "max_tokens": 16000, "stream": True}) as response,
     ):
         next(response.iter_text())  # and away
     deadline = time.monotonic() + 120
@@ -555,7 +558,7 @@ def test_the_official_client_and_a_drain(launcher: LocalLauncher, folder: Path, 
         time.sleep(0.02)
     assert load_of(url) == 0
 
-    stream = client.chat.completions.create(**{**request, "max_tokens": 400}, stream=True)
+    stream = client.chat.completions.create(**{**request, "max_tokens": 2000}, stream=True)
     words, finish = [], None
     for number, chunk in enumerate(stream):
         if number == 3:
@@ -566,7 +569,7 @@ def test_the_official_client_and_a_drain(launcher: LocalLauncher, folder: Path, 
             assert httpx.get(f"{url}/health", trust_env=False).json() == {"status": "draining"}
         words.append(chunk.choices[0].delta.content or "")
         finish = chunk.choices[0].finish_reason or finish
-    assert (finish, len("".join(words).split())) == ("length", 400)
+    assert (finish, len("".join(words).split())) == ("length", 2000)
     assert process.wait(10) == 0
     assert process.result()["drained"] is True
     with pytest.raises(ResourceError, match="no server answers"):
@@ -575,7 +578,7 @@ def test_the_official_client_and_a_drain(launcher: LocalLauncher, folder: Path, 
 
 def test_a_drain_has_an_end(launcher: LocalLauncher, folder: Path, tmp_path: Path) -> None:
     process, url = start(launcher, folder, tmp_path, drain_s=0.1)
-    body = {"messages": USER, "max_tokens": 480, "stream": True}
+    body = {"messages": USER, "max_tokens": 16000, "stream": True}
     with httpx.Client(trust_env=False) as client:
         streams = [client.send(client.build_request("POST", f"{url}{URL}", json=body), stream=True) for _ in range(4)]
         process.terminate()

@@ -28,7 +28,7 @@ from ottava.fp8.training import ScaledLinear
 FEW_EXPERTS = 16
 """Up to so many experts, computing all of them for every token is faster than sorting tokens by expert."""
 
-_FIXED_ROPE = ("default", "linear", "yarn", "llama3")  # their frequencies do not change with the length
+FIXED_ROPE = ("default", "linear", "yarn", "llama3")  # their frequencies do not change with the length
 
 
 class Decoder(Protocol):
@@ -65,7 +65,7 @@ def decoder(model: nn.Module) -> Bare | None:
     family = getattr(config, "model_type", None)
     if family not in ("deepseek_v3", "llama", "qwen3") or not hasattr(getattr(model, "model", None), "layers"):
         return None
-    if (config.rope_parameters or {}).get("rope_type", "default") not in _FIXED_ROPE:
+    if (config.rope_parameters or {}).get("rope_type", "default") not in FIXED_ROPE:
         return None
     layers = _layers(model)
     if family == "deepseek_v3":

@@ -1,8 +1,10 @@
 """One model serving many requests, each exactly as if it were alone.
 
-Active requests take turns, a token each, with a cache of their own: the ids of an answer never depend
-on who else is asking, so a stream and a plain answer to the same request are the same text. Admission
-is bounded: a request beyond the bound is refused at once, not kept waiting for ever.
+All active requests advance together, a step of the model at a time: a token for each that is generating, and a chunk
+of a prompt for those that are not yet. On the kernels of `batched` the ids and log-probabilities of an answer depend
+neither on who else is asking nor on how the prompt was cut, so an answer can also be taken up in its middle
+(`Sampling.said`). Other models take turns, with a cache each. Admission is bounded: a request beyond the bound is
+refused at once, not kept waiting for ever.
 """
 
 from __future__ import annotations
@@ -19,18 +21,30 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from ottava.engine.generate import ThinkBudget, step
+from ottava.checkpoint import layouts
+from ottava.engine.batched import FAMILIES, Part, Runner, runner
+from ottava.engine.generate import ThinkBudget
 from ottava.engine.room import lacking
 from ottava.engine.sampling import choose, uniform
 from ottava.errors import DataError, ResourceError
+from ottava.fp8 import rows
 from ottava.models.chat import Chat, Detokeniser
+
+CHUNK = 128
+"""Rows of prompts that a step takes while others generate: at most so much later does their next token come."""
+
+ALONE = 512
+"""Rows of prompts that a step takes while nobody generates."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose ids. max_new: at most so many; temperature 0: greedy; seed None: a fresh one; top: alternatives."""
+    """How to choose ids. max_new: at most so many; temperature 0: greedy; seed None: a fresh one; top: alternatives.
+
+    said: so many of the prompt's last ids are the beginning of this reply, which then goes on as it would have: they
+    count towards max_new, the thinking budget and the draws of the seed. Exact where the engine is `invariant`.
+    """
 
     max_new: int
     temperature: float = 0.0
@@ -38,6 +52,7 @@ class Sampling:
     seed: int | None = None
     think: ThinkBudget | None = None
     top: int = 0
+    said: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,13 +137,17 @@ Deliver = Callable[[Token | Exception | None], None]
 
 @dataclass
 class Job:
-    """A request in the engine. cancel() may be called from any thread, at any time."""
+    """A request in the engine. cancel() may be called from any thread, at any time.
+
+    pending: ids that the model has not read yet. produced: the reply's ids, those said before included.
+    """
 
     ids: Sequence[int]
     sampling: Sampling
     deliver: Deliver
     seed: int
-    cache: DynamicCache
+    pending: list[int]
+    cache: Any = None
     produced: list[int] = field(default_factory=list)
     thinking: bool = False
     cancelled: bool = False
@@ -139,12 +158,18 @@ class Job:
 
 
 class Engine:
-    """A model, its chat, and the one thread that runs it. slots: requests that take turns; queue: that may wait."""
+    """A model, its chat, and the one thread that runs it. slots: requests that advance together; queue: that may wait.
 
-    def __init__(self, model: nn.Module, chat: Chat, *, slots: int = 4, queue: int = 16):
-        self.model, self.chat, self.slots, self.queue = model.eval(), chat, slots, queue
+    invariant: whether the bits of an answer depend on its own ids alone (see `batched`); else requests take turns.
+    """
+
+    def __init__(self, model: nn.Module, chat: Chat, *, slots: int = 4, queue: int = 16, consume: bool = False):
+        """consume: the engine may take the model's weights apart; the model is of no use afterwards."""
         config: Any = model.config
+        self.chat, self.slots, self.queue = chat, slots, queue
         self.context = int(config.max_position_embeddings)
+        self._runner: Runner = runner(model.eval(), consume=consume)
+        self.invariant = self._runner.invariant
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
         self._changed = threading.Condition()
@@ -153,11 +178,20 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path | str, *, slots: int = 4, queue: int = 16) -> Engine:
-        """Load a Hugging Face folder. Raises CheckpointError."""
+    def load(cls, folder: Path | str, *, slots: int = 4, queue: int = 16, dtype: torch.dtype | None = None) -> Engine:
+        """Load a Hugging Face folder; weights that it holds in FP8 stay so.
+
+        dtype: of activations and cache. None: bfloat16 where `batched` knows the model, which otherwise is computed by
+        Hugging Face's classes in float32. Raises CheckpointError.
+        """
         from ottava.models.load import load
 
-        return cls(load(Path(folder)), Chat.load(folder), slots=slots, queue=queue)
+        folder = Path(folder)
+        batched = rows.levels() and layouts.read_config(folder).get("model_type") in FAMILIES
+        if dtype is None:
+            dtype = torch.bfloat16 if batched else torch.float32
+        model = load(folder, dtype, "fp8" if batched else "exact")
+        return cls(model, Chat.load(folder), slots=slots, queue=queue, consume=True)
 
     def submit(self, ids: Sequence[int], sampling: Sampling, deliver: Deliver) -> Job:
         """Queue a request. `deliver` gets every Token on the engine's thread, then None, or the exception.
@@ -168,9 +202,12 @@ class Engine:
             raise DataError("the prompt is empty")
         if (wrong := lacking(1, self.context, len(ids))) is not None:
             raise DataError(wrong[0])
+        if not 0 <= sampling.said < len(ids):
+            raise DataError(f"of {len(ids)} ids, {sampling.said} cannot be the beginning of a reply")
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        cache = DynamicCache(config=self.model.config)
-        job = Job(ids, sampling, deliver, seed, cache, thinking=sampling.think is not None)
+        said = list(ids[len(ids) - sampling.said :])
+        thinking = sampling.think is not None and sampling.think.end not in said
+        job = Job(ids, sampling, deliver, seed, list(ids), produced=said, thinking=thinking)
         with self._changed:
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
             if self._closed:
@@ -196,7 +233,8 @@ class Engine:
     @property
     def load_now(self) -> int:
         """Requests that are generating or waiting."""
-        return len(self._active) + len(self._waiting)
+        with self._changed:
+            return len(self._active) + len(self._waiting)
 
     @property
     def alive(self) -> bool:
@@ -213,7 +251,10 @@ class Engine:
     @torch.no_grad()
     def _work(self) -> None:
         while self._admit():
-            self._active = [job for job in self._active if self._advance(job)]
+            self._active = [job for job in self._active if self._goes_on(job)]
+            batches = [self._active] if self.invariant else [[job] for job in self._active]
+            ended = {id(job) for batch in batches for job in self._advance(batch)}
+            self._active = [job for job in self._active if id(job) not in ended]
         for job in [*self._active, *self._waiting]:
             _give(job, ResourceError("the engine was closed"))
 
@@ -226,33 +267,71 @@ class Engine:
                 self._active.append(self._waiting.popleft())
             return not self._closed
 
-    def _advance(self, job: Job) -> bool:
-        """Generate one token of a request; False when it is over."""
-        if job.cancelled:
+    def _advance(self, jobs: list[Job]) -> list[Job]:
+        """One step of the model for these requests; returns those that are over."""
+        ended = []
+        try:
+            parts = self._parts(jobs)
+            logits = iter(self._runner.step([part for _, part in parts]))
+        except Exception as error:
+            return [job for job in jobs if not _give(job, error)]
+        for job, part in parts:
+            del job.pending[: len(part.ids)]
+            if part.wanted and not self._produce(job, next(logits)):
+                ended.append(job)
+        return ended
+
+    def _goes_on(self, job: Job) -> bool:
+        """Whether there is more to generate; opens the cache of a new request."""
+        if job.cancelled or self._complete(job):
             return _give(job, None)
         try:
-            token = self._next(job)
+            if job.cache is None:
+                job.cache = self._runner.open(len(job.ids) - job.sampling.said + self._limit(job))
+        except Exception as error:
+            return _give(job, error)
+        return True
+
+    def _complete(self, job: Job) -> bool:
+        return bool(job.produced) and (job.produced[-1] in self.chat.stop_ids or len(job.produced) >= self._limit(job))
+
+    def _parts(self, jobs: list[Job]) -> list[tuple[Job, Part]]:
+        """What each request reads next: the id it produced last, or of its prompt what there is room for."""
+        room = CHUNK if any(len(job.pending) == 1 for job in jobs) else ALONE
+        parts = []
+        for job in jobs:
+            count = len(job.pending)
+            if self.invariant and count > 1:
+                count = min(count, room)
+                room -= count
+            if count:
+                parts.append((job, Part(job.cache, job.pending[:count], count == len(job.pending))))
+        return parts
+
+    def _limit(self, job: Job) -> int:
+        """Ids of the whole reply."""
+        return min(job.sampling.max_new, self.context - len(job.ids) + job.sampling.said)
+
+    def _produce(self, job: Job, logits: Tensor) -> bool:
+        """Choose and deliver the next token of a request; False when it is over."""
+        try:
+            token = self._next(job, logits)
         except Exception as error:
             return _give(job, error)
         job.produced.append(token.id)
+        job.pending.append(token.id)
         alive = _give(job, token)
-        limit = min(job.sampling.max_new, self.context - len(job.ids))
-        if token.id in self.chat.stop_ids or len(job.produced) >= limit:
-            return _give(job, None)
-        return alive
+        return alive if not self._complete(job) else _give(job, None)
 
-    def _next(self, job: Job) -> Token:
+    def _next(self, job: Job, logits: Tensor) -> Token:
         how, position = job.sampling, len(job.produced)
-        fresh = job.produced[-1:] or list(job.ids)
-        device = next(self.model.parameters()).device
-        logits = step(self.model, torch.tensor([fresh], device=device), job.cache)
         draws = uniform(job.seed, [0], position) if how.temperature else None
-        chosen = int(choose(logits, how.temperature, how.top_p, draws))
+        chosen = int(choose(logits[None], how.temperature, how.top_p, draws))
         if job.thinking and how.think is not None:
             if position >= how.think.tokens:
                 chosen = how.think.end
             job.thinking = chosen != how.think.end
-        return _token(chosen, logits[0], how.top)
+        return _token(chosen, logits, how.top)
 
 
 def _token(chosen: int, logits: Tensor, top: int) -> Token:

@@ -32,5 +32,6 @@ void parallel_for(size_t count, int threads, parallel_body body, void *context);
 
 extern PyMethodDef codec_methods[];
 extern PyMethodDef matmul_methods[];
+extern PyMethodDef rows_methods[];
 
 #endif

@@ -68,7 +68,8 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__kernels(void) {
     PyObject *module = PyModule_Create(&definition);
-    if (module && (PyModule_AddFunctions(module, codec_methods) || PyModule_AddFunctions(module, matmul_methods))) {
+    if (module && (PyModule_AddFunctions(module, codec_methods) || PyModule_AddFunctions(module, matmul_methods) ||
+                   PyModule_AddFunctions(module, rows_methods))) {
         Py_DECREF(module);
         return NULL;
     }
