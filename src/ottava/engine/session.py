@@ -129,6 +129,7 @@ class Job:
     deliver: Deliver
     seed: int
     cache: DynamicCache
+    forced: Sequence[int] = ()
     produced: list[int] = field(default_factory=list)
     thinking: bool = False
     cancelled: bool = False
@@ -159,10 +160,13 @@ class Engine:
 
         return cls(load(Path(folder)), Chat.load(folder), slots=slots, queue=queue)
 
-    def submit(self, ids: Sequence[int], sampling: Sampling, deliver: Deliver) -> Job:
+    def submit(self, ids: Sequence[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int] = ()) -> Job:
         """Queue a request. `deliver` gets every Token on the engine's thread, then None, or the exception.
 
-        The stop id is delivered too. Raises DataError where the prompt fills the context, QueueFull.
+        The stop id is delivered too. forced: ids that the reply begins with, whatever the model would choose: another
+        engine said them before, or they are to be scored. They are delivered with their log-probabilities, count in
+        `max_new` and in the budget, and what follows is what would have followed had they been chosen; a stop id among
+        them ends the reply only where it is the last. Raises DataError where the prompt fills the context, QueueFull.
         """
         if not ids:
             raise DataError("the prompt is empty")
@@ -170,7 +174,7 @@ class Engine:
             raise DataError(wrong[0])
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         cache = DynamicCache(config=self.model.config)
-        job = Job(ids, sampling, deliver, seed, cache, thinking=sampling.think is not None)
+        job = Job(ids, sampling, deliver, seed, cache, forced, thinking=sampling.think is not None)
         with self._changed:
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
             if self._closed:
@@ -237,7 +241,8 @@ class Engine:
         job.produced.append(token.id)
         alive = _give(job, token)
         limit = min(job.sampling.max_new, self.context - len(job.ids))
-        if token.id in self.chat.stop_ids or len(job.produced) >= limit:
+        ended = token.id in self.chat.stop_ids and len(job.produced) >= len(job.forced)
+        if ended or len(job.produced) >= limit:
             return _give(job, None)
         return alive
 
@@ -248,9 +253,11 @@ class Engine:
         logits = step(self.model, torch.tensor([fresh], device=device), job.cache)
         draws = uniform(job.seed, [0], position) if how.temperature else None
         chosen = int(choose(logits, how.temperature, how.top_p, draws))
+        if job.thinking and how.think is not None and position >= how.think.tokens:
+            chosen = how.think.end
+        if position < len(job.forced):
+            chosen = job.forced[position]
         if job.thinking and how.think is not None:
-            if position >= how.think.tokens:
-                chosen = how.think.end
             job.thinking = chosen != how.think.end
         return _token(chosen, logits[0], how.top)
 
