@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import prometheus_client as prometheus
 from starlette.applications import Starlette
@@ -27,6 +28,7 @@ from ottava.engine.generate import ThinkBudget
 from ottava.engine.session import Engine, Piece, QueueFull, Reader, Sampling
 from ottava.errors import DataError, OttavaError
 from ottava.gateway import modes, schema
+from ottava.gateway.child import Child
 from ottava.gateway.keys import Keys, Turnstile
 from ottava.gateway.pool import Item, Moved, Pool
 from ottava.gateway.schema import ApiError, ChatRequest
@@ -52,8 +54,16 @@ class Metrics:
             lost = prometheus.Gauge("ottava_failovers", "answers taken over from a lost backend", registry=registry)
             lost.set_function(lambda: engine.failovers)
             for child in engine.children:
-                ready.labels(child.place.name).set_function(lambda child=child: float(child.state == "ready"))
-                starts.labels(child.place.name).set_function(lambda child=child: float(child.starts))
+                ready.labels(child.place.name).set_function(partial(_ready, child))
+                starts.labels(child.place.name).set_function(partial(_starts, child))
+
+
+def _ready(child: Child) -> float:
+    return float(child.state == "ready")
+
+
+def _starts(child: Child) -> float:
+    return float(child.starts)
 
 
 @dataclass

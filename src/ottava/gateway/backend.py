@@ -106,7 +106,11 @@ class Backend:
 
         if not self._engine.load_now:
             self._moved = time.monotonic()
-        job = self._engine.submit(ids, how, lambda item: loop.call_soon_threadsafe(write, item) and None, forced)
+
+        def deliver(item: Token | Exception | None) -> None:
+            loop.call_soon_threadsafe(write, item)
+
+        job = self._engine.submit(ids, how, deliver, forced)
         waits = [asyncio.create_task(reader.read()), asyncio.create_task(over.wait())]  # hung up, or done
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

@@ -219,7 +219,7 @@ class Child:
 
     async def score(self, ids: Sequence[int]) -> list[float]:
         """Log-probabilities of the ids after the first, by the path that serves. Raises Lost."""
-        found = []
+        found: list[float] = []
         async with aclosing(self._lines({"op": "score", "ids": ids})) as lines:
             async for said in lines:
                 if not isinstance(said, list):
