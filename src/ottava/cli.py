@@ -550,10 +550,26 @@ def cost(
 
 @app.command()
 def serve(
-    model: Annotated[Path, _folder("MODEL", "A model folder: BF16 or UE8M0-FP8.")],
+    models: Annotated[list[Path], _folder("MODEL...", "Folders of one model: BF16, UE8M0-FP8, other chips' layouts.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Loopback by default.")] = "127.0.0.1",
-    name: Annotated[str | None, typer.Option(help="The model's name; by default the folder's.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name; by default the first folder's.")] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Backends of each folder, in processes that are watched; by default one, in this."),
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Of each folder, in order: vendor=ascend,price=1.5 (of a million ids).")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="Which backend is asked: balanced, domestic, cheapest, fastest.")
+    ] = "balanced",
+    slots: Annotated[int, typer.Option(min=1, help="Requests at a time of each backend.")] = 4,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; the next gets 503.")] = 16,
+    keys: Annotated[Path | None, typer.Option(help="A file of NAME SHA256 lines: who may ask.")] = None,
+    at_once: Annotated[int, typer.Option(min=0, help="Requests at a time of one key; 0: no limit.")] = 0,
+    a_minute: Annotated[int, typer.Option(min=0, help="Requests a minute of one key; 0: no limit.")] = 0,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 3600.0,
     certificate: Annotated[Path | None, typer.Option(help="Serve only the values that this certificate names.")] = None,
     trust: Annotated[
         list[str] | None,
@@ -561,10 +577,12 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model over the OpenAI API, thinking on or off; SIGTERM drains."""
-    from ottava.gateway.server import serve as serve_folder
+    from ottava.gateway.server import serve as serve_folders
 
-    args = {"model": str(model), "port": port, "host": host, "name": name, "announce": True}
-    serve_folder(args | {"certificate": None if certificate is None else str(certificate), "trust": trust or []})
+    args = {"models": [str(model) for model in models], "port": port, "host": host, "name": name, "announce": True}
+    args |= {"replicas": replicas, "labels": label or [], "policy": policy, "slots": slots, "queue": queue}
+    args |= {"keys": keys and str(keys), "at_once": at_once, "a_minute": a_minute, "deadline_s": deadline}
+    serve_folders(args | {"certificate": None if certificate is None else str(certificate), "trust": trust or []})
 
 
 @app.command()

@@ -139,7 +139,8 @@ Deliver = Callable[[Token | Exception | None], None]
 class Job:
     """A request in the engine. cancel() may be called from any thread, at any time.
 
-    pending: ids that the model has not read yet. produced: the reply's ids, those said before included.
+    pending: ids that the model has not read yet. forced: those with which the reply goes on, whatever would be chosen.
+    produced: the reply's ids, those said before included.
     """
 
     ids: Sequence[int]
@@ -147,6 +148,7 @@ class Job:
     deliver: Deliver
     seed: int
     pending: list[int]
+    forced: Sequence[int] = ()
     cache: Any = None
     produced: list[int] = field(default_factory=list)
     thinking: bool = False
@@ -193,10 +195,13 @@ class Engine:
         model = load(folder, dtype, "fp8" if batched else "exact")
         return cls(model, Chat.load(folder), slots=slots, queue=queue, consume=True)
 
-    def submit(self, ids: Sequence[int], sampling: Sampling, deliver: Deliver) -> Job:
+    def submit(self, ids: Sequence[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int] = ()) -> Job:
         """Queue a request. `deliver` gets every Token on the engine's thread, then None, or the exception.
 
-        The stop id is delivered too. Raises DataError where the prompt fills the context, QueueFull.
+        The stop id is delivered too. forced: ids that the reply begins with, whatever the model would choose: another
+        engine said them before, or they are to be scored. They are delivered with their log-probabilities, count in
+        `max_new` and in the budget, and what follows is what would have followed had they been chosen; a stop id among
+        them ends the reply only where it is the last. Raises DataError where the prompt fills the context, QueueFull.
         """
         if not ids:
             raise DataError("the prompt is empty")
@@ -207,7 +212,7 @@ class Engine:
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         said = list(ids[len(ids) - sampling.said :])
         thinking = sampling.think is not None and sampling.think.end not in said
-        job = Job(ids, sampling, deliver, seed, list(ids), produced=said, thinking=thinking)
+        job = Job(ids, sampling, deliver, seed, list(ids), forced, produced=said, thinking=thinking)
         with self._changed:
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
             if self._closed:
@@ -293,7 +298,10 @@ class Engine:
         return True
 
     def _complete(self, job: Job) -> bool:
-        return bool(job.produced) and (job.produced[-1] in self.chat.stop_ids or len(job.produced) >= self._limit(job))
+        if not job.produced or len(job.produced) >= self._limit(job):
+            return bool(job.produced)
+        given = len(job.produced) - job.sampling.said >= len(job.forced)
+        return given and job.produced[-1] in self.chat.stop_ids
 
     def _parts(self, jobs: list[Job]) -> list[tuple[Job, Part]]:
         """What each request reads next: the id it produced last, or of its prompt what there is room for."""
@@ -327,9 +335,11 @@ class Engine:
         how, position = job.sampling, len(job.produced)
         draws = uniform(job.seed, [0], position) if how.temperature else None
         chosen = int(choose(logits[None], how.temperature, how.top_p, draws))
+        if job.thinking and how.think is not None and position >= how.think.tokens:
+            chosen = how.think.end
+        if position - how.said < len(job.forced):
+            chosen = job.forced[position - how.said]
         if job.thinking and how.think is not None:
-            if position >= how.think.tokens:
-                chosen = how.think.end
             job.thinking = chosen != how.think.end
         return _token(chosen, logits, how.top)
 

@@ -12,7 +12,8 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import prometheus_client as prometheus
 from starlette.applications import Starlette
@@ -24,9 +25,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ottava.engine.generate import ThinkBudget
-from ottava.engine.session import Engine, Job, Piece, QueueFull, Reader, Sampling, Token
+from ottava.engine.session import Engine, Piece, QueueFull, Reader, Sampling
 from ottava.errors import DataError, OttavaError
 from ottava.gateway import modes, schema
+from ottava.gateway.child import Child
+from ottava.gateway.keys import Keys, Turnstile
+from ottava.gateway.pool import Item, Moved, Pool
 from ottava.gateway.schema import ApiError, ChatRequest
 
 DEFAULT_LIMIT = 1024  # ids of a reply where the client sets no limit
@@ -36,7 +40,7 @@ BODY_SECONDS = 30.0  # a client that sends its body slower than this is let go
 class Metrics:
     """Prometheus' view of one gateway, in a registry of its own."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | Pool) -> None:
         registry = self.registry = prometheus.CollectorRegistry()
         self.requests = prometheus.Counter("ottava_requests", "chat requests by status", ["status"], registry=registry)
         self.tokens = prometheus.Counter("ottava_tokens", "ids by kind", ["kind"], registry=registry)
@@ -44,15 +48,37 @@ class Metrics:
         self.first = prometheus.Histogram("ottava_first_token_seconds", "request to first id", registry=registry)
         load = prometheus.Gauge("ottava_load", "requests generating or waiting", registry=registry)
         load.set_function(lambda: engine.load_now)
+        if isinstance(engine, Pool):
+            ready = prometheus.Gauge("ottava_backend_ready", "1: takes work", ["backend"], registry=registry)
+            starts = prometheus.Gauge("ottava_backend_starts", "starts so far", ["backend"], registry=registry)
+            lost = prometheus.Gauge("ottava_failovers", "answers taken over from a lost backend", registry=registry)
+            lost.set_function(lambda: engine.failovers)
+            for child in engine.children:
+                ready.labels(child.place.name).set_function(partial(_ready, child))
+                starts.labels(child.place.name).set_function(partial(_starts, child))
+
+
+def _ready(child: Child) -> float:
+    return float(child.state == "ready")
+
+
+def _starts(child: Child) -> float:
+    return float(child.starts)
 
 
 @dataclass
 class Gateway:
-    """A served model. running: requests between their first byte and their last; draining: no new ones are taken."""
+    """A served model. running: requests between their first byte and their last; draining: no new ones are taken.
 
-    engine: Engine
+    max_body: bytes; deadline_s: seconds that an answer may take.
+    """
+
+    engine: Engine | Pool
     name: str
     max_body: int = 1 << 20
+    deadline_s: float = 3600.0
+    keys: Keys = field(default_factory=Keys)
+    turnstile: Turnstile = field(default_factory=Turnstile)
     running: int = 0
     draining: bool = False
 
@@ -74,6 +100,7 @@ class Gateway:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
+        self._owner(request)
         entry = {"object": "model", "created": self.created, "owned_by": "ottava"}
         return JSONResponse(
             {"object": "list", "data": [{"id": n, **entry} for n in modes.served_names(self.name, self.switch)]}
@@ -86,6 +113,7 @@ class Gateway:
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics."""
+        self._owner(request)
         return Response(prometheus.generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def chat(self, request: Request) -> Response:
@@ -93,11 +121,15 @@ class Gateway:
         self.running += 1
         handed_over = False
         status = 500
+        owner: str | None = None
         try:
+            name = self._owner(request)
+            self.turnstile.enter(name)
+            owner = name
             reply = await self._admit(request)
             if reply.request.stream:
                 handed_over, status = True, 200
-                return _Events(reply, self._finished)
+                return _Events(reply, lambda: self._finished(name))
             answer = await reply.whole(request)
             status = answer.status_code
             return answer
@@ -113,10 +145,17 @@ class Gateway:
         finally:
             self.metrics.requests.labels(status).inc()
             if not handed_over:
-                self._finished()
+                self._finished(owner)
 
-    def _finished(self) -> None:
+    def _owner(self, request: Request) -> str:
+        """Whose key the request holds. Raises ApiError 401."""
+        return self.keys.owner(request.headers.get("authorization"))
+
+    def _finished(self, owner: str | None) -> None:
+        """owner None: it was not let in."""
         self.running -= 1
+        if owner is not None:
+            self.turnstile.leave(owner)
 
     async def _admit(self, request: Request) -> _Reply:
         """Check a request and queue it. Raises ApiError."""
@@ -152,14 +191,15 @@ class _Reply:
             "model": request.model or gateway.name,
         }
         self._began, self._complete = time.monotonic(), False
-        self._arrived: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
+        self.moves: list[Moved] = []
+        self._arrived: asyncio.Queue[Item] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def deliver(item: Token | Exception | None) -> None:
+        def deliver(item: Item) -> None:
             loop.call_soon_threadsafe(self._arrived.put_nowait, item)
 
         sampling = _sampling(request, thinking, self.chat.think_end)
-        self.job: Job = gateway.engine.submit(ids, sampling, deliver)
+        self.job = gateway.engine.submit(ids, sampling, deliver)
 
     def close(self) -> None:
         """End the generation, wherever it is. To be called once, however the request ends."""
@@ -173,9 +213,12 @@ class _Reply:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The reply as it comes."""
-        while self.reader.finish != "stop" and (token := await self._arrived.get()) is not None:
+        while self.reader.finish != "stop" and (token := await self._next()) is not None:
             if isinstance(token, Exception):
                 raise token
+            if isinstance(token, Moved):
+                self.moves.append(token)
+                continue
             if self.reader.total == 0:
                 self.gateway.metrics.first.observe(time.monotonic() - self._began)
             for piece in self.reader.add(token):
@@ -184,8 +227,24 @@ class _Reply:
             yield piece
         self._complete = True
 
+    async def _next(self) -> Item:
+        """What comes next. Raises ApiError 504 at the deadline."""
+        seconds = self.gateway.deadline_s
+        try:
+            async with asyncio.timeout(self._began + seconds - time.monotonic()):
+                return await self._arrived.get()
+        except TimeoutError:
+            raise ApiError(504, f"the answer took longer than {seconds:g} seconds", code="deadline") from None
+
     def usage(self) -> dict[str, object]:
         return schema.usage(self.prompt, self.reader.total, self.reader.reasoning)
+
+    def trailer(self) -> dict[str, object]:
+        """Where the reply came from, where there are several backends: which, from which of its ids on."""
+        if not self.moves:
+            return {}
+        path = [{"backend": move.backend, "from": move.at} for move in self.moves]
+        return {"ottava": {"failovers": len(path) - 1, "path": path}}
 
     async def whole(self, request: Request) -> Response:
         """The plain answer. Raises ClientDisconnect when nobody is there to take it."""
@@ -206,7 +265,8 @@ class _Reply:
         tokens = [token for piece in pieces for token in piece.tokens]
         told = schema.logprobs(self.chat, tokens) if self.request.logprobs else None
         choice = {"index": 0, "message": message, "logprobs": told, "finish_reason": self.reader.finish}
-        return JSONResponse({**self.head, "object": "chat.completion", "choices": [choice], "usage": self.usage()})
+        head = {**self.head, **self.trailer(), "object": "chat.completion"}
+        return JSONResponse({**head, "choices": [choice], "usage": self.usage()})
 
     async def _collect(self) -> list[Piece]:
         return [piece async for piece in self.pieces()]
@@ -221,17 +281,27 @@ class _Reply:
                 told = schema.logprobs(self.chat, list(piece.tokens)) if self.request.logprobs else None
                 yield self._event(dict.fromkeys(keys, piece.text), logprobs=told)
         except OttavaError as error:
-            yield f"data: {json.dumps(ApiError(503, error.what).body())}\n\n"
+            yield _failed(ApiError(503, error.what))
             return
-        yield self._event({}, finish=self.reader.finish)
+        except ApiError as error:
+            yield _failed(error)
+            return
+        yield self._event({}, finish=self.reader.finish, **self.trailer())
         if self.request.stream_options is not None and self.request.stream_options.include_usage:
             data = {**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage()}
             yield f"data: {json.dumps(data)}\n\n"
         yield "data: [DONE]\n\n"
 
-    def _event(self, delta: dict[str, str], *, finish: str | None = None, logprobs: object = None) -> str:
+    def _event(
+        self, delta: dict[str, str], *, finish: str | None = None, logprobs: object = None, **more: object
+    ) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return f"data: {json.dumps({**self.head, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+        chunk = {**self.head, **more, "object": "chat.completion.chunk", "choices": [choice]}
+        return f"data: {json.dumps(chunk)}\n\n"
+
+
+def _failed(error: ApiError) -> str:
+    return f"data: {json.dumps(error.body())}\n\n"
 
 
 class _Events(StreamingResponse):
@@ -283,6 +353,8 @@ async def _body(request: Request, cap: int) -> bytes:
 
 async def _refuse(request: Request, error: ApiError) -> Response:
     headers = {} if error.retry is None else {"Retry-After": str(error.retry)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body(), error.status, headers)
 
 

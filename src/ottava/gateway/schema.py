@@ -15,6 +15,8 @@ from ottava.document import suggest
 from ottava.engine.session import Token
 from ottava.models.chat import Chat
 
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
 
 class ApiError(Exception):
     """A refusal in OpenAI's shape. param: the field at fault; retry: seconds for Retry-After."""
@@ -27,7 +29,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 

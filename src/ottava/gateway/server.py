@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,10 @@ from ottava.checkpoint.stream import default_workers
 from ottava.engine.session import Engine
 from ottava.errors import DataError, from_os_error
 from ottava.gateway.app import Gateway
+from ottava.gateway.child import Patience
+from ottava.gateway.keys import Keys, Turnstile
+from ottava.gateway.patience import PatientProtocol
+from ottava.gateway.pool import Pool, places
 from ottava.verify.certificate import check
 
 LOOPBACK = "127.0.0.1"
@@ -27,27 +32,53 @@ LOOPBACK = "127.0.0.1"
 def serve(args: Mapping[str, Any]) -> dict[str, Any]:
     """Serve a model folder until SIGTERM or SIGINT, then let running requests finish.
 
-    args: model (folder); name (default: the folder's name); port (default 8000; 0 picks a free one);
-    host (default loopback); slots, queue (see Engine); max_body (bytes); drain_s (default 60: what
+    args: model (folder), or models (folders of one model, each for other chips); replicas: backends of each, in
+    processes of their own (default: one engine in this process where there is one folder); labels, policy: see
+    `pool`; name (default: the first folder's name); port (default 8000; 0 picks a free one);
+    host (default loopback); slots, queue (see Engine); max_body (bytes); deadline_s (of an answer);
+    keys: a file (see `keys`); at_once, a_minute: requests of one key (0: no limit); drain_s (default 60: what
     still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens;
     announce: say the address on stderr then; certificate (file) and trust (public keys): serve only a
     folder whose values the certificate names, signed with one of these keys.
     Returns {"port", "drained"}; drained False: something was cut off. Raises ResourceError where the
     port is in use, and Verdict where the certificate does not fit, before anything is loaded.
     """
+    keys = Keys.read(Path(args["keys"]) if args.get("keys") else None)
     listener = _listen(args.get("host", LOOPBACK), int(args.get("port", 8000)))
     with listener:
         port = listener.getsockname()[1]
-        folder = Path(args["model"])
-        _certified(folder, args)
-        engine = Engine.load(folder, slots=args.get("slots", 4), queue=args.get("queue", 16))
-        gateway = Gateway(engine, args.get("name") or folder.resolve().name, args.get("max_body", 1 << 20))
+        folders = [Path(folder) for folder in args.get("models") or [args["model"]]]
+        for folder in folders:
+            _certified(folder, args)
+        engine = _engine(folders, args)
+        gateway = Gateway(
+            engine,
+            args.get("name") or folders[0].resolve().name,
+            args.get("max_body", 1 << 20),
+            args.get("deadline_s", 3600.0),
+            keys,
+            Turnstile(args.get("at_once", 0), args.get("a_minute", 0)),
+        )
         server = _Server(gateway, listener, args)
         try:
             server.run(sockets=[listener])
         finally:
-            engine.close()
+            if isinstance(engine, Engine):
+                engine.close()
+        if server.failed is not None:
+            raise server.failed
     return {"port": port, "drained": not server.cut}
+
+
+def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
+    """One engine in this process, or backends in processes of their own."""
+    bounds = {"slots": args.get("slots", 4), "queue": args.get("queue", 16)}
+    replicas = args.get("replicas")
+    if replicas is None and len(folders) == 1 and not args.get("labels"):
+        return Engine.load(folders[0], **bounds)
+    found = places(folders, 1 if replicas is None else replicas, args.get("labels") or ())
+    patience = Patience(**args.get("patience") or {})
+    return Pool(found, **bounds, policy=args.get("policy", "balanced"), patience=patience)
 
 
 def _certified(folder: Path, args: Mapping[str, Any]) -> None:
@@ -103,16 +134,27 @@ class _Server(uvicorn.Server):
             server_header=False,
             lifespan="off",
             loop="asyncio",
-            http="h11",
+            http=PatientProtocol,
             ws="none",
             timeout_graceful_shutdown=1,
         )
         super().__init__(config)
         self._gateway, self._args, self._address = gateway, args, listener.getsockname()
         self._deadline: float | None = None
+        self.failed: BaseException | None = None  # no backend came up
         self.cut = False  # the deadline came before the last request was done
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if isinstance(self._gateway.engine, Pool):
+            loading = asyncio.create_task(self._gateway.engine.start())
+            while not loading.done() and not self._gateway.draining:  # it may be told to stop while it loads
+                await asyncio.wait({loading}, timeout=0.1)
+            failed = loading.exception() if loading.done() else None
+            if failed is not None or not loading.done():
+                loading.cancel()
+                await self._gateway.engine.stop()
+                self.failed, self.should_exit = failed, True
+                return
         await super().startup(sockets)
         host, port = self._address[:2]
         if self._args.get("announce"):
@@ -120,6 +162,11 @@ class _Server(uvicorn.Server):
             print(f"{self._gateway.name} listens on {where} (Ctrl-C stops it)", file=sys.stderr, flush=True)
         if self._args.get("ready"):
             write_json(Path(self._args["ready"]), {"port": port, "pid": os.getpid()})
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if isinstance(self._gateway.engine, Pool):
+            await self._gateway.engine.stop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._gateway.draining:

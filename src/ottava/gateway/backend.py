@@ -1,0 +1,127 @@
+"""One engine in a process of its own, spoken to over a unix socket (`wire`).
+
+It is started and watched by `pool`. It ends when its standard input does: a gateway that was killed leaves nothing
+behind. Nobody but the user who started it can reach the socket: its folder is closed to others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ottava.engine.session import Engine, Sampling, Token
+from ottava.errors import DataError, OttavaError
+from ottava.gateway import wire
+
+
+def main() -> int:
+    """Load the folder that the arguments name (JSON: model, socket, slots) and answer until standard input ends."""
+    args = json.loads(sys.argv[1])
+    threading.Thread(target=_outlive_nobody, daemon=True).start()
+    try:
+        engine = Engine.load(args["model"], slots=args["slots"], queue=args["slots"])
+    except OttavaError as error:
+        print(error.render(), file=sys.stderr, flush=True)
+        return error.exit_code
+    asyncio.run(Backend(engine).run(Path(args["socket"])))
+    return 0
+
+
+def _outlive_nobody() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+class Backend:
+    """Answers the questions of `wire` with an engine."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._moved = engine, time.monotonic()
+
+    async def run(self, path: Path) -> None:
+        """Listen for ever. The socket appears once questions are answered."""
+        early = path.with_suffix(".new")
+        early.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(self._serve, early, limit=wire.LONGEST)
+        early.rename(path)
+        async with server:
+            await server.serve_forever()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            asked = json.loads(await reader.readline() or b"{}")
+            if asked.get("op") in ("generate", "score"):
+                await self._stream(asked, reader, writer)
+            else:
+                writer.write(wire.line(await asyncio.to_thread(self._answer, asked)))
+                await writer.drain()
+        except ConnectionError:
+            pass
+        except Exception as error:
+            writer.write(wire.of_error(error))
+        finally:
+            writer.close()
+
+    def _answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        engine, op = self._engine, asked.get("op")
+        if op == "health":
+            if not engine.alive:
+                raise DataError("the engine's thread has ended")
+            load = engine.load_now
+            return {"load": load, "still": time.monotonic() - self._moved if load else 0.0}
+        if op == "hello":
+            return {"pid": os.getpid(), "context": engine.context}
+        if op == "render":
+            return {"ids": [_rendered(engine, *one) for one in asked["conversations"]]}
+        raise DataError(f"no such question: {op!r}")
+
+    async def _stream(
+        self, asked: Mapping[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        ids: Sequence[int] = asked["ids"]
+        if asked["op"] == "score":
+            ids, forced, how = ids[:1], ids[1:], Sampling(max_new=len(ids) - 1)
+        else:
+            forced, how = asked["forced"], wire.sampling_of(asked["sampling"])
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+        def write(item: Token | Exception | None) -> None:
+            self._moved = time.monotonic()
+            if isinstance(item, Token):
+                writer.write(wire.of_token(item))
+            else:
+                writer.write(wire.line({"done": True}) if item is None else wire.of_error(item))
+                over.set()
+
+        if not self._engine.load_now:
+            self._moved = time.monotonic()
+
+        def deliver(item: Token | Exception | None) -> None:
+            loop.call_soon_threadsafe(write, item)
+
+        job = self._engine.submit(ids, how, deliver, forced)
+        waits = [asyncio.create_task(reader.read()), asyncio.create_task(over.wait())]  # hung up, or done
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            job.cancel()
+            for task in waits:
+                task.cancel()
+
+
+def _rendered(engine: Engine, messages: list[dict[str, Any]], thinking: bool) -> list[int] | None:
+    try:
+        return engine.chat.render(messages, thinking)
+    except DataError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""One backend as the gateway sees it: a process that is started, asked, watched, and started again.
+
+A hung process and a dead one are the same thing here: what does not answer in time is killed, and everybody who
+waited for it learns it from the closed socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ottava.engine.session import Sampling, Token
+from ottava.errors import OttavaError, ResourceError
+from ottava.gateway import wire
+
+BACKOFF = (0.2, 30.0)
+"""Seconds before the first start again, and at most; each is twice the one before."""
+CALM = 30.0  # a backend that was ready for so many seconds begins the backoff anew
+
+State = Literal["loading", "ready", "down", "refused"]
+
+
+class Lost(Exception):
+    """The backend died, or was taken for dead, before the answer was complete."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds. every: between two looks at a backend; hung: that it may take to answer one; still: without a token
+    while it has work, as its longest prompt may take; load: for loading."""
+
+    every: float = 0.5
+    hung: float = 10.0
+    still: float = 300.0
+    load: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a backend is. price: of a million ids, in any currency, one for all."""
+
+    name: str
+    folder: Path
+    vendor: str = "cpu"
+    price: float = 0.0
+
+
+Check = Callable[["Child"], Awaitable[None]]
+
+
+@dataclass
+class Child:
+    """A backend process. changed(): called whenever it may have become able to take work, or unable.
+
+    state: refused means that `check` refused it. rate: tokens a second of one request, a moving mean; None: unknown.
+    """
+
+    place: Place
+    slots: int
+    sockets: Path
+    patience: Patience
+    changed: Callable[[], None]
+    check: Check | None = None
+    threads: int | None = None
+    state: State = "down"
+    busy: int = 0
+    starts: int = 0
+    fault: str = ""
+    context: int = 0
+    rate: float | None = None
+    _process: asyncio.subprocess.Process | None = None
+    _opened: set[asyncio.StreamWriter] = field(default_factory=set)
+
+    @property
+    def path(self) -> Path:
+        return self.sockets / f"{self.place.name}.sock"
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    @property
+    def free(self) -> bool:
+        """Whether it takes another request."""
+        return self.state == "ready" and self.busy < self.slots
+
+    async def keep(self) -> None:
+        """Have it run, for ever: start, check, watch, and after its end begin anew."""
+        wait = BACKOFF[0]
+        try:
+            while True:
+                began = time.monotonic()
+                state: State = "down"
+                try:
+                    await self._start()
+                    began = time.monotonic()
+                    await self._watch()
+                except Lost as error:
+                    self.fault = str(error)
+                except OttavaError as error:
+                    self.fault, state = error.what, "refused"
+                await self.end(state)
+                print(f"backend {self.place.name}: {self.fault}", file=sys.stderr, flush=True)
+                wait = BACKOFF[0] if time.monotonic() - began > CALM else wait
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, BACKOFF[1])
+        finally:
+            await self.end("down")
+
+    async def _start(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.state, self.starts = "loading", self.starts + 1
+        args = {"model": str(self.place.folder), "socket": str(self.path), "slots": self.slots}
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "ottava.gateway.backend",
+            json.dumps(args),
+            stdin=asyncio.subprocess.PIPE,  # kept open: its end is the backend's
+            stdout=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})},
+            start_new_session=True,  # Ctrl-C is for the gateway, which then lets requests finish
+        )
+        deadline = time.monotonic() + self.patience.load
+        while not self.path.exists():
+            if self._process.returncode is not None:
+                raise Lost(f"it ended with status {self._process.returncode} while loading")
+            if time.monotonic() > deadline:
+                raise Lost(f"it did not load within {self.patience.load:g} seconds")
+            await asyncio.sleep(0.02)
+        self.context = (await self.ask(op="hello"))["context"]
+        if self.check is not None:
+            await self.check(self)
+        self.state, self.fault = "ready", ""
+        self.changed()
+
+    async def _watch(self) -> None:
+        """Returns by raising Lost, once the process has ended or does not answer."""
+        assert self._process is not None
+        ended = asyncio.create_task(self._process.wait())
+        try:
+            while True:
+                await asyncio.wait({ended}, timeout=self.patience.every)
+                if ended.done():
+                    raise Lost(f"it ended with status {ended.result()}")
+                try:
+                    health = await self.ask(op="health", within=self.patience.hung)
+                except TimeoutError:
+                    raise Lost(f"it did not answer within {self.patience.hung:g} seconds") from None
+                except OttavaError as error:
+                    raise Lost(error.what) from None
+                if health["still"] > self.patience.still:
+                    raise Lost(f"it has work, and no token came for {self.patience.still:g} seconds")
+        finally:
+            ended.cancel()
+
+    async def end(self, state: State) -> None:
+        """Kill the process, and tell all who wait for it."""
+        self._give_up()
+        self.state = state
+        process, self._process = self._process, None
+        if process is not None:
+            await process.wait()
+        for writer in [*self._opened]:
+            writer.transport.abort()
+        self.changed()
+
+    async def ask(self, *, within: float | None = None, **question: Any) -> dict[str, Any]:
+        """One answer. Raises Lost, TimeoutError after `within` seconds, or what the backend says."""
+        async with asyncio.timeout(within), aclosing(self._lines(question)) as lines:
+            async for said in lines:
+                return said  # type: ignore[no-any-return]
+        raise Lost("it hung up")
+
+    async def generate(
+        self, ids: Sequence[int], sampling: Sampling, emitted: Sequence[int]
+    ) -> AsyncGenerator[Token, None]:
+        """The tokens that follow `emitted` in the reply to a prompt. Raises Lost, or what the engine raises."""
+        asked = {"op": "generate", "ids": ids, "sampling": wire.of_sampling(sampling), "forced": emitted}
+        incarnation = self.starts
+        try:
+            async with aclosing(self._tokens(asked, len(emitted))) as tokens:
+                async for token in tokens:
+                    yield token
+        except Lost:
+            if self.starts == incarnation:  # nobody else is to be sent there until it has begun anew
+                self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        self.state = "down"
+        process = self._process
+        if process is not None and process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)  # asyncio's own may reap it before asyncio looks
+
+    async def _tokens(self, asked: dict[str, Any], said_before: int) -> AsyncGenerator[Token, None]:
+        number, since = 0, 0.0
+        async with aclosing(self._lines(asked)) as lines:
+            async for said in lines:
+                if not isinstance(said, list):
+                    return
+                number += 1
+                if number > said_before:
+                    if number > said_before + 1:  # the first waits for its prompt
+                        self._paced(time.monotonic() - since)
+                    since = time.monotonic()
+                    yield wire.token_of(said)
+        raise Lost("it hung up in mid-answer")
+
+    async def score(self, ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of the ids after the first, by the path that serves. Raises Lost."""
+        found: list[float] = []
+        async with aclosing(self._lines({"op": "score", "ids": ids})) as lines:
+            async for said in lines:
+                if not isinstance(said, list):
+                    return found
+                found.append(float(said[1]))
+        raise Lost("it hung up in mid-answer")
+
+    def _paced(self, seconds: float) -> None:
+        rate = 1.0 / max(seconds, 1e-6)
+        self.rate = rate if self.rate is None else 1.0 / (0.98 / self.rate + 0.02 / rate)
+
+    async def _lines(self, question: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        try:
+            reader, writer = await asyncio.open_unix_connection(self.path, limit=wire.LONGEST)
+        except OSError as error:
+            raise Lost(f"it cannot be reached: {error}") from None
+        self._opened.add(writer)
+        try:
+            writer.write(wire.line(question))
+            while (text := await reader.readline()).endswith(b"\n"):  # half a line is what a death leaves
+                said = json.loads(text)
+                if isinstance(said, dict) and "error" in said:
+                    raise wire.error_of(said)
+                yield said
+        except ConnectionError as error:
+            raise Lost(f"the connection broke: {error}") from None
+        finally:
+            self._opened.discard(writer)
+            writer.close()
+
+
+def unavailable(children: Sequence[Child]) -> ResourceError:
+    """What to tell a client when no backend comes back."""
+    states = ", ".join(f"{child.place.name} is {child.state}" for child in children)
+    return ResourceError(f"no backend can answer: {states}", fix="try again later")
