@@ -1,0 +1,77 @@
+"""How a panel of people judges one audited label, when each of them may be wrong.
+
+People who have not voted on the item are asked one after the other, blind, until the odds are clear: each answer that
+agrees with the label adds w, each that does not takes w off, w = ln(p / (1 - p)) with p the person's accuracy. At AGREE the label is
+*confirmed*, at -AGAINST it is *refuted*; where neither is reached with the people there are, it counts as refuted unless
+more weight is for it.
+
+**Why the share of refuted labels bounds the share of wrong ones** even where items differ in how hard they are. Take the items on
+which a person is right with probability a > 1/2, and say a share e of their labels is wrong, for reasons that are
+independent of the panel's given the item. Then refuted = e (1 - miss) + (1 - e) alarm, and this is at least e as soon as (1 - e)
+alarm >= e miss. For an equal number of steps up and down, alarm = miss and e <= 1/2 is all that is needed: on hard items false alarms
+outweigh misses. The panel needs one answer more to refute than to confirm; with 2 and 3 answers and a = 0.6 this holds for
+e <= 0.34, with a = 0.7 for e <= 0.29, and with a = 0.92 for e <= 0.08, beyond which the misses are under 0.8% of the wrong labels:
+the bound is divided by 1 - `misses` for them. What it cannot see: items on which most people are wrong.
+"""
+
+from __future__ import annotations
+
+import math
+
+AGREE = math.log(40.0)
+AGAINST = math.log(600.0)
+LONGEST = 9
+"""Answers of one panel."""
+WEIGHTS = (0.4, 3.6)
+"""The least and the most that one answer may weigh: two who agree are always asked."""
+
+
+def weight(accuracy: float) -> float:
+    """What an answer of somebody of this accuracy weighs; 0: no use in a panel."""
+    if accuracy <= 0.6:
+        return 0.0
+    return min(max(math.log(accuracy / max(1 - accuracy, 1e-9)), WEIGHTS[0]), WEIGHTS[1])
+
+
+def verdict(odds: float, answers: int, more: bool) -> bool | None:
+    """True: refuted; False: confirmed; None: ask another, if there are `more`."""
+    if odds >= AGREE:
+        return False
+    if odds <= -AGAINST:
+        return True
+    if answers >= LONGEST or not more:
+        return odds <= 0
+    return None
+
+
+def misses(accuracy: float) -> float:
+    """The share of wrong labels that a panel of such people confirms: a random walk between two walls.
+
+    The ruin of the gambler (Feller, An Introduction to Probability Theory I, XIV.2), with answers independent given the item.
+    """
+    w = weight(accuracy)
+    if w == 0:
+        return 1.0
+    up, down = math.ceil(AGREE / w), math.ceil(AGAINST / w)
+    return walk(1 - accuracy, up, down)
+
+
+def walk(p: float, up: int, down: int) -> float:
+    """The probability that a walk with steps +1 (probability p) and -1 reaches +up before -down."""
+    if p == 0.5:
+        return down / (up + down)
+    r = (1 - p) / p
+    if r > 1:  # divided through by r^down, which could overflow
+        s = 1 / r
+        return s**up * (1 - s**down) / (1 - s ** (up + down))
+    return (1 - r**down) / (1 - r ** (up + down))
+
+
+def cost(accuracy: float) -> float:
+    """Answers that a panel of such people needs for a right label (Wald's identity)."""
+    w = weight(accuracy)
+    if w == 0:
+        return math.inf
+    up, down = math.ceil(AGREE / w), math.ceil(AGAINST / w)
+    end = walk(accuracy, up, down)
+    return min((end * up - (1 - end) * down) / (2 * accuracy - 1), LONGEST)
