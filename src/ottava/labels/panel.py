@@ -2,8 +2,8 @@
 
 People who have not voted on the item are asked one after the other, blind, until the odds are clear: each answer that
 agrees with the label adds w, each that does not takes w off, w = ln(p / (1 - p)) with p the person's accuracy. At AGREE the label is
-*confirmed*, at -AGAINST it is *refuted*; where neither is reached with the people there are, it counts as refuted unless
-more weight is for it.
+*confirmed*, at -AGAINST it is *refuted*; where neither is reached with the people there are, it counts as refuted from a
+third of that on.
 
 **Why the share of refuted labels bounds the share of wrong ones** even where items differ in how hard they are. Take the items on
 which a person is right with probability a > 1/2, and say a share e of their labels is wrong, for reasons that are
@@ -20,7 +20,7 @@ import math
 
 AGREE = math.log(40.0)
 AGAINST = math.log(600.0)
-LONGEST = 9
+LONGEST = 11
 """Answers of one panel."""
 WEIGHTS = (0.4, 3.6)
 """The least and the most that one answer may weigh: two who agree are always asked."""
@@ -40,38 +40,35 @@ def verdict(odds: float, answers: int, more: bool) -> bool | None:
     if odds <= -AGAINST:
         return True
     if answers >= LONGEST or not more:
-        return odds <= 0
+        return odds <= -AGAINST / 3
     return None
 
 
 def misses(accuracy: float) -> float:
-    """The share of wrong labels that a panel of such people confirms: a random walk between two walls.
-
-    The ruin of the gambler (Feller, An Introduction to Probability Theory I, XIV.2), with answers independent given the item.
-    """
-    w = weight(accuracy)
-    if w == 0:
-        return 1.0
-    up, down = math.ceil(AGREE / w), math.ceil(AGAINST / w)
-    return walk(1 - accuracy, up, down)
-
-
-def walk(p: float, up: int, down: int) -> float:
-    """The probability that a walk with steps +1 (probability p) and -1 reaches +up before -down."""
-    if p == 0.5:
-        return down / (up + down)
-    r = (1 - p) / p
-    if r > 1:  # divided through by r^down, which could overflow
-        s = 1 / r
-        return s**up * (1 - s**down) / (1 - s ** (up + down))
-    return (1 - r**down) / (1 - r ** (up + down))
+    """The share of wrong labels that a panel of such people confirms, with answers independent given the item."""
+    return walk(1 - accuracy, weight(accuracy))[0] if weight(accuracy) else 1.0
 
 
 def cost(accuracy: float) -> float:
-    """Answers that a panel of such people needs for a right label (Wald's identity)."""
-    w = weight(accuracy)
-    if w == 0:
-        return math.inf
-    up, down = math.ceil(AGREE / w), math.ceil(AGAINST / w)
-    end = walk(accuracy, up, down)
-    return min((end * up - (1 - end) * down) / (2 * accuracy - 1), LONGEST)
+    """Answers that a panel of such people needs for a right label."""
+    return walk(accuracy, weight(accuracy))[1] if weight(accuracy) else float(LONGEST)
+
+
+def walk(agree: float, w: float) -> tuple[float, float]:
+    """(the probability of `confirmed`, answers on average) where each answer agrees with probability `agree` and weighs w.
+
+    All paths are added up, step by step: the walls, and what is decided where the answers end.
+    """
+    open_, confirmed, answers = {0: 1.0}, 0.0, 0.0
+    for step in range(1, LONGEST + 1):
+        answers += sum(open_.values())
+        new: dict[int, float] = {}
+        for at, p in open_.items():
+            for to, chance in ((at + 1, p * agree), (at - 1, p * (1 - agree))):
+                said = verdict(to * w, step, True)
+                if said is None:
+                    new[to] = new.get(to, 0.0) + chance
+                elif not said:
+                    confirmed += chance
+        open_ = new
+    return confirmed, answers

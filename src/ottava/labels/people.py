@@ -27,7 +27,7 @@ GUESS = 0.7
 """Of the votes on a hard item, the share that are guesses: 92% becomes 63% with two classes."""
 SHRINK = 12.0
 """Votes of each class that a person's matrix starts with, spread as everybody's: few votes prove little."""
-HARD_A, HARD_B = 1.0, 40.0
+HARD_A, HARD_B = 0.5, 50.0
 """Beta prior of the share of hard items: none, unless votes say so."""
 
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 RIDGE = 0.15
 KAPPA = 25.0
+UNSEEN = 0.3
+"""Errors that a pattern starts with. Without them, a pattern whose first votes were right by luck is believed, hence never asked
+about again, and the claim is too good."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def fit(found: Patterns, counts: Floats, weights: Floats | None = None, rounds: 
             break
         w, now = w + size * step, new
     logit = _softmax(x @ w)
-    smoothed = (counts + KAPPA * logit) / (counts.sum(1, keepdims=True) + KAPPA)
+    smoothed = counts + KAPPA * logit + UNSEEN / (x.shape[1] - 1)
+    smoothed /= smoothed.sum(1, keepdims=True)
     return smoothed, w
 
 
