@@ -1,8 +1,8 @@
 """Votes, error, bound and coverage of the labelling policy: python -m benchmarks.labels --json
 
 For each kind of world (`worlds.KINDS`): votes an item against two votes and a third on disagreement, simulated on the
-same worlds; then the true error, the claim, the bound, and in how many worlds the bound held. `--only NAME,...` picks kinds,
-`--seeds` how many worlds of each, `--first` the first seed, `--items` their size.
+same worlds; then the true error, the claim, the bound, and in how many worlds the bound held. `--only NAME,...` picks
+kinds, `--seeds` how many worlds of each, `--first` the first seed, `--items` their size.
 """
 
 from __future__ import annotations

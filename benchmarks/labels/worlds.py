@@ -132,7 +132,8 @@ class Truth:
 
 
 def two_plus_one(kind: Kind, seed: int) -> tuple[float, float]:
-    """(votes an item, error) of two votes and a third on disagreement, on this very world; a tie of three: the first."""
+    """(votes an item, error) of two votes and a third on disagreement, on this very world; a tie of three: the
+    first."""
     truth = Truth(replace(kind, away=0.0), seed)
     rng = np.random.default_rng([seed, 1])
     wrong = 0

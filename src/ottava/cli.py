@@ -728,7 +728,9 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
         typer.echo(listed(result))
 
 
-label_app = typer.Typer(help="Labels: people only where machines disagree, and a certified error.", no_args_is_help=True)
+label_app = typer.Typer(
+    help="Labels: people only where machines disagree, and a certified error.", no_args_is_help=True
+)
 app.add_typer(label_app, name="label")
 
 

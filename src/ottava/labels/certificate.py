@@ -1,17 +1,19 @@
 """How wrong may the labels be? An upper bound from a weighted audit, valid however often one looks.
 
-Items are drawn without replacement, the next one always with probability r_i / (sum of r over those not drawn): labels that are believed to
-be risky are drawn more often. With z_i = 1 if item i's label is refuted, N items, S the refuted ones drawn so far and q the
-probability of the draw, y = z / (N q) has the mean m - S / N, if m is the share of refuted labels among all. One
-bets that it is lower (Waudby-Smith, Ramdas, NeurIPS 2020, arXiv 2006.04347, for draws without replacement; Shekhar et al.,
-arXiv 2305.06884, for weights):
+Items are drawn without replacement, the next one always with probability r_i / (sum of r over those not drawn): labels
+that are believed to be risky are drawn more often. With z_i = 1 if item i's label is refuted, N items, S the refuted
+ones drawn so far and q the probability of the draw, y = z / (N q) has the mean m - S / N, if m is the share of refuted
+labels among all. One bets that it is lower (Waudby-Smith, Ramdas, NeurIPS 2020, arXiv 2006.04347, for draws without
+replacement; Shekhar et al., arXiv 2305.06884, for weights):
 
-    wealth(m) = mean over b of the product over draws of  1 + b (m - S / N - y) / y_max        y_max = (sum of r left) / (N r_min)
+    wealth(m) = mean over b of the product over draws of  1 + b (m - S / N - y) / y_max
+    y_max = (sum of r left) / (N r_min)
 
-For the true m every bet is a nonnegative martingale from 1 (y is at most y_max, b < 1), so wealth ever reaches 1 / alpha with
-probability at most alpha (Ville). Every m whose wealth has reached it is too large; wealth grows with m, so the bound is where
-it is reached, and the least bound so far holds too. `verify.sequential` bets on alike, unweighted examples of an endless population;
-here labels are drawn with weights from a finite one: once all are drawn, the bound is the share itself.
+For the true m every bet is a nonnegative martingale from 1 (y is at most y_max, b < 1), so wealth ever reaches 1 /
+alpha with probability at most alpha (Ville). Every m whose wealth has reached it is too large; wealth grows with m, so
+the bound is where it is reached, and the least bound so far holds too. `verify.sequential` bets on alike, unweighted
+examples of an endless population; here labels are drawn with weights from a finite one: once all are drawn, the bound
+is the share itself.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 BETS = (0.9, 0.6, 0.4, 0.25, 0.12)
 MOST_WEIGHT = 2.5
-"""How much rarer than an average label the safest may be drawn: rarer, and one wrong label there would weigh too much."""
+"""How much rarer than an average label the safest may be drawn: rarer, and one wrong label there would weigh too
+much."""
 
 
 def weights(risks: Floats) -> Floats:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Evidence:
     """Append-only votes and the posterior that they and the machines give.
 
-    states: P(class, ordinary or hard), [items, classes, 2], up to date after every vote; matrices and stacker are those
-    of the last `refit`. asked: [items, people], who has voted on what. ignored: people whose votes do not count.
+    states: P(class, ordinary or hard), [items, classes, 2], up to date after every vote; matrices and stacker are
+    those of the last `refit`. asked: [items, people], who has voted on what. ignored: people whose votes do not count.
     """
 
     def __init__(self, world: World):
@@ -42,7 +42,8 @@ class Evidence:
         return len(self._votes)
 
     def add(self, item: int, person: int, label: int) -> None:
-        """A vote: the item's posterior moves at once. A second vote of a person on an item is an error of the caller."""
+        """A vote: the item's posterior moves at once. A second vote of a person on an item is an error of the
+        caller."""
         assert not self.asked[item, person], (item, person)
         self._votes.append((item, person, label))
         self.asked[item, person] = True
@@ -68,7 +69,9 @@ class Evidence:
         for _ in range(rounds):
             states = crowd.posterior(self.prior, votes, self.people)
             believed = states.sum(2)[voted]
-            soft = np.stack([np.bincount(where + k, believed[:, k], size)[k::classes] for k in range(classes)], 1)
+            soft = np.stack(
+                [np.bincount(where + k, believed[:, k], size)[k::classes].astype(np.float64) for k in range(classes)], 1
+            )
             table, self._weights = stacker.fit(self.patterns, soft, self._weights)
             before, self.prior = self.prior, table[self.patterns.of]
             self.people = crowd.improve(states, votes, self.people)
@@ -83,16 +86,18 @@ class Evidence:
     @property
     def believed(self) -> Floats:
         """P(class), [items, classes]."""
-        return self.states.sum(2)
+        out: Floats = self.states.sum(2)
+        return out
 
     def decisions(self) -> NDArray[np.int64]:
         """The likeliest class of each item."""
-        return self.believed.argmax(1)
+        out: NDArray[np.int64] = self.believed.argmax(1)
+        return out
 
     def risks(self) -> Floats:
         """The probability that the likeliest class is not the right one, [items]."""
-        out: Floats = 1 - self.believed.max(1)
-        return np.maximum(out, 0.0)
+        out: Floats = np.maximum(1 - self.believed.max(1), 0.0)
+        return out
 
     def classes(self) -> Floats:
         """How common each class is believed to be."""

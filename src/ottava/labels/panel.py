@@ -1,17 +1,17 @@
 """How a panel of people judges one audited label, when each of them may be wrong.
 
 People who have not voted on the item are asked one after the other, blind, until the odds are clear: each answer that
-agrees with the label adds w, each that does not takes w off, w = ln(p / (1 - p)) with p the person's accuracy. At AGREE the label is
-*confirmed*, at -AGAINST it is *refuted*; where neither is reached with the people there are, it counts as refuted from a
-third of that on.
+agrees with the label adds w, each that does not takes w off, w = ln(p / (1 - p)) with p the person's accuracy. At
+AGREE the label is *confirmed*, at -AGAINST it is *refuted*. After LONGEST answers without an end it counts as refuted
+from a third of that on; where there are not so many people, unless more weight is for it.
 
-**Why the share of refuted labels bounds the share of wrong ones** even where items differ in how hard they are. Take the items on
-which a person is right with probability a > 1/2, and say a share e of their labels is wrong, for reasons that are
-independent of the panel's given the item. Then refuted = e (1 - miss) + (1 - e) alarm, and this is at least e as soon as (1 - e)
-alarm >= e miss. For an equal number of steps up and down, alarm = miss and e <= 1/2 is all that is needed: on hard items false alarms
-outweigh misses. The panel needs one answer more to refute than to confirm; with 2 and 3 answers and a = 0.6 this holds for
-e <= 0.34, with a = 0.7 for e <= 0.29, and with a = 0.92 for e <= 0.08, beyond which the misses are under 0.8% of the wrong labels:
-the bound is divided by 1 - `misses` for them. What it cannot see: items on which most people are wrong.
+**Why the share of refuted labels bounds the share of wrong ones**, even where items differ in how hard they are. Take
+the items on which a person is right with probability a > 1/2, and say a share e of their labels is wrong, for reasons
+that are independent of the panel's given the item. Then the panel refutes e (1 - miss) + (1 - e) alarm of them, and
+this is at least e where (1 - e) alarm >= e miss. The panel of people at 92% confirms with two answers more on one side
+and refutes with three: e may be 0.37 where a = 0.6, and 0.31 where a = 0.7, for there false alarms outweigh misses;
+where a = 0.92 it may be 0.08, and beyond that the misses are 0.8% of the wrong labels, for which the bound is divided
+by 1 - `misses` (a test computes these numbers). What it cannot see: items on which most people are wrong.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def verdict(odds: float, answers: int, more: bool) -> bool | None:
         return False
     if odds <= -AGAINST:
         return True
-    if answers >= LONGEST or not more:
+    if not more:
+        return odds <= 0
+    if answers >= LONGEST:
         return odds <= -AGAINST / 3
     return None
 
@@ -55,7 +57,8 @@ def cost(accuracy: float) -> float:
 
 
 def walk(agree: float, w: float) -> tuple[float, float]:
-    """(the probability of `confirmed`, answers on average) where each answer agrees with probability `agree` and weighs w.
+    """(the probability of `confirmed`, answers on average) where each answer agrees with probability `agree` and
+    weighs w.
 
     All paths are added up, step by step: the walls, and what is decided where the answers end.
     """

@@ -45,7 +45,8 @@ class Votes:
 
 @dataclass(frozen=True)
 class People:
-    """matrices: [people, classes, classes], C_a[k, v]; hard: share of hard items; votes: [people], how many they gave."""
+    """matrices: [people, classes, classes], C_a[k, v]; hard: share of hard items; votes: [people], how many they
+    gave."""
 
     matrices: Floats
     hard: float
@@ -53,7 +54,8 @@ class People:
 
     def accuracy(self, classes: Floats) -> Floats:
         """How often each is right on items that are not hard, [people]; classes: [classes], how common each is."""
-        return np.einsum("akk,k->a", self.matrices, classes)
+        out: Floats = np.einsum("akk,k->a", self.matrices, classes)
+        return out
 
     def both(self) -> Floats:
         """The matrices on ordinary and on hard items: [2, people, classes, classes]."""
@@ -68,7 +70,8 @@ def start(people: int, classes: int, right: float = 0.85) -> People:
 
 
 def posterior(prior: Floats, votes: Votes, people: People, hard: bool = True) -> Floats:
-    """P(class, ordinary or hard | evidence): [items, classes, 2 (or 1 without hard items)] from prior [items, classes]."""
+    """P(class, ordinary or hard | evidence): [items, classes, 2 (or 1 without hard items)] from prior [items,
+    classes]."""
     count, classes = prior.shape
     logs = np.log(np.maximum(people.both()[: 2 if hard else 1], 1e-12))
     shares = (1 - people.hard, people.hard) if hard else (1.0,)

@@ -1,4 +1,5 @@
-"""The whole policy: where to ask people, when to audit, when to stop. Pure: it asks by `yield` and is answered by `send`.
+"""The whole policy: where to ask people, when to audit, when to stop. Pure: it asks by `yield` and is answered by
+`send`.
 
     calibrate   a few items drawn at random get two votes each: the first fit of people and stacker
     label       the questions with the most information, until the believed error is low enough to be worth an audit
@@ -33,10 +34,11 @@ ALPHA = 0.05
 PARTS = (0.7, 0.2, 0.1)
 """How alpha is divided among audits: there are at most as many."""
 GOAL = 0.4
-"""The believed error at which an audit begins, as a share of the target: labelling and audit together cost least there."""
+"""The believed error at which an audit begins, as a share of the target: labelling and audit together cost least
+there."""
 BETTER = 0.6
 """The same as a share of the error that the usual rule (two votes, a third on disagreement) would leave."""
-TIGHT = 0.5
+TIGHT = 0.42
 """The bound is to lie within this share of the target above the estimate."""
 SHARE = 1.6
 """Nobody answers more than this many times an equal share while others could."""
@@ -55,7 +57,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Done:
-    """decisions: [items], places in the classes. error: the estimate; upper: the bound, 95%. notes: what people should know."""
+    """decisions: [items], places in the classes. error: the estimate; upper: the bound, 95%. notes: what people
+    should know."""
 
     decisions: Ints
     error: float
@@ -103,7 +106,8 @@ class Policy:
         self._worth: Floats = np.ones(count)
         self._weight: Floats = np.full(count, panel.weight(0.85))
         self._jitter = self._rng.random(len(self.world))
-        self._upper, self._audited, self._frozen = 1.0, 0, None
+        self._upper, self._audited = 1.0, 0
+        self._frozen: Ints | None = None
         self._learn()
 
     # ---- the story
@@ -131,9 +135,10 @@ class Policy:
         self._learn()
 
     def _label(self) -> Questions:
-        """Vote by vote where most is learnt; ends at the goal, or where the votes that an audit needs are all that is left."""
+        """Vote by vote where most is learnt; ends at the goal, or where the votes that an audit needs are all that
+        is left."""
         evidence, due = self.evidence, len(self.evidence) * 1.3 + 50
-        batch = min(max(len(self.world) // 100, 4), 100)
+        batch = min(max(len(self.world) // 100, 4), 100, len(self.world))
         while self._claim() > self._goal and self._left() > self._reserve():
             gain = ask.gains(evidence.states, self._matrix) * (evidence.counts < LONGEST + self._epoch)
             gain *= 1 + 1e-6 * self._jitter
@@ -258,7 +263,8 @@ class Policy:
         return self._scale * float(self.evidence.risks().mean())
 
     def _estimate(self) -> float:
-        """The error of the frozen decisions: what was believed, corrected by what the audit found (few finds prove little)."""
+        """The error of the frozen decisions: what was believed, corrected by what the audit found (few finds prove
+        little)."""
         return (self._found + 4) / (self._expected + 4) * float(self._risks.mean())
 
     def _left(self) -> int:
@@ -303,8 +309,8 @@ class Policy:
 def two_plus_one(matrices: Floats, classes: Floats, hard: float) -> tuple[float, float]:
     """What the usual rule would do, two votes and a third where they differ: (share of wrong labels, votes an item).
 
-    matrices: [2, classes, classes] of a person drawn at random, on ordinary and on hard items; of three different answers
-    one is taken at random.
+    matrices: [2, classes, classes] of a person drawn at random, on ordinary and on hard items; of three different
+    answers one is taken at random.
     """
     error = votes = 0.0
     for share, c in zip((1 - hard, hard), matrices, strict=True):

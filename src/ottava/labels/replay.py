@@ -1,7 +1,7 @@
 """`ottava label replay`: the policy against whoever holds the truth, one line a question.
 
-Out: {"ask": {"item", "annotator", "blind"}}; in: {"vote": label}, or {"vote": null} where that person is away. At the end
-{"done": {"decisions": {item: label}, "error_upper_95", "error", "asked"}}.
+Out: {"ask": {"item", "annotator", "blind"}}; in: {"vote": label}, or {"vote": null} where that person is away. At the
+end {"done": {"decisions": {item: label}, "error_upper_95", "error", "asked"}}.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def summary(world: World, done: Done) -> dict[str, Any]:
 def told(done: Done) -> str:
     """The outcome in words."""
     lines = [
-        f"{done.votes} votes ({done.asked} questions), {done.audited} labels audited: about {done.error:.2%} are wrong, "
+        f"{done.votes} votes ({done.asked} questions), {done.audited} labels audited: {done.error:.2%} are wrong, "
         f"at 95% confidence no more than {done.upper:.2%}"
     ]
     return "\n".join([*lines, *done.notes])
@@ -90,7 +90,9 @@ def _vote(line: bytes, places: dict[Label, int], number: int, world: World, ques
         said = line[:80].decode(errors="replace").strip()
         raise DataError(f"this is not a line of JSON: {said!r} ({error})", where=where) from None
     if not isinstance(document, dict) or set(document) != {"vote"}:
-        raise DataError(f'an answer is {{"vote": label}} or {{"vote": null}}, not {json.dumps(document)[:80]}', where=where)
+        raise DataError(
+            f'an answer is {{"vote": label}} or {{"vote": null}}, not {json.dumps(document)[:80]}', where=where
+        )
     vote = document["vote"]
     if vote is None:
         return None

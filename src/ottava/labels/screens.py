@@ -1,7 +1,7 @@
 """People whose votes are no evidence: who guesses, who copies, who drifts. And the questions whose answer is known.
 
-All tests are one-sided and stated at a rate of false alarms for everybody together, ALARM: with twelve people who do their work, one
-screening in a thousand accuses anybody wrongly.
+The tests for copies and drift are one-sided, with a rate of false alarms for everybody together, ALARM. They lean on what
+is believed of the items, so that the rate is one of intent; tests count the alarms in worlds of honest people.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def people(evidence: Evidence) -> list[Finding]:
 def guessing(evidence: Evidence) -> list[Finding]:
     """Votes that do not depend on the item's class: a bot, a person who clicks, one label for all.
 
-    The information in a person's matrix against the likelihood ratio of independence (G-test); who has as little as chance gives is
-    named. Nobody is judged before 30 votes.
+    The information in a person's matrix against the likelihood ratio of independence (G-test); who has as little as
+    chance gives is named. Nobody is judged before 30 votes.
     """
     out = []
     classes = evidence.classes()
@@ -57,16 +57,17 @@ def guessing(evidence: Evidence) -> list[Finding]:
         chance = float(classes @ matrix @ classes)
         margin = 2.0 * np.sqrt(max(chance * (1 - chance), 0.01) / count)
         if accuracy < chance + max(margin, 0.1):
-            why = f"right on {accuracy:.0%} of the items where guessing gives {chance:.0%} ({count:.0f} votes): not asked again"
+            why = f"right on {accuracy:.0%} of {count:.0f} items where guessing gives {chance:.0%}: not asked again"
             out.append(Finding(a, "guesses", True, why))
     return out
 
 
 def copying(evidence: Evidence) -> list[Finding]:
-    """Two who are wrong alike more often than chance allows: of such a pair, the votes of the one with fewer do not count.
+    """Two who are wrong alike more often than chance allows: of such a pair, the votes of the one with fewer do not
+    count.
 
-    For items on which both voted and whose class the other evidence settles, the number on which both gave the same wrong
-    label is compared with what independent people of their error rates would give (binomial tail).
+    For items on which both voted and whose class the other evidence settles, the number on which both gave the same
+    wrong label is compared with what independent people of their error rates would give (binomial tail).
     """
     from scipy.stats import binom
 
@@ -108,7 +109,9 @@ def copying(evidence: Evidence) -> list[Finding]:
                 fewer = a if evidence.people.votes[a] <= evidence.people.votes[b] else b
                 other = b if fewer == a else a
                 names = evidence.world.annotators
-                why = f"the same wrong label as {names[other]} on {alike} of {int(known.sum())} items: two who copy are one"
+                why = (
+                    f"the same wrong label as {names[other]} on {alike} of {int(known.sum())} items: a copy is no vote"
+                )
                 out.append(Finding(fewer, "copies", True, why))
     return out
 
@@ -116,7 +119,8 @@ def copying(evidence: Evidence) -> list[Finding]:
 def drifting(evidence: Evidence) -> list[Finding]:
     """Somebody who was right and no longer is: the guideline was read differently, or has changed.
 
-    Agreement with the settled class in the later half of a person's votes against the earlier half (difference of two shares, one-sided).
+    Agreement with the settled class in the later half of a person's votes against the earlier half (difference of two
+    shares, one-sided).
     """
     from scipy.stats import norm
 
@@ -134,13 +138,16 @@ def drifting(evidence: Evidence) -> list[Finding]:
         pooled = right.mean()
         error = np.sqrt(max(pooled * (1 - pooled), 1e-4) * 2 / half)
         if (first - last) / error > limit:
-            why = f"right on {first:.0%} of the earlier items and {last:.0%} of the later: look at the guideline together"
+            why = (
+                f"right on {first:.0%} of the earlier items and {last:.0%} of the later: look at the guideline together"
+            )
             out.append(Finding(a, "drifts", False, why))
     return out
 
 
 def gold(evidence: Evidence, person: int, count: int, sure: float = 0.995) -> Ints:
-    """Items whose answer is known without this person, to see how well they do: the surest first, evenly over classes."""
+    """Items whose answer is known without this person, to see how well they do: the surest first, evenly over
+    classes."""
     risks = evidence.risks()
     known = np.flatnonzero(~evidence.asked[:, person] & (evidence.counts >= 2) & (risks <= 1 - sure))
     decided = evidence.decisions()[known]

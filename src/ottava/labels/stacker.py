@@ -4,10 +4,10 @@ Verifiers and judges are features, never voters. Four judges that share a traini
 independent witnesses they make a claim of 98% where the truth is 3 to 26 points lower. So the probability of a class
 given everything that machines say of an item is *fitted on human labels*:
 
-1. a conditional logit, score of class k = sum of weights x features(k): which judges say k, how many, whether the verifier
-   does (a weight for each class: a verifier that misses right answers errs on one side only) and both at once;
+1. a conditional logit, score of class k = sum of weights x features(k): which judges say k, how many, whether the
+   verifier does (a weight for each class: one that misses right answers errs on one side only) and both at once;
 2. items on which the machines say the very same things are one *pattern*; the frequencies seen in a pattern correct the
-   logit by KAPPA pseudo-observations, so that a pattern that was seen often is calibrated whatever the logit can express.
+   logit by KAPPA pseudo-observations, so that one that was seen often is calibrated whatever the logit can express.
 
 The labels are soft: the posterior that includes people's votes (expectation and maximisation; Raykar et al., JMLR 11
 (2010) 1297). Items without a vote teach nothing and do not enter.
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 RIDGE = 0.15
 KAPPA = 25.0
 UNSEEN = 0.3
-"""Errors that a pattern starts with. Without them, a pattern whose first votes were right by luck is believed, hence never asked
+"""Errors that a pattern starts with. Without them, a pattern whose first votes were right by luck is believed,
+hence never asked
 about again, and the claim is too good."""
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """The different things that machines say. of: [items], the pattern of each; features: [patterns, classes, features]."""
+    """The different things that machines say. of: [items], the pattern of each; features: [patterns, classes,
+    features]."""
 
     of: Ints
     features: Floats
