@@ -1,7 +1,7 @@
 """People whose votes are no evidence: who guesses, who copies, who drifts. And the questions whose answer is known.
 
-The tests for copies and drift are one-sided, with a rate of false alarms for everybody together, ALARM. They lean on what
-is believed of the items, so that the rate is one of intent; tests count the alarms in worlds of honest people.
+The tests for copies and drift are one-sided, with a rate of false alarms for everybody together, ALARM. They lean on
+what is believed of the items, so that the rate is one of intent; tests count alarms in worlds of honest people.
 """
 
 from __future__ import annotations
