@@ -392,7 +392,7 @@ def test_bots_and_copies_are_found_and_honest_people_are_not_accused() -> None:
         truth = Truth(replace(KINDS["two bots and two copies"], items=2000), seed)
         evidence, rng = Evidence(truth.world), np.random.default_rng(seed)
         for item in range(2000):
-            for person in rng.choice(12, 3, replace=False):
+            for person in rng.choice(12, 6, replace=False):
                 evidence.add(item, int(person), int(truth.vote(item, int(person), True) or 0))
         evidence.refit()
         found = screens.people(evidence)

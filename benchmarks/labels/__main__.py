@@ -49,8 +49,8 @@ def row(name: str, kind: Kind, seeds: range, target: float) -> dict[str, Any]:
         base_errors.append(plain_error)
         slacks.append(done.upper - error)
         claims.append(abs(done.error - error))
-        covered += done.upper >= error
-        reached += done.reached
+        covered += bool(done.upper >= error)
+        reached += bool(done.reached)
     return {
         "name": name,
         "ours": statistics.mean(votes),
@@ -60,7 +60,7 @@ def row(name: str, kind: Kind, seeds: range, target: float) -> dict[str, Any]:
         "high": max(ratios),
         "error": statistics.mean(errors),
         "error_2+1": statistics.mean(base_errors),
-        "no_worse": sum(e <= b for e, b in zip(errors, base_errors, strict=True)),
+        "no_worse": sum(bool(e <= b) for e, b in zip(errors, base_errors, strict=True)),
         "slack": statistics.mean(slacks),
         "slack_most": max(slacks),
         "claim_off_most": max(claims),

@@ -144,4 +144,4 @@ def two_plus_one(kind: Kind, seed: int) -> tuple[float, float]:
             third = truth.vote(item, c, True)
             first = second if third == second else first
         wrong += first != truth.truth[item]
-    return truth.asked / kind.items, wrong / kind.items
+    return truth.asked / kind.items, float(wrong) / kind.items
