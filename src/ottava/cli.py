@@ -746,6 +746,32 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
         typer.echo(listed(result))
 
 
+label_app = typer.Typer(
+    help="Labels: people only where machines disagree, and a certified error.", no_args_is_help=True
+)
+app.add_typer(label_app, name="label")
+
+
+@label_app.command("replay")
+def label_replay(
+    world: Annotated[Path, typer.Argument(metavar="WORLD", help="A world.json: classes, annotators, items.")],
+    target_error: Annotated[float, typer.Option(help="The 95% bound of the share of wrong labels is to reach this.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the items that are drawn.")] = 0,
+) -> None:
+    """Run the labelling policy on a world: asks for votes on standard output, reads them from standard input.
+
+    See docs/labels.md for the lines."""
+    from ottava.labels import replay
+    from ottava.labels import world as worlds
+
+    def say(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    done = replay.replay(worlds.read(world), target_error, sys.stdin.buffer.readline, say, seed)
+    typer.echo(replay.told(done), err=True)
+
+
 STOPPED = 130
 GO_ON = "stopped; the same command goes on where there is work to go on with"
 

@@ -1,0 +1,1 @@
+"""The label factory against worlds whose truth is known: votes, error, bound, coverage."""

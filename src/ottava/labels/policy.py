@@ -1,0 +1,322 @@
+"""The whole policy: where to ask people, when to audit, when to stop. Pure: it asks by `yield` and is answered by
+`send`.
+
+    calibrate   a few items drawn at random get two votes each: the first fit of people and stacker
+    label       the questions with the most information, until the believed error is low enough to be worth an audit
+    audit       decisions are frozen, items are drawn, panels judge them blind; the bound falls with every panel
+    again       where the audit finds more errors than were believed, its votes are learnt from, and labelling goes on;
+                the next audit is a new one with its own part of alpha
+
+All questions are blind: who sees a suggestion tends to repeat it, and such votes would be no evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ottava.errors import DataError
+from ottava.labels import ask, certificate, panel, screens
+from ottava.labels.evidence import Evidence
+from ottava.labels.world import World
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+ALPHA = 0.05
+PARTS = (0.7, 0.2, 0.1)
+"""How alpha is divided among audits: there are at most as many."""
+GOAL = 0.4
+"""The believed error at which an audit begins, as a share of the target: labelling and audit together cost least
+there."""
+BETTER = 0.6
+"""The same as a share of the error that the usual rule (two votes, a third on disagreement) would leave."""
+TIGHT = 0.42
+"""The bound is to lie within this share of the target above the estimate."""
+SHARE = 1.6
+"""Nobody answers more than this many times an equal share while others could."""
+LONGEST = 6
+"""Votes on one item before its audit."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question: item and person are places in the world's lists. blind: no suggestion may be shown."""
+
+    item: int
+    person: int
+    blind: bool = True
+
+
+@dataclass(frozen=True)
+class Done:
+    """decisions: [items], places in the classes. error: the estimate; upper: the bound, 95%. notes: what people
+    should know."""
+
+    decisions: Ints
+    error: float
+    upper: float
+    asked: int
+    votes: int
+    audited: int
+    reached: bool
+    notes: tuple[str, ...] = ()
+
+
+Questions = Generator[Ask, int | None, Any]
+
+
+class _Gone(Exception):
+    """Nobody is left to ask."""
+
+
+@dataclass
+class Policy:
+    """One run. target: the error that the bound must not exceed; seed: of the items drawn.
+
+    most: votes at most, as a share of what two votes and a third on disagreement would take.
+    """
+
+    world: World
+    target: float
+    seed: int = 0
+    most: float = 0.97
+    evidence: Evidence = field(init=False)
+    notes: list[str] = field(default_factory=list)
+    asked: int = 0
+    _nulls: int = 0
+    _scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target < 1:
+            raise DataError(f"the target is a share between 0 and 1: {self.target}")
+        self.evidence = Evidence(self.world)
+        self._rng = np.random.default_rng([self.seed, len(self.world)])
+        count = len(self.world.annotators)
+        self._given = np.zeros(count, np.int64)
+        self._back_at = np.zeros(count, np.int64)
+        self._patience = np.full(count, 25)
+        self._worth: Floats = np.ones(count)
+        self._weight: Floats = np.full(count, panel.weight(0.85))
+        self._jitter = self._rng.random(len(self.world))
+        self._upper, self._audited = 1.0, 0
+        self._frozen: Ints | None = None
+        self._learn()
+
+    # ---- the story
+
+    def run(self) -> Generator[Ask, int | None, Done]:
+        """Ask (yield), be answered (send a class, or None: that person is away), and return what is decided."""
+        reached = False
+        try:
+            yield from self._calibrate()
+            for part in PARTS:
+                yield from self._label()
+                reached = yield from self._audit(ALPHA * part)
+                if reached or self._left() <= 0:
+                    break
+                self._learn_from_audit()
+        except _Gone:
+            self.notes.append("everybody is away: ended with what is known")
+        return self._done(reached)
+
+    def _calibrate(self) -> Questions:
+        count = min(600, max(len(self.world) // 12, 10), len(self.world))
+        for item in self._rng.permutation(len(self.world))[:count]:
+            for _ in range(2):
+                yield from self._vote(int(item))
+        self._learn()
+
+    def _label(self) -> Questions:
+        """Vote by vote where most is learnt; ends at the goal, or where the votes that an audit needs are all that
+        is left."""
+        evidence, due = self.evidence, len(self.evidence) * 1.3 + 50
+        batch = min(max(len(self.world) // 100, 4), 100, len(self.world))
+        while self._claim() > self._goal and self._left() > self._reserve():
+            gain = ask.gains(evidence.states, self._matrix) * (evidence.counts < LONGEST + self._epoch)
+            gain *= 1 + 1e-6 * self._jitter
+            best = np.argpartition(-gain, batch - 1)[:batch]
+            before = len(evidence)
+            for item in best[gain[best] > 1e-9]:
+                yield from self._vote(int(item))
+            if len(evidence) == before:
+                break
+            if len(evidence) >= due:
+                self._learn()
+                due = len(evidence) * 1.15 + 200
+            elif self._claim() <= self._goal:
+                self._learn()  # the claim must hold with the best fit there is
+
+    def _audit(self, alpha: float) -> Generator[Ask, int | None, bool]:
+        """Freeze the decisions, draw, let panels judge. True: the certificate is reached."""
+        evidence = self.evidence
+        risks = np.minimum(evidence.risks() * self._scale, 0.9)
+        frozen = evidence.decisions()
+        self._frozen, self._upper, self._audited = frozen, 1.0, 0
+        self._judged = np.zeros(len(self.world), bool)
+        self._risks, self._found, self._expected = risks, 0.0, 0.0
+        weights = certificate.weights(risks)
+        bound = certificate.Bound(weights, alpha)
+        missed = 1 - panel.misses(float(np.clip(self._good_accuracy(), 0.61, 0.999)))
+        for number, item in enumerate(certificate.order(weights, self._rng), 1):
+            refuted = yield from self._panel(int(item), int(frozen[item]))
+            self._judged[item] = True
+            bound.tell(int(item), refuted)
+            self._audited = number
+            self._found += refuted / weights[item]
+            self._expected += risks[item] / weights[item]
+            if number % 20 and number < len(self.world):
+                continue
+            self._upper = min(bound.upper() / missed, 1.0)
+            if self._upper <= self.target and self._upper - self._estimate() <= TIGHT * self.target:
+                return True
+            if self._left() <= 0 or (number >= 120 and self._futile()):
+                break
+        return self._upper <= self.target
+
+    def _futile(self) -> bool:
+        """More labelling helps more than more of this audit."""
+        return self._epoch < len(PARTS) and self._estimate() > 0.75 * self.target and self._left() > 2 * self._reserve()
+
+    def _panel(self, item: int, label: int) -> Generator[Ask, int | None, bool]:
+        odds, answers = 0.0, 0
+        while True:
+            got = yield from self._vote(item, audit=True)
+            if got is not None:
+                person, said = got
+                odds += self._weight[person] if said == label else -self._weight[person]
+                answers += 1
+            refuted = panel.verdict(odds, answers, got is not None and self._left() > -200)
+            if refuted is not None:
+                return refuted
+
+    # ---- people
+
+    def _vote(self, item: int, audit: bool = False) -> Generator[Ask, int | None, tuple[int, int] | None]:
+        """One more vote on an item by somebody who has not voted on it: (person, label), or None if nobody can."""
+        evidence = self.evidence
+        able = ~evidence.asked[item] & (self._weight > 0)
+        while True:
+            here = able & (self._back_at <= self.asked)
+            if not here.any():
+                if able.any() and not (self._back_at <= self.asked).any():
+                    here = able & (self._back_at == self._back_at[able].min())  # all are away: knock again
+                else:
+                    return None
+            worth = np.where(self._weight > 0, self._weight, 0.0) if audit else self._worth
+            person = int(ask.best_people(worth, np.ones(len(worth)), self._given, here, SHARE)[0])
+            self.asked += 1
+            label = yield Ask(item, person)
+            if label is not None:
+                self._nulls, self._patience[person] = 0, 25
+                self._given[person] += 1
+                evidence.add(item, person, label)
+                return person, label
+            self._nulls += 1
+            self._back_at[person] = self.asked + self._patience[person]
+            self._patience[person] = min(2 * self._patience[person], 2000)
+            if self._nulls >= max(4 * len(self.world.annotators), 20):
+                raise _Gone
+
+    # ---- what is known
+
+    def _learn(self) -> None:
+        """Fit anew, look at the people, and set goal and budget."""
+        evidence, target = self.evidence, self.target
+        if len(evidence):
+            evidence.refit()
+            for found in screens.people(evidence):
+                if found.ignore and found.person not in evidence.ignored:
+                    evidence.ignored.add(found.person)
+                    self.notes.append(f"{self.world.annotators[found.person]}: {found.why}")
+                    evidence.refit()
+        people, classes = evidence.people, evidence.classes()
+        accuracy = people.accuracy(classes)
+        usable = np.array([p not in evidence.ignored for p in range(len(accuracy))])
+        # where nobody seems of use, everybody is asked: an honest bound will say what came of it
+        weight = np.array([panel.weight(a) for a in accuracy]) * usable
+        self._weight = weight if weight.any() else np.full(len(weight), panel.WEIGHTS[0])
+        uniform = np.repeat(np.stack([classes, 0 * classes], 1)[None], len(accuracy), 0)
+        self._worth = np.array([ask.gains(uniform[:1], matrix)[0] for matrix in people.matrices]) * usable
+        good = self._worth >= np.median(self._worth[usable]) if usable.any() else usable
+        self._matrix = people.matrices[good].mean(0) if good.any() else people.matrices.mean(0)
+        error, votes = two_plus_one(people.both().mean(1), classes, people.hard)
+        self._cap = int(self.most * votes * len(self.world))
+        self._goal = max(min(GOAL * target, BETTER * error), 1e-4)
+
+    def _good_accuracy(self) -> float:
+        """The accuracy of those who sit in panels, two standard errors lower."""
+        people = self.evidence.people
+        accuracy = people.accuracy(self.evidence.classes())
+        sit = self._weight > 0
+        mean = float(np.average(accuracy[sit], weights=self._weight[sit]))
+        return mean - 2 * math.sqrt(mean * (1 - mean) / max(people.votes[sit].sum(), 10))
+
+    def _claim(self) -> float:
+        return self._scale * float(self.evidence.risks().mean())
+
+    def _estimate(self) -> float:
+        """The error of the frozen decisions: what was believed, corrected by what the audit found (few finds prove
+        little)."""
+        return (self._found + 4) / (self._expected + 4) * float(self._risks.mean())
+
+    def _left(self) -> int:
+        return self._cap - len(self.evidence)
+
+    def _reserve(self) -> float:
+        """Votes that the audit will need, at most a third of all."""
+        rate = min(max(self._goal, 1e-4), 0.9 * self.target)
+        goal = min(self.target, rate + TIGHT * self.target)
+        draws = certificate.draws_needed(rate, goal, ALPHA * PARTS[min(self._epoch, len(PARTS)) - 1])
+        each = panel.cost(min(max(self._good_accuracy(), 0.62), 0.99)) if len(self.evidence) else 3.0
+        return min(min(draws, len(self.world)) * each, self._cap / 3)
+
+    _epoch = 1
+
+    def _learn_from_audit(self) -> None:
+        """The audit's votes teach; how far the claim was off goes on to the next."""
+        scale = self._scale * (self._found + 4) / (self._expected + 4)
+        rest = ~self._judged
+        before = float(self.evidence.risks()[rest].mean()) if rest.any() else 0.0
+        self._learn()
+        after = float(self.evidence.risks()[rest].mean()) if rest.any() else 0.0
+        self._scale = max(scale * before / max(after, 1e-9), 1.0) if before else 1.0
+        self._epoch += 1
+
+    def _done(self, reached: bool) -> Done:
+        evidence = self.evidence
+        if self._frozen is None:  # people left before an audit could begin
+            error = self._claim() if len(evidence) else 1 - 1 / len(self.world.classes)
+            return Done(evidence.decisions(), error, 1.0, self.asked, len(evidence), 0, False, tuple(self.notes))
+        # what was not audited stays as it was when the bound was come by; of the rest more is known now
+        decisions = np.where(self._judged, evidence.decisions(), self._frozen)
+        scale = (self._found + 4) / (self._expected + 4)
+        error = float(np.where(self._judged, evidence.risks(), scale * self._risks).mean())
+        if not reached:
+            self.notes.append(f"{self.target:.3g} is not certified at a sensible cost: the bound is {self._upper:.4f}")
+        return Done(
+            decisions, error, self._upper, self.asked, len(evidence), self._audited, reached, tuple(self.notes)
+        )  # fmt: skip
+
+
+def two_plus_one(matrices: Floats, classes: Floats, hard: float) -> tuple[float, float]:
+    """What the usual rule would do, two votes and a third where they differ: (share of wrong labels, votes an item).
+
+    matrices: [2, classes, classes] of a person drawn at random, on ordinary and on hard items; of three different
+    answers one is taken at random.
+    """
+    error = votes = 0.0
+    for share, c in zip((1 - hard, hard), matrices, strict=True):
+        same = (c**2).sum(1)
+        right = np.diagonal(c)
+        kept = right**2 * (3 - 2 * right) + right * ((1 - right) ** 2 - (same - right**2))
+        error += share * float(classes @ (1 - kept))
+        votes += share * float(classes @ (3 - same))
+    return error, votes
