@@ -341,6 +341,8 @@ BAD = [
     (("--pool", "nvidia", "--hang", "0s"), "no time"),
     (("--pool", "nvidia", "--hours", "0"), "no length"),
     (("--pool", "nvidia", "--plant", "gremlin:1"), "no fault to plant"),
+    (("--pool", "nvidia", "--plant", "slow:2"), "there is no chip 2"),
+    (("--pool", "nvidia", "--plant", "dead:1:sped:2"), "no such place"),
     (("--pool", "nvidia", "--recipe", "nowhere.yaml"), "nowhere.yaml"),
 ]
 

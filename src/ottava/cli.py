@@ -329,7 +329,7 @@ def qualify(
     loaded = load_fleet(fleet, platforms.names())
     chosen = loaded.pool(pool)
     asked = None if recipe is None else load_recipe(recipe, stages.specs(), (), platforms.names())
-    planted = tuple(plants.parse(text).model_dump() for text in plant or ())
+    planted = tuple(plants.parse(text, chosen.workers).model_dump() for text in plant or ())
     terms = Terms(command.seconds_of(soak, "--soak"), command.seconds_of(hang, "--hang"), plants=planted)
     command.check_hours(hours)
     if out is not None:

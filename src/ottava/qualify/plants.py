@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ottava.errors import RecipeError
+from ottava.qualify.gate import PARTS
 from ottava.recipe import Frozen
 
 Kind = Literal["slow", "throttled", "link", "flip", "numerics", "rounding", "dead", "hang", "stop"]
@@ -41,8 +42,9 @@ class Plant(Frozen):
     at: str = "speed:3"
 
 
-def parse(text: str) -> Plant:
-    """KIND:CHIP[:FACTOR or :PLACE], as on the command line. Raises RecipeError."""
+def parse(text: str, workers: int | None = None) -> Plant:
+    """KIND:CHIP[:FACTOR or :PLACE], as on the command line, for a pool of so many workers. Raises RecipeError where it
+    could never strike."""
     kind, _, rest = text.partition(":")
     chip, _, more = rest.partition(":")
     try:
@@ -55,11 +57,16 @@ def parse(text: str) -> Plant:
                 if kind == "flip"
                 else {"factor": float(more)}
             )
-        return Plant(**fields)
+        plant = Plant(**fields)
     except ValueError:
         raise RecipeError(
             f"{text!r} is no fault to plant", where="--plant", fix=f"KIND:CHIP, KIND one of {', '.join(KINDS)}"
         ) from None
+    if workers is not None and plant.chip >= workers:
+        raise RecipeError(f"{text!r}: there is no chip {plant.chip}", where="--plant", fix=f"one of 0 to {workers - 1}")
+    if plant.at.partition(":")[0] not in PARTS:
+        raise RecipeError(f"{text!r}: no such place", where="--plant", fix=f"PART or PART:STEP of {', '.join(PARTS)}")
+    return plant
 
 
 def commit(plants: Sequence[Mapping[str, Any]], chip: int) -> Callable[[str], None]:
