@@ -28,6 +28,7 @@ from ottava.engine.session import Engine
 from ottava.errors import DataError, PlatformError, ResourceError
 from ottava.gateway import modes, schema
 from ottava.gateway.app import Gateway
+from ottava.gateway.chat import ChatRequest
 from ottava.gateway.client import ask
 from ottava.gateway.schema import ApiError
 from ottava.gateway.server import serve
@@ -51,9 +52,15 @@ NAME = "tiny"
 # ---- the mode switch
 
 
+EFFORTS: dict[Any, bool | None] = {
+    None: None,
+    **dict.fromkeys(("none", "minimal"), False),
+    **dict.fromkeys(("low", "medium", "high", "xhigh", "max"), True),
+}
 FORMS: dict[str, dict[Any, bool | None]] = {
     "thinking": {None: None, "enabled": True, "disabled": False},
-    "reasoning_effort": {None: None, "none": False, "minimal": False, "low": True, "medium": True, "high": True},
+    "reasoning_effort": dict(EFFORTS),
+    "reasoning": dict(EFFORTS),
     "kwargs.thinking": {None: None, True: True, False: False},
     "kwargs.enable_thinking": {None: None, True: True, False: False},
     "model": {None: None, "tiny": None, "tiny-thinking": True, "tiny-direct": False},
@@ -64,6 +71,8 @@ def request_of(values: dict[str, Any]) -> dict[str, Any]:
     body: dict[str, Any] = {"messages": USER}
     if values["thinking"] is not None:
         body["thinking"] = {"type": values["thinking"]}
+    if values["reasoning"] is not None:
+        body["reasoning"] = {"effort": values["reasoning"]}
     kwargs = {k.split(".")[1]: values[k] for k in values if k.startswith("kwargs") and values[k] is not None}
     if kwargs:
         body["chat_template_kwargs"] = kwargs
@@ -75,7 +84,7 @@ def test_the_mode_switch_truth_table() -> None:
     for combination in itertools.product(*FORMS.values()):
         values = dict(zip(FORMS, combination, strict=True))
         votes = {FORMS[form][value] for form, value in values.items()} - {None}
-        asked = modes.wishes(schema.parse(json.dumps(request_of(values)).encode()), NAME)
+        asked = modes.wishes(schema.parse(ChatRequest, json.dumps(request_of(values)).encode()), NAME)
         assert len(asked) == sum(FORMS[form][value] is not None for form, value in values.items())
         for switch in (True, False):
             if len(votes) == 2 or (votes == {True} and not switch):
@@ -84,13 +93,13 @@ def test_the_mode_switch_truth_table() -> None:
             else:
                 assert modes.decide(asked, switch) is (votes == {True})
         seen += 1
-    assert seen == 3 * 6 * 3 * 3 * 4
+    assert seen == 3 * 8 * 8 * 3 * 3 * 4
 
 
 def test_a_conflict_names_both_forms() -> None:
     body = {"messages": USER, "thinking": {"type": "enabled"}, "chat_template_kwargs": {"enable_thinking": False}}
     with pytest.raises(modes.Conflict) as caught:
-        modes.decide(modes.wishes(schema.parse(json.dumps(body).encode()), NAME), True)
+        modes.decide(modes.wishes(schema.parse(ChatRequest, json.dumps(body).encode()), NAME), True)
     assert "thinking.type='enabled'" in str(caught.value)
     assert "chat_template_kwargs.enable_thinking=false" in str(caught.value)
 
@@ -262,7 +271,7 @@ BAD: list[tuple[Any, int, str]] = [
     ({"messages": USER, "temperature": "1"}, 400, "temperature"),
     ({"messages": USER, "temperature": 3}, 400, "temperature"),
     ({"messages": USER, "temperature": True}, 400, "temperature"),
-    ({"messages": USER, "n": 2}, 400, "n: "),
+    ({"messages": USER, "n": 9}, 400, "n: "),
     ({"messages": USER, "n": 10**400}, 400, "n: "),
     ({"messages": USER, "seed": 2**63}, 400, "seed"),
     ({"messages": USER, "max_tokens": 0}, 400, "max_tokens"),
@@ -328,7 +337,7 @@ messages = st.lists(
     ),
     max_size=3,
 )
-fields = st.sampled_from([*schema.ChatRequest.model_fields, "x"])
+fields = st.sampled_from([*ChatRequest.model_fields, "x"])
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -467,7 +476,7 @@ def test_a_fault_of_the_model_is_told_and_the_server_lives() -> None:
 )  # fmt: skip
 def test_errors_name_the_field_as_the_client_wrote_it(more: dict[str, Any], field: str) -> None:
     with pytest.raises(ApiError) as caught:
-        schema.parse(json.dumps({"messages": USER, **more}).encode())
+        schema.parse(ChatRequest, json.dumps({"messages": USER, **more}).encode())
     assert caught.value.param == field
     assert caught.value.message.startswith(f"{field}: ")
 
@@ -482,7 +491,7 @@ def test_what_is_no_address_is_said(url: str) -> None:
 
 def test_errors_of_the_schema_never_repeat_the_input() -> None:
     with pytest.raises(ApiError) as caught:
-        schema.parse(json.dumps({"messages": USER, "temperature": "secret"}).encode())
+        schema.parse(ChatRequest, json.dumps({"messages": USER, "temperature": "secret"}).encode())
     assert "secret" not in caught.value.message
 
 

@@ -217,7 +217,7 @@ class Engine:
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
             if self._closed:
                 raise ResourceError("the engine is closed")
-            if self.load_now >= self.slots + self.queue:
+            if self.load_now >= self.capacity:
                 raise QueueFull(f"{self.queue} requests are waiting already", fix="try again in a second")
             self._waiting.append(job)
             self._changed.notify()
@@ -234,6 +234,11 @@ class Engine:
                 yield item
         finally:
             job.cancel()
+
+    @property
+    def capacity(self) -> int:
+        """Requests that may generate or wait at a time."""
+        return self.slots + self.queue
 
     @property
     def load_now(self) -> int:

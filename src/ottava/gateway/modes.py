@@ -7,10 +7,11 @@ without a word. Here each form becomes a wish; wishes that agree decide, wishes 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
-from ottava.gateway.schema import ChatRequest
+from ottava.gateway.schema import Asked, Effort
 
-EFFORTS: Mapping[str, bool] = {"none": False, "minimal": False, "low": True, "medium": True, "high": True}
+EFFORTS: Mapping[str, bool] = {effort: effort not in ("none", "minimal") for effort in get_args(Effort)}
 SUFFIXES: Mapping[str, bool] = {"-thinking": True, "-direct": False}
 
 
@@ -23,13 +24,15 @@ def served_names(name: str, switch: bool) -> list[str]:
     return [name, *(name + suffix for suffix in SUFFIXES)] if switch else [name]
 
 
-def wishes(request: ChatRequest, name: str) -> dict[str, bool]:
+def wishes(request: Asked, name: str) -> dict[str, bool]:
     """What each form of a request asks for, by the form as the client wrote it. name: the served model's."""
     found: dict[str, bool] = {}
     if request.thinking is not None:
         found[f"thinking.type={request.thinking.type!r}"] = request.thinking.type == "enabled"
     if request.reasoning_effort is not None:
         found[f"reasoning_effort={request.reasoning_effort!r}"] = EFFORTS[request.reasoning_effort]
+    if request.reasoning is not None and request.reasoning.effort is not None:
+        found[f"reasoning.effort={request.reasoning.effort!r}"] = EFFORTS[request.reasoning.effort]
     for key in ("thinking", "enable_thinking"):
         value = getattr(request.chat_template_kwargs, key, None)
         if value is not None:

@@ -120,6 +120,11 @@ class Pool:
         return any(child.state == "ready" for child in self.children)
 
     @property
+    def capacity(self) -> int:
+        """Requests that may generate or wait at a time."""
+        return sum(child.slots for child in self.children) + self.queue
+
+    @property
     def load_now(self) -> int:
         """Requests that are generating or waiting."""
         return len(self._runs)
@@ -135,7 +140,7 @@ class Pool:
             raise DataError("the prompt is empty")
         if self.context and (wrong := lacking(1, self.context, len(ids))) is not None:
             raise DataError(wrong[0])
-        if self.load_now >= sum(child.slots for child in self.children) + self.queue:
+        if self.load_now >= self.capacity:
             raise QueueFull(f"{self.queue} requests are waiting already", fix="try again in a second")
         if sampling.seed is None:  # another backend must be able to go on with it
             sampling = replace(sampling, seed=secrets.randbits(63))

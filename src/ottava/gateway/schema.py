@@ -1,4 +1,4 @@
-"""What a request may contain, and the shape of every answer and error.
+"""What every request may contain, and the shape of every error.
 
 Unknown and unsupported fields are refused, not ignored: a misspelt thinking switch or a dropped
 `tools` would change the answer in silence. JSON is parsed by pydantic from the bytes, so malformed
@@ -7,13 +7,15 @@ UTF-8, lone surrogates and deep nesting are refused by the parser itself.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import TypedDict
 
 from ottava.document import suggest
-from ottava.engine.session import Token
-from ottava.models.chat import Chat
+
+MOST = 8
+"""Choices that a request may ask for: each is a job of its own."""
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -50,40 +52,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Strict):
-    """A part of a message; text only."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """One turn. What earlier turns were thinking is accepted and left out of the prompt."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    name: Ignored = None
-    refusal: Unsupported = None
-    annotations: Unsupported = None
-    audio: Unsupported = None
-    function_call: Unsupported = None
-    tool_calls: Unsupported = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a {self.role} message needs content")
-        return self
-
-    def plain(self) -> dict[str, str]:
-        """As templates take it: role and one text."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
 class Thinking(Strict):
     """DeepSeek's switch, with the budget of thinking tokens that Anthropic's API has."""
 
@@ -98,70 +66,104 @@ class TemplateKwargs(Strict):
     enable_thinking: bool | None = None
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class Reasoning(Strict):
+    """The switch of OpenAI's Responses. Reasoning is given whole: no summary of it is made."""
+
+    effort: Effort | None = None
+    summary: Ignored = None
+    generate_summary: Ignored = None
+
+
+class Asked(Strict):
+    """What every endpoint takes: the model, each form of the thinking switch, and how ids are chosen."""
+
+    model: Annotated[str, Field(max_length=256)] | None = None
+    thinking: Thinking | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    stream: bool | None = False
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    user: Ignored = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+
+
 class StreamOptions(Strict):
+    """include_usage: a last chunk with the counts."""
+
     include_usage: bool = False
     include_obfuscation: Ignored = None
 
 
-class ChatRequest(Strict):
-    """POST /v1/chat/completions."""
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    model: str | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
-    n: Literal[1] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    thinking: Thinking | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
-    chat_template_kwargs: TemplateKwargs | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
-    tools: Unsupported = None
-    tool_choice: Unsupported = None
-    functions: Unsupported = None
-    function_call: Unsupported = None
-    logit_bias: Unsupported = None
-    frequency_penalty: Unsupported = None
-    presence_penalty: Unsupported = None
-    parallel_tool_calls: Ignored = None
-    user: Ignored = None
-    metadata: Ignored = None
-    store: Ignored = None
-    service_tier: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
-
-    @model_validator(mode="after")
-    def _agree(self) -> ChatRequest:
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise ValueError("max_tokens and max_completion_tokens differ; send one of them")
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        return self
-
-    @property
-    def limit(self) -> int | None:
-        """Ids the reply may have, where the client says so."""
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def stops(self) -> list[str]:
-        """The stop texts."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+Finish = Literal["stop", "length"]
 
 
-def parse(body: bytes) -> ChatRequest:
+class UsageDetails(TypedDict):
+    """reasoning_tokens: the ids before </think>."""
+
+    reasoning_tokens: int
+
+
+class Usage(TypedDict):
+    """Counts of ids. completion_tokens counts every generated one, </think> and the end included."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    completion_tokens_details: UsageDetails
+
+
+Step = TypedDict("Step", {"backend": str, "from": int, "choice": NotRequired[int]})
+
+
+class Trailer(TypedDict):
+    """Who said the ids from which on, where there are several backends; of which choice, where there are several."""
+
+    failovers: int
+    path: list[Step]
+
+
+class ErrorDetails(TypedDict):
+    """What was wrong; the field at fault; a name for programs."""
+
+    message: str
+    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class Error(TypedDict):
+    """Every refusal and fault."""
+
+    error: ErrorDetails
+
+
+def usage(prompt: int, total: int, reasoning: int) -> Usage:
+    """The counts of a reply."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": total,
+        "total_tokens": prompt + total,
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+
+
+Request = TypeVar("Request", bound=Asked)
+
+
+def parse(kind: type[Request], body: bytes) -> Request:
     """The request in a body. Raises ApiError 400 naming the field."""
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
     field = ".".join(_public(first["loc"], first["type"])) or None
@@ -169,7 +171,7 @@ def parse(body: bytes) -> ChatRequest:
     if first["type"] == "extra_forbidden":
         message = "unknown field"
         if len(first["loc"]) == 1:
-            message += f"; {suggest(str(field), list(ChatRequest.model_fields))}"
+            message += f"; {suggest(str(field), list(kind.model_fields))}"
     raise ApiError(400, f"{field}: {message}" if field else message, param=field, code=first["type"])
 
 
@@ -179,29 +181,3 @@ def _public(loc: tuple[int | str, ...], kind: str) -> list[str]:
     inner = loc[:-1] if unknown else loc
     parts = [str(part) for part in inner if isinstance(part, int) or (part.isidentifier() and part != "str")]
     return [*parts, str(loc[-1])] if unknown else parts
-
-
-def usage(prompt: int, total: int, reasoning: int) -> dict[str, Any]:
-    """Token counts. completion_tokens counts every generated id, </think> and the end included."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": total,
-        "total_tokens": prompt + total,
-        "completion_tokens_details": {"reasoning_tokens": reasoning},
-    }
-
-
-def logprobs(chat: Chat, tokens: list[Token]) -> dict[str, Any]:
-    """Log-probabilities of content tokens, in OpenAI's shape."""
-
-    def entry(token: int, value: float) -> dict[str, Any]:
-        text = str(chat.tokenizer.decode([token], skip_special_tokens=False))
-        return {"token": text, "logprob": max(value, -9999.0), "bytes": None}
-
-    return {
-        "content": [
-            {**entry(token.id, token.logprob), "top_logprobs": [entry(*other) for other in token.top]}
-            for token in tokens
-        ],
-        "refusal": None,
-    }

@@ -1,0 +1,292 @@
+"""One admitted request: its jobs in the engine, the pieces as they come, and the answer that an endpoint makes of them.
+
+A request has one choice or several, and each choice is a job of its own. An endpoint is a `Shape`: it says the same
+pieces plainly or as a stream. A plain answer is the stream's pieces joined, so the two can never differ. Whatever ends
+a request (finished, refused, client gone, server draining) ends its jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ottava.engine.generate import ThinkBudget
+from ottava.engine.session import Engine, Piece, Reader, Sampling, Token
+from ottava.errors import OttavaError
+from ottava.gateway.metrics import Metrics
+from ottava.gateway.pool import Item, Moved, Pool
+from ottava.gateway.schema import ApiError, Asked, Step, Trailer
+from ottava.models.chat import Chat
+
+DEFAULT_LIMIT = 1024  # ids of a reply where the client sets no limit
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a request asks of the engine: `n` replies to each prompt. stop: texts that end the content."""
+
+    prompts: Sequence[Sequence[int]]
+    thinking: bool
+    sampling: Sampling
+    stop: Sequence[str] = ()
+    n: int = 1
+
+    @property
+    def jobs(self) -> int:
+        """How many the engine gets."""
+        return len(self.prompts) * self.n
+
+
+@dataclass
+class Choice:
+    """One reply: a job in the engine and what it has said. pieces: kept for the plain answer; over: nothing follows."""
+
+    prompt: Sequence[int]
+    reader: Reader
+    job: Any = None
+    moves: list[Moved] = field(default_factory=list)
+    over: bool = False
+
+    def take(self, item: Item) -> Iterator[Piece]:
+        """The text that an item of the engine completes. Raises what the engine raised."""
+        if isinstance(item, Exception):
+            raise item
+        if isinstance(item, Moved):
+            self.moves.append(item)
+            return
+        if isinstance(item, Token):
+            yield from self.reader.add(item)
+        if item is None or self.reader.finish == "stop":
+            self.over = True
+            self.job.cancel()
+            yield from self.reader.end()
+
+
+class Reply:
+    """An admitted request. Raises what `submit` raises, and then nothing of it is left in the engine."""
+
+    def __init__(self, engine: Engine | Pool, terms: Terms, metrics: Metrics, deadline_s: float):
+        self.terms, self.chat = terms, engine.chat
+        self.id, self.created = uuid.uuid4().hex, int(time.time())
+        self.choices: list[Choice] = []
+        self._metrics, self._deadline_s, self._began = metrics, deadline_s, time.monotonic()
+        self._arrived: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
+        try:
+            for prompt in terms.prompts:
+                for index in range(terms.n):
+                    self._submit(engine, prompt, index)
+        except BaseException:
+            for choice in self.choices:
+                choice.job.cancel()
+            raise
+
+    def _submit(self, engine: Engine | Pool, prompt: Sequence[int], index: int) -> None:
+        loop, number = asyncio.get_running_loop(), len(self.choices)
+
+        def deliver(item: Item) -> None:
+            loop.call_soon_threadsafe(self._arrived.put_nowait, (number, item))
+
+        how = self.terms.sampling
+        choice = Choice(prompt, Reader(self.chat, self.terms.thinking, self.terms.stop))
+        choice.job = engine.submit(prompt, replace(how, seed=seed_of(how.seed, index)), deliver)
+        self.choices.append(choice)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
+        """The text of every choice as it comes, by the choice's number; None where a choice is over."""
+        left = len(self.choices)
+        while left:
+            number, item = await self._next()
+            choice = self.choices[number]
+            if choice.over:
+                continue  # it was on its way when a stop text ended the choice
+            if isinstance(item, Token) and choice.reader.total == 0:
+                self._metrics.first.observe(time.monotonic() - self._began)
+            for piece in choice.take(item):
+                yield number, piece
+            if choice.over:
+                left -= 1
+                yield number, None
+
+    async def _next(self) -> tuple[int, Item]:
+        """What comes next. Raises ApiError 504 at the deadline."""
+        seconds = self._deadline_s
+        try:
+            async with asyncio.timeout(max(0.0, self._began + seconds - time.monotonic())):
+                return await self._arrived.get()
+        except TimeoutError:
+            raise ApiError(504, f"the answer took longer than {seconds:g} seconds", code="deadline") from None
+
+    def close(self) -> None:
+        """End the generation, wherever it is. To be called once, however the request ends."""
+        for choice in self.choices:
+            choice.job.cancel()
+            reader = choice.reader
+            counts = {
+                "prompt": len(choice.prompt),
+                "reasoning": reader.reasoning,
+                "content": reader.total - reader.reasoning,
+            }
+            for kind, count in counts.items():
+                self._metrics.tokens.labels(kind).inc(count)
+        if not all(choice.over for choice in self.choices):
+            self._metrics.cancelled.inc()
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Ids of the prompts (each once, however many choices it has), of the replies, and of their reasoning."""
+        readers = [choice.reader for choice in self.choices]
+        prompt = sum(map(len, self.terms.prompts))
+        return prompt, sum(reader.total for reader in readers), sum(reader.reasoning for reader in readers)
+
+    def trailer(self) -> Trailer | None:
+        """Where the reply came from, where there are several backends."""
+        path: list[Step] = []
+        for number, choice in enumerate(self.choices):
+            for move in choice.moves:
+                step: Step = {"backend": move.backend, "from": move.at}
+                path.append({**step, "choice": number} if len(self.choices) > 1 else step)
+        begun = sum(bool(choice.moves) for choice in self.choices)
+        return {"failovers": len(path) - begun, "path": path} if path else None
+
+
+class Shape(Protocol):
+    """How an endpoint says a reply: plainly, or as the data of a stream's events, in this order of calls."""
+
+    def whole(self, said: Sequence[Sequence[Piece]]) -> Mapping[str, Any]:
+        """The plain answer. said: the pieces of each choice."""
+
+    def begin(self) -> Iterable[str]:
+        """Before the first piece."""
+
+    def piece(self, number: int, piece: Piece) -> Iterable[str]:
+        """More of a choice."""
+
+    def finish(self, number: int) -> Iterable[str]:
+        """A choice is over."""
+
+    def end(self) -> Iterable[str]:
+        """All are."""
+
+    def failed(self, error: ApiError) -> Iterable[str]:
+        """It ends here, by a fault."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A path and all that is its own: what it takes, what it asks of the engine, how it says the reply.
+
+    terms(request, chat, thinking): thinking is None where nobody asked; raises ApiError, and DataError where `param` is
+    at fault. shape(request, reply, the model's name). answer, event: the types of a plain answer, of a stream's data.
+    """
+
+    path: str
+    summary: str
+    param: str
+    request: type[Asked]
+    answer: Any
+    event: Any
+    terms: Callable[[Any, Chat, bool | None], Terms]
+    shape: Callable[[Any, Reply, str], Shape]
+
+
+def sampling(request: Asked, chat: Chat, thinking: bool, limit: int | None, top: int) -> Sampling:
+    """The engine's terms for a request. A budget needs thinking: it is a mistake without. Raises ApiError."""
+    budget = request.thinking.budget_tokens if request.thinking else None
+    if budget is not None and not thinking:
+        raise ApiError(400, "budget_tokens needs thinking to be enabled", param="thinking.budget_tokens")
+    think = ThinkBudget(chat.think_end, budget) if budget is not None and chat.think_end is not None else None
+    return Sampling(
+        max_new=DEFAULT_LIMIT if limit is None else limit,
+        temperature=request.temperature or 0.0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=request.seed,
+        think=think,
+        top=top,
+    )
+
+
+def event(data: Any, name: str | None = None) -> str:
+    """A server-sent event."""
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data)}\n\n"
+
+
+def text_of(chat: Chat, token: int) -> str:
+    """The text of one id, control tokens too."""
+    return str(chat.tokenizer.decode([token], skip_special_tokens=False))
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: what is impossible is -9999, as in OpenAI's API."""
+    return max(logprob, -9999.0)
+
+
+async def plain(reply: Reply, shape: Shape, request: Request) -> Response:
+    """The plain answer; the reply is closed. Raises ClientDisconnect when nobody is there to take it."""
+    work = asyncio.create_task(_collect(reply))
+    try:
+        while not work.done():
+            await asyncio.wait({work}, timeout=0.1)
+            if not work.done() and await request.is_disconnected():
+                raise ClientDisconnect
+        return JSONResponse(shape.whole(work.result()))
+    finally:
+        work.cancel()
+        reply.close()
+
+
+async def _collect(reply: Reply) -> list[list[Piece]]:
+    said: list[list[Piece]] = [[] for _ in reply.choices]
+    async for number, piece in reply.pieces():
+        if piece is not None:
+            said[number].append(piece)
+    return said
+
+
+class Events(StreamingResponse):
+    """The answer as server-sent events. It says when it is over, also when the client went away in the middle."""
+
+    def __init__(self, reply: Reply, shape: Shape, finished: Callable[[], None]):
+        super().__init__(_events(reply, shape), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._reply, self._finished = reply, finished
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._reply.close()
+            self._finished()
+
+
+async def _events(reply: Reply, shape: Shape) -> AsyncIterator[str]:
+    for event in shape.begin():
+        yield event
+    try:
+        async for number, piece in reply.pieces():
+            for event in shape.finish(number) if piece is None else shape.piece(number, piece):
+                yield event
+    except (OttavaError, ApiError) as error:
+        for event in shape.failed(error if isinstance(error, ApiError) else ApiError(503, error.what)):
+            yield event
+        return
+    for event in shape.end():
+        yield event
+
+
+def seed_of(seed: int | None, index: int) -> int | None:
+    """The seed of a prompt's choice: the request's own for the first, SHA-256 of "SEED INDEX" for the others.
+
+    Of the digest, the first 63 bits, high ones first; so a choice can be asked for again by itself. None: fresh.
+    """
+    if seed is None or index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
