@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -29,13 +30,17 @@ from ottava.engine.room import lacking
 from ottava.engine.sampling import choose, uniform
 from ottava.errors import DataError, ResourceError
 from ottava.fp8 import rows
-from ottava.models.chat import Chat, Detokeniser
+from ottava.models.chat import THINK_END, THINK_START, Chat, Detokeniser
 
 CHUNK = 128
 """Rows of prompts that a step takes while others generate: at most so much later does their next token come."""
 
 ALONE = 512
 """Rows of prompts that a step takes while nobody generates."""
+
+
+CONTEXT = 8
+"""Ids of a text that tell how it is joined to what follows: a space, or none."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,18 @@ class Reader:
     finish: "stop" once the model or a stop text ended the reply, else "length". thought: the reply has reasoning.
     """
 
-    def __init__(self, chat: Chat, thinking: bool, stop: Sequence[str] = ()):
+    def __init__(self, chat: Chat, thinking: bool, stop: Sequence[str] = (), after: Sequence[int] | None = None):
+        """after: ids behind which the reply goes on as text, not as a turn: <think> and </think> are words of it."""
         self.finish: Literal["stop", "length"] = "length"
         self.total = self.reasoning = 0  # ids so far; of these, before </think>
         self.thought = thinking and chat.think_end is not None
         self._chat, self._stop, self._text, self._held = chat, stop, Detokeniser(chat), ""
         self._tokens: list[Token] = []
         self._thinking = self.thought
+        self._marks: dict[int | None, str] = {}
+        if after is not None:
+            self._marks = {chat.think_start: THINK_START, chat.think_end: THINK_END}
+            self._text = Detokeniser(chat, _tail(chat, after))
 
     def add(self, token: Token) -> list[Piece]:
         """The text that this token completes: no piece, or one."""
@@ -96,7 +106,7 @@ class Reader:
             return self.end()
         if not self._thinking:
             self._tokens.append(token)
-            return self._content(self._text.add(token.id), final=False)
+            return self._content(self._added(token.id), final=False)
         if token.id == self._chat.think_end:
             rest = self.end()
             self._thinking, self._text = False, Detokeniser(self._chat)
@@ -108,6 +118,12 @@ class Reader:
         """What was held back; to be called once after the last token."""
         rest = self._text.end()
         return _piece("reasoning", rest) if self._thinking else self._content(rest, final=True)
+
+    def _added(self, token: int) -> str:
+        if token not in self._marks:
+            return self._text.add(token)
+        rest, self._text = self._text.end(), Detokeniser(self._chat)
+        return rest + self._marks[token]
 
     def _content(self, text: str, *, final: bool) -> list[Piece]:
         self._held += text
@@ -122,6 +138,12 @@ class Reader:
         if pieces:
             self._tokens = []
         return pieces
+
+
+def _tail(chat: Chat, ids: Sequence[int]) -> list[int]:
+    """The last ids of a text, up to a control token: behind one, text begins anew."""
+    control, kept = set(chat.control.values()), list(ids[-CONTEXT:])
+    return list(takewhile(lambda one: one not in control, reversed(kept)))[::-1]
 
 
 def _piece(part: Literal["reasoning", "content"], text: str, tokens: tuple[Token, ...] = ()) -> list[Piece]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from typing_extensions import TypedDict
 
 from ottava.document import suggest
@@ -35,13 +35,17 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+NOTHING: tuple[Any, ...] = (None, False, 0, [], {}, "none", "auto")
+"""What may be said in a field that is not supported: what changes nothing."""
+
+
 def _unsupported(value: Any) -> Any:
-    if value not in (None, [], {}, 0, "none", "auto"):
+    if value not in NOTHING:
         raise ValueError("is not supported by this server")
     return value
 
 
-Unsupported = Annotated[Any, AfterValidator(_unsupported)]
+Unsupported = Annotated[Any, AfterValidator(_unsupported), WithJsonSchema({"enum": list(NOTHING)})]
 Ignored = Annotated[Any, Field(description="accepted for compatibility; does not change the answer")]
 Text = Annotated[str, Field(min_length=1, max_length=256)]
 

@@ -167,8 +167,16 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, nothing added. Raises DataError naming a word that the vocabulary lacks."""
+        return self.spans(text)[0]
+
+    def spans(self, text: str, *, special: bool = False) -> tuple[list[int], list[int]]:
+        """Token ids of a text, and the character of the text at which each begins. Raises DataError.
+
+        special: with what the tokenizer puts around a text that no template has seen, as the id that begins a sequence.
+        """
         try:
-            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+            found = self.tokenizer.encode(text, add_special_tokens=special)
+            return list(found.ids), [start for start, _ in found.offsets]
         except Exception as error:  # the library raises bare Exception
             self._refuse_unknown(text, error)
 
@@ -211,8 +219,11 @@ class Detokeniser:
     back; and the ids of the last piece stay as context, as some decoders join or strip at the beginning.
     """
 
-    def __init__(self, chat: Chat):
-        self._chat, self._context, self._new = chat, list[int](), list[int]()
+    def __init__(self, chat: Chat, before: Sequence[int] = ()):
+        """before: ids behind which the text goes on, so that what joins the two is not lost."""
+        self._chat, self._context, self._new = chat, list(before), list[int]()
+        if self._chat.decode(self._context).endswith("\ufffd"):
+            self._context = []  # a character that was cut off does not go on
 
     def add(self, token: int) -> str:
         """The text that this id completes, or nothing yet."""
