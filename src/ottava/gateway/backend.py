@@ -77,7 +77,7 @@ class Backend:
             load = engine.load_now
             return {"load": load, "still": time.monotonic() - self._moved if load else 0.0}
         if op == "hello":
-            return {"pid": os.getpid(), "context": engine.context}
+            return {"pid": os.getpid(), "context": engine.context, "invariant": engine.invariant}
         if op == "render":
             return {"ids": [_rendered(engine, *one) for one in asked["conversations"]]}
         raise DataError(f"no such question: {op!r}")

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +61,8 @@ Check = Callable[["Child"], Awaitable[None]]
 class Child:
     """A backend process. changed(): called whenever it may have become able to take work, or unable.
 
-    state: refused means that `check` refused it. rate: tokens a second of one request, a moving mean; None: unknown.
+    state: refused means that `check` refused it. invariant: what it says of its engine (`Engine.invariant`).
+    rate: tokens a second of one request, a moving mean; None: unknown.
     """
 
     place: Place
@@ -76,6 +77,7 @@ class Child:
     starts: int = 0
     fault: str = ""
     context: int = 0
+    invariant: bool = False
     rate: float | None = None
     _process: asyncio.subprocess.Process | None = None
     _opened: set[asyncio.StreamWriter] = field(default_factory=set)
@@ -92,6 +94,10 @@ class Child:
     def free(self) -> bool:
         """Whether it takes another request."""
         return self.state == "ready" and self.busy < self.slots
+
+    def alike(self, other: Child) -> bool:
+        """Whether it is known to go on with a reply of the other's bit for bit."""
+        return self.invariant and other.invariant and self.place.folder == other.place.folder
 
     async def keep(self) -> None:
         """Have it run, for ever: start, check, watch, and after its end begin anew."""
@@ -137,7 +143,8 @@ class Child:
             if time.monotonic() > deadline:
                 raise Lost(f"it did not load within {self.patience.load:g} seconds")
             await asyncio.sleep(0.02)
-        self.context = (await self.ask(op="hello"))["context"]
+        hello = await self.ask(op="hello")
+        self.context, self.invariant = hello["context"], hello["invariant"]
         if self.check is not None:
             await self.check(self)
         self.state, self.fault = "ready", ""
@@ -184,11 +191,18 @@ class Child:
     async def generate(
         self, ids: Sequence[int], sampling: Sampling, emitted: Sequence[int]
     ) -> AsyncGenerator[Token, None]:
-        """The tokens that follow `emitted` in the reply to a prompt. Raises Lost, or what the engine raises."""
-        asked = {"op": "generate", "ids": ids, "sampling": wire.of_sampling(sampling), "forced": emitted}
+        """The tokens that follow `emitted` in the reply to a prompt. Raises Lost, or what the engine raises.
+
+        An invariant engine reads them with the prompt, all at once. Another one takes the very steps again that
+        generating took, one for each: read at once, they could change the last bits of what follows.
+        """
+        again: Sequence[int] = [] if self.invariant else emitted
+        if self.invariant:
+            ids, sampling = [*ids, *emitted], replace(sampling, said=len(emitted))
+        asked = {"op": "generate", "ids": ids, "sampling": wire.of_sampling(sampling), "forced": again}
         incarnation = self.starts
         try:
-            async with aclosing(self._tokens(asked, len(emitted))) as tokens:
+            async with aclosing(self._tokens(asked, len(again))) as tokens:
                 async for token in tokens:
                     yield token
         except Lost:

@@ -37,10 +37,14 @@ DOMESTIC = ("ascend",)
 
 @dataclass(frozen=True)
 class Moved:
-    """Here another backend takes over: its name, and how many ids the client has already."""
+    """Here another backend takes over: its name, and how many ids the client has already.
+
+    exact: whether what follows is known to be what would have followed, bit for bit.
+    """
 
     backend: str
     at: int
+    exact: bool = True
 
 
 Item = Token | Moved | Exception | None
@@ -159,14 +163,16 @@ class Pool:
         emitted: list[int] = []
         lost = 0  # in a row, without a token
         again = False
+        speaker: Child | None = None  # who said the last of them
         while lost < TRIES:
             child = await self._place(again)
-            deliver(Moved(child.place.name, len(emitted)))
+            deliver(Moved(child.place.name, len(emitted), speaker is None or child.alike(speaker)))
             before = len(emitted)
             try:
                 async with aclosing(child.generate(ids, sampling, emitted[:])) as tokens:
                     async for token in tokens:
                         emitted.append(token.id)
+                        speaker = child
                         deliver(token)
                 return
             except Lost:
