@@ -25,6 +25,7 @@ from ottava.engine.room import lacking
 from ottava.engine.session import QueueFull, Sampling, Token
 from ottava.errors import DataError, ResourceError, check_folder
 from ottava.gateway.child import Check, Child, Lost, Patience, Place, unavailable
+from ottava.gateway.progress import Progress
 from ottava.models.chat import Chat
 
 TRIES = 5
@@ -96,7 +97,7 @@ class Pool:
 
     async def start(self) -> None:
         """Start every backend, and return once one is ready. Raises ResourceError where none comes up."""
-        began = time.monotonic()
+        began, progress = time.monotonic(), Progress()
         self._keepers = [asyncio.create_task(child.keep()) for child in self.children]
         while not self.alive:
             for keeper in self._keepers:
@@ -106,6 +107,8 @@ class Pool:
                 faults = "; ".join(f"{child.place.name}: {child.fault}" for child in self.children)
                 raise ResourceError(f"no backend came up: {faults}", fix="what it said stands above")
             await asyncio.sleep(0.02)
+            progress.show({child.place.name: child.phase for child in self.children})
+        progress.show({child.place.name: child.phase for child in self.children}, last=True)
         ready = sum(child.state == "ready" for child in self.children)
         took = time.monotonic() - began
         print(f"{ready} of {len(self.children)} backends ready after {took:.1f} s", file=sys.stderr, flush=True)
