@@ -30,7 +30,7 @@ from ottava.tasks import chains
 from ottava.trainer.spec import Shape
 
 PATH = "/v1/chat/completions"
-PATIENCE = {"every": 0.5, "hung": 5.0}
+PATIENCE = {"every": 0.5, "hung": 5.0, "still": 20.0}
 _SERVE = "import json, sys; from ottava.gateway.server import serve; serve(json.loads(sys.argv[1]))"
 
 
