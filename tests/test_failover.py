@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from ottava.engine.generate import ThinkBudget
 from ottava.engine.session import Engine, QueueFull, Sampling, Token
 from ottava.errors import DataError, ResourceError
 from ottava.gateway.app import Gateway
+from ottava.gateway.backend import Backend
 from ottava.gateway.child import Child, Lost, Patience
 from ottava.gateway.pool import Item, Moved, Place, Policy, Pool, places
 from ottava.models.chat import Chat
@@ -111,6 +113,78 @@ def test_a_reply_that_begins_with_given_ids_goes_on_as_if_they_had_been_chosen(f
             engine.submit(ids, how, arrived.put, [token.id for token in whole[:cut]])
             assert list(iter(arrived.get, None)) == whole
     engine.close()
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(("invariant", "steps"), [(True, 3), (False, 503)])
+def test_what_was_said_is_read_at_once(how: Sampling, invariant: bool, steps: int, folder: Path) -> None:
+    """A reply that is taken over at its id 500: steps of the model, not time."""
+    engine, how = Engine.load(folder), replace(how, max_new=502)
+    ids = engine.chat.render(USER, how.think is not None)[:5]
+    whole = list(engine.stream(ids, how))
+    taken = count_steps(engine)
+
+    async def ask(emitted: list[Token]) -> list[Token]:
+        async with served(engine, invariant) as child:
+            return [token async for token in child.generate(ids, how, [token.id for token in emitted])]
+
+    assert asyncio.run(ask(whole[:500])) == whole[500:]
+    assert sum(taken) <= steps
+    assert (sum(taken) <= 3) is invariant  # the other one replays
+    taken.clear()
+    assert asyncio.run(ask(whole)) == []  # killed between its last id and its end
+    engine.context = len(ids) + len(whole)
+    assert asyncio.run(ask(whole)) == []  # it fills the context
+    assert sum(taken) <= (0 if invariant else 2 * 502)
+    engine.close()
+
+
+def count_steps(engine: Engine) -> list[int]:
+    """A 1 for every step that its model takes from now on."""
+    taken, step = [], engine._runner.step
+
+    def counted(parts: Any) -> Any:
+        taken.append(1)
+        return step(parts)
+
+    engine._runner.step = counted  # type: ignore[method-assign]
+    return taken
+
+
+@contextlib.asynccontextmanager
+async def served(engine: Engine, invariant: bool) -> AsyncIterator[Child]:
+    """An engine of this process behind a real socket, as a child sees it."""
+    with tempfile.TemporaryDirectory() as place:
+        child = Child(Place("a", Path(place)), 1, Path(place), QUICK, lambda: None, state="ready", invariant=invariant)
+        serving = asyncio.create_task(Backend(engine).run(child.path))
+        while not child.path.exists():
+            await asyncio.sleep(0.01)
+        assert (await child.ask(op="hello"))["invariant"] is engine.invariant
+        yield child
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+def test_the_trailer_does_not_promise_what_nobody_knows(folder: Path) -> None:
+    """Backends that are not invariant: the reply goes on, and it is said that it may not be the same one."""
+    ids, how = Chat.load(folder).render(USER, False), Sampling(400)
+
+    async def main() -> None:
+        async with pool_of(folder, 2) as pool:
+            await all_ready(pool)
+            for invariant in (True, False):
+                for child in pool.children:
+                    child.invariant = invariant
+                exact: list[bool] = []
+                while not exact[1:]:  # a backend may be done before it is killed
+                    found = await items(pool, ids, how, {5: kill})
+                    assert len(tokens(found)) == 400
+                    exact = [move.exact for move in moves(found)]
+                    await all_ready(pool)
+                assert exact[0]
+                assert set(exact[1:]) == {invariant}
+
+    asyncio.run(main())
 
 
 def test_killed_and_stopped_at_random_tokens_the_stream_is_the_undisturbed_one(folder: Path) -> None:
@@ -296,6 +370,30 @@ def test_the_server_with_two_backends_over_http(launcher: LocalLauncher, folder:
     process.terminate()
     assert process.wait(30) == 0
     assert all(not Path(f"/proc/{pid}").exists() for pid in children_of(process.pid))
+
+
+def test_a_backend_that_is_stopped_while_it_loads_is_started_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def main() -> None:
+        pool = Pool(places([folder], 1), threads=1, patience=QUICK)
+        child = pool.children[0]
+        starting = asyncio.create_task(pool.start())
+        async with asyncio.timeout(60):
+            while child.phase != "loading":
+                await asyncio.sleep(0.001)
+        kill(child, signal.SIGSTOP)
+        child.patience = replace(QUICK, still=4.0)
+        async with asyncio.timeout(240):
+            while child.starts < 2:
+                await asyncio.sleep(0.01)
+        assert child.fault == "it gave no sign of life for 4 seconds while loading"
+        starting.cancel()
+        await pool.stop()
+
+    asyncio.run(main())
+    said = capsys.readouterr().err
+    assert said.startswith("cpu-0-0: starting\ncpu-0-0: loading after ")
 
 
 def test_backends_do_not_outlive_a_gateway_that_was_killed(

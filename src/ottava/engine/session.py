@@ -227,10 +227,10 @@ class Engine:
         """
         if not ids:
             raise DataError("the prompt is empty")
-        if (wrong := lacking(1, self.context, len(ids))) is not None:
-            raise DataError(wrong[0])
         if not 0 <= sampling.said < len(ids):
             raise DataError(f"of {len(ids)} ids, {sampling.said} cannot be the beginning of a reply")
+        if (wrong := lacking(1, self.context, len(ids) - sampling.said)) is not None:
+            raise DataError(wrong[0])  # a reply that was said to its end may well fill the context
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         said = list(ids[len(ids) - sampling.said :])
         thinking = sampling.think is not None and sampling.think.end not in said
@@ -285,7 +285,7 @@ class Engine:
         while self._admit():
             self._active = [job for job in self._active if self._goes_on(job)]
             batches = [self._active] if self.invariant else [[job] for job in self._active]
-            ended = {id(job) for batch in batches for job in self._advance(batch)}
+            ended = {id(job) for batch in batches if batch for job in self._advance(batch)}
             self._active = [job for job in self._active if id(job) not in ended]
         for job in [*self._active, *self._waiting]:
             _give(job, ResourceError("the engine was closed"))

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class Lost(Exception):
 @dataclass(frozen=True)
 class Patience:
     """Seconds. every: between two looks at a backend; hung: that it may take to answer one; still: without a token
-    while it has work, as its longest prompt may take; load: for loading."""
+    while it has work, as its longest prompt may take, or without a sign of life while it loads; load: for loading."""
 
     every: float = 0.5
     hung: float = 10.0
@@ -61,7 +61,8 @@ Check = Callable[["Child"], Awaitable[None]]
 class Child:
     """A backend process. changed(): called whenever it may have become able to take work, or unable.
 
-    state: refused means that `check` refused it. rate: tokens a second of one request, a moving mean; None: unknown.
+    state: refused means that `check` refused it. invariant: what it says of its engine (`Engine.invariant`).
+    rate: tokens a second of one request, a moving mean; None: unknown. phase: state, and of loading what it does now.
     """
 
     place: Place
@@ -75,9 +76,13 @@ class Child:
     busy: int = 0
     starts: int = 0
     fault: str = ""
+    phase: str = "down"
     context: int = 0
+    invariant: bool = False
     rate: float | None = None
     _process: asyncio.subprocess.Process | None = None
+    _heard: float = 0.0
+    _hearing: asyncio.Task[None] | None = None
     _opened: set[asyncio.StreamWriter] = field(default_factory=set)
 
     @property
@@ -92,6 +97,10 @@ class Child:
     def free(self) -> bool:
         """Whether it takes another request."""
         return self.state == "ready" and self.busy < self.slots
+
+    def alike(self, other: Child) -> bool:
+        """Whether it is known to go on with a reply of the other's bit for bit."""
+        return self.invariant and other.invariant and self.place.folder == other.place.folder
 
     async def keep(self) -> None:
         """Have it run, for ever: start, check, watch, and after its end begin anew."""
@@ -118,7 +127,7 @@ class Child:
 
     async def _start(self) -> None:
         self.path.unlink(missing_ok=True)
-        self.state, self.starts = "loading", self.starts + 1
+        self.state, self.phase, self.starts = "loading", "starting", self.starts + 1
         args = {"model": str(self.place.folder), "socket": str(self.path), "slots": self.slots}
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -126,22 +135,36 @@ class Child:
             "ottava.gateway.backend",
             json.dumps(args),
             stdin=asyncio.subprocess.PIPE,  # kept open: its end is the backend's
-            stdout=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,  # signs of life while it loads
             env={**os.environ, **({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})},
             start_new_session=True,  # Ctrl-C is for the gateway, which then lets requests finish
         )
+        self._heard = time.monotonic()
+        self._hearing = asyncio.create_task(self._hear(self._process))
         deadline = time.monotonic() + self.patience.load
         while not self.path.exists():
             if self._process.returncode is not None:
                 raise Lost(f"it ended with status {self._process.returncode} while loading")
             if time.monotonic() > deadline:
                 raise Lost(f"it did not load within {self.patience.load:g} seconds")
+            if time.monotonic() - self._heard > self.patience.still:
+                raise Lost(f"it gave no sign of life for {self.patience.still:g} seconds while loading")
             await asyncio.sleep(0.02)
-        self.context = (await self.ask(op="hello"))["context"]
+        hello = await self.ask(op="hello")
+        self.context, self.invariant = hello["context"], hello["invariant"]
         if self.check is not None:
+            self.phase = "checking"
             await self.check(self)
-        self.state, self.fault = "ready", ""
+        self.state, self.phase, self.fault = "ready", "ready", ""
         self.changed()
+
+    async def _hear(self, process: asyncio.subprocess.Process) -> None:
+        """Whatever it writes, as long as it lives: while it loads, that is its sign of life."""
+        assert process.stdout is not None
+        while await process.stdout.read(4096):
+            self._heard = time.monotonic()
+            if self.phase == "starting":
+                self.phase = "loading"
 
     async def _watch(self) -> None:
         """Returns by raising Lost, once the process has ended or does not answer."""
@@ -166,7 +189,7 @@ class Child:
     async def end(self, state: State) -> None:
         """Kill the process, and tell all who wait for it."""
         self._give_up()
-        self.state = state
+        self.state, self.phase = state, state
         process, self._process = self._process, None
         if process is not None:
             await process.wait()
@@ -182,16 +205,21 @@ class Child:
         raise Lost("it hung up")
 
     async def generate(
-        self, ids: Sequence[int], sampling: Sampling, forced: Sequence[int], emitted: int | None = None
+        self, ids: Sequence[int], sampling: Sampling, emitted: Sequence[int], forced: Sequence[int] = ()
     ) -> AsyncGenerator[Token, None]:
-        """The tokens of a reply that begins with `forced`, without the first `emitted` of them (by default all).
+        """What follows `emitted` in a reply that begins with `forced`. Raises Lost, or what the engine raises.
 
-        Raises Lost, or what the engine raises.
+        An invariant engine reads the emitted ids with the prompt, all at once. Another one takes the very steps again
+        that generating took, one for each: read at once, they could change the last bits of what follows.
         """
-        asked = {"op": "generate", "ids": ids, "sampling": wire.of_sampling(sampling), "forced": forced}
+        rest, again = forced[len(emitted) :], emitted
+        if self.invariant:
+            ids, sampling, again = [*ids, *emitted], replace(sampling, said=len(emitted)), ()
+        how = wire.of_sampling(sampling)
+        asked = {"op": "generate", "ids": ids, "sampling": how, "forced": [*again, *rest]}
         incarnation = self.starts
         try:
-            async with aclosing(self._tokens(asked, len(forced) if emitted is None else emitted)) as tokens:
+            async with aclosing(self._tokens(asked, len(again))) as tokens:
                 async for token in tokens:
                     yield token
         except Lost:

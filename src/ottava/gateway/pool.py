@@ -25,6 +25,7 @@ from ottava.engine.room import lacking
 from ottava.engine.session import QueueFull, Sampling, Token
 from ottava.errors import DataError, ResourceError, check_folder
 from ottava.gateway.child import Check, Child, Lost, Patience, Place, unavailable
+from ottava.gateway.progress import Progress
 from ottava.models.chat import Chat
 
 TRIES = 5
@@ -37,10 +38,14 @@ DOMESTIC = ("ascend",)
 
 @dataclass(frozen=True)
 class Moved:
-    """Here another backend takes over: its name, and how many ids the client has already."""
+    """Here another backend takes over: its name, and how many ids the client has already.
+
+    exact: whether what follows is known to be what would have followed, bit for bit.
+    """
 
     backend: str
     at: int
+    exact: bool = True
 
 
 Item = Token | Moved | Exception | None
@@ -92,7 +97,7 @@ class Pool:
 
     async def start(self) -> None:
         """Start every backend, and return once one is ready. Raises ResourceError where none comes up."""
-        began = time.monotonic()
+        began, progress = time.monotonic(), Progress()
         self._keepers = [asyncio.create_task(child.keep()) for child in self.children]
         while not self.alive:
             for keeper in self._keepers:
@@ -102,6 +107,8 @@ class Pool:
                 faults = "; ".join(f"{child.place.name}: {child.fault}" for child in self.children)
                 raise ResourceError(f"no backend came up: {faults}", fix="what it said stands above")
             await asyncio.sleep(0.02)
+            progress.show({child.place.name: child.phase for child in self.children})
+        progress.show({child.place.name: child.phase for child in self.children}, last=True)
         ready = sum(child.state == "ready" for child in self.children)
         took = time.monotonic() - began
         print(f"{ready} of {len(self.children)} backends ready after {took:.1f} s", file=sys.stderr, flush=True)
@@ -164,15 +171,16 @@ class Pool:
         emitted: list[int] = []
         lost = 0  # in a row, without a token
         again = False
+        speaker: Child | None = None  # who said the last of them
         while lost < TRIES:
             child = await self._place(again)
-            deliver(Moved(child.place.name, len(emitted)))
+            deliver(Moved(child.place.name, len(emitted), speaker is None or child.alike(speaker)))
             before = len(emitted)
             try:
-                said = emitted if len(emitted) > len(forced) else forced
-                async with aclosing(child.generate(ids, sampling, list(said), len(emitted))) as tokens:
+                async with aclosing(child.generate(ids, sampling, emitted[:], forced)) as tokens:
                     async for token in tokens:
                         emitted.append(token.id)
+                        speaker = child
                         deliver(token)
                 return
             except Lost:

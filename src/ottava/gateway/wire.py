@@ -2,7 +2,7 @@
 
 The gateway writes one line, {"op": ...}; hanging up is how it cancels. A backend answers with lines:
 
-    hello     {"pid", "context"}
+    hello     {"pid", "context", "invariant": see `Engine`}
     health    {"load": requests at work or waiting, "still": seconds since the last token of any of them}
     render    {"ids"}: of each conversation in each mode asked for, by its own folder's template; null where refused
     generate  [id, logprob, [[id, logprob], ...]] for every token, then {"done": true}
