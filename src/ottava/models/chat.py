@@ -116,6 +116,13 @@ class Chat:
         """How the template writes calls of tools, and how it wants their arguments: see `calls_of`."""
         return calls_of(self.template, self.words)
 
+    @functools.cached_property
+    def constrained(self) -> Any:
+        """The vocabulary for constrained decoding: see `constrain.vocabulary`, also for what it raises."""
+        from ottava.models.constrain import vocabulary
+
+        return vocabulary(self)
+
     def text(
         self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> str:
