@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -31,6 +32,7 @@ from ottava.engine.sampling import choose, uniform
 from ottava.errors import DataError, ResourceError
 from ottava.fp8 import rows
 from ottava.models.chat import THINK_END, THINK_START, Chat, Detokeniser
+from ottava.models.constrain import Constraint
 
 CHUNK = 128
 """Rows of prompts that a step takes while others generate: at most so much later does their next token come."""
@@ -49,6 +51,8 @@ class Sampling:
 
     said: so many of the prompt's last ids are the beginning of this reply, which then goes on as it would have: they
     count towards max_new, the thinking budget and the draws of the seed. Exact where the engine is `invariant`.
+    grammar: what the reply may be, a spec of `models.constrain`; ids are chosen among those that it allows, while
+    log-probabilities stay those of the model.
     """
 
     max_new: int
@@ -58,6 +62,7 @@ class Sampling:
     think: ThinkBudget | None = None
     top: int = 0
     said: int = 0
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class Job:
     """A request in the engine. cancel() may be called from any thread, at any time.
 
     pending: ids that the model has not read yet. forced: those with which the reply goes on, whatever would be chosen.
-    produced: the reply's ids, those said before included.
+    produced: the reply's ids, those said before included. compiling: its grammar, which is made on a thread of its own.
     """
 
     ids: Sequence[int]
@@ -175,6 +180,8 @@ class Job:
     produced: list[int] = field(default_factory=list)
     thinking: bool = False
     cancelled: bool = False
+    compiling: Future[Constraint] | None = None
+    constraint: Constraint | None = None
 
     def cancel(self) -> None:
         """Stop generating; what was not yet generated never is."""
@@ -198,6 +205,7 @@ class Engine:
         self._active: list[Job] = []
         self._changed = threading.Condition()
         self._closed = False
+        self._compiler = ThreadPoolExecutor(1, "grammar")  # begins its thread with the first grammar
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -241,9 +249,22 @@ class Engine:
                 raise ResourceError("the engine is closed")
             if self.load_now >= self.capacity:
                 raise QueueFull(f"{self.queue} requests are waiting already", fix="try again in a second")
+            if sampling.grammar is not None:
+                job.compiling = self._compiler.submit(self._compiled, sampling.grammar, said)
+                job.compiling.add_done_callback(self._wake)
             self._waiting.append(job)
             self._changed.notify()
         return job
+
+    def _compiled(self, grammar: str, said: Sequence[int]) -> Constraint:
+        constraint = Constraint(self.chat, grammar)
+        for token in said:
+            constraint.add(token)
+        return constraint
+
+    def _wake(self, _: object) -> None:
+        with self._changed:
+            self._changed.notify()
 
     def stream(self, ids: Sequence[int], sampling: Sampling) -> Generator[Token, None, None]:
         """Generate; leaving the iterator early cancels the request."""
@@ -279,6 +300,7 @@ class Engine:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        self._compiler.shutdown(cancel_futures=True)
 
     @torch.no_grad()
     def _work(self) -> None:
@@ -293,10 +315,11 @@ class Engine:
     def _admit(self) -> bool:
         """Fill free slots in order of arrival; sleeps while there is nothing to do. False: closed."""
         with self._changed:
-            while not (self._active or self._waiting or self._closed):
+            while not (self._active or self._closed or any(map(_ready, self._waiting))):
                 self._changed.wait()
-            while self._waiting and len(self._active) < self.slots:
-                self._active.append(self._waiting.popleft())
+            for job in [job for job in self._waiting if _ready(job)][: self.slots - len(self._active)]:
+                self._waiting.remove(job)
+                self._active.append(job)
             return not self._closed
 
     def _advance(self, jobs: list[Job]) -> list[Job]:
@@ -319,6 +342,7 @@ class Engine:
             return _give(job, None)
         try:
             if job.cache is None:
+                job.constraint = None if job.compiling is None else job.compiling.result()
                 job.cache = self._runner.open(len(job.ids) - job.sampling.said + self._limit(job))
         except Exception as error:
             return _give(job, error)
@@ -361,14 +385,21 @@ class Engine:
     def _next(self, job: Job, logits: Tensor) -> Token:
         how, position = job.sampling, len(job.produced)
         draws = uniform(job.seed, [0], position) if how.temperature else None
-        chosen = int(choose(logits[None], how.temperature, how.top_p, draws))
+        allowed = logits if job.constraint is None else job.constraint.mask(logits)
+        chosen = int(choose(allowed[None], how.temperature, how.top_p, draws))
         if job.thinking and how.think is not None and position >= how.think.tokens:
             chosen = how.think.end
         if position - how.said < len(job.forced):
             chosen = job.forced[position - how.said]
+        if job.constraint is not None:
+            job.constraint.add(chosen)
         if job.thinking and how.think is not None:
             job.thinking = chosen != how.think.end
         return _token(chosen, logits, how.top)
+
+
+def _ready(job: Job) -> bool:
+    return job.compiling is None or job.compiling.done()
 
 
 def _token(chosen: int, logits: Tensor, top: int) -> Token:

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ottava.errors import CheckpointError, DataError, check_folder, from_os_error
+from ottava.models.template import PROBE, calls_of, compile_template, render, source_of
+from ottava.models.tools import Form
 
-THINKING_KEYS = ("thinking", "enable_thinking")
 THINK_START, THINK_END = "<think>", "</think>"
-PROBE = [{"role": "user", "content": "1"}]
-"""What a template is tried with."""
 TINY_SPECIAL = ("<|pad|>", "<|end|>", "<|User|>", "<|Assistant|>", THINK_START, THINK_END)
 TINY_TEMPLATE = """\
 {#- Turns of the tiny model. `thinking` is its only switch; a system message is left out: it knows no such words. -#}
@@ -75,10 +72,10 @@ class Chat:
         config = _json(folder / "tokenizer_config.json", {})
         tokenizer = read_tokenizer(folder / "tokenizer.json")
         words = _special_words(config | _json(folder / "special_tokens_map.json", {}))
-        source, where = _template_source(folder, config)
-        template, key = _compile(source, words, where)
+        source, where = source_of(folder, config)
+        template, key = compile_template(source, words, where)
         added = tokenizer.get_added_tokens_decoder().items()
-        control = {t.content: i for i, t in added if t.special or t.content in (THINK_START, THINK_END)}
+        control = {t.content: i for i, t in added if t.special or _is_mark(t.content, source)}
         return cls(
             tokenizer,
             template,
@@ -104,7 +101,7 @@ class Chat:
     def opened(self) -> bool:
         """Whether a prompt for thinking ends in <think>; where it does not, a reply begins with it."""
         asked = {**self.words, self.thinking_key: True} if self.thinking_key else dict(self.words)
-        return _render(self.template, PROBE, asked).rstrip().endswith(THINK_START)
+        return render(self.template, PROBE, asked).rstrip().endswith(THINK_START)
 
     @functools.cached_property
     def first(self) -> int | None:
@@ -114,22 +111,52 @@ class Chat:
         except DataError:
             return None
 
-    def text(self, messages: Sequence[Message], thinking: bool = False) -> str:
+    @functools.cached_property
+    def calls(self) -> tuple[Form, bool] | None:
+        """How the template writes calls of tools, and how it wants their arguments: see `calls_of`."""
+        return calls_of(self.template, self.words)
+
+    @functools.cached_property
+    def constrained(self) -> Any:
+        """The vocabulary for constrained decoding: see `constrain.vocabulary`, also for what it raises."""
+        from ottava.models.constrain import vocabulary
+
+        return vocabulary(self)
+
+    def text(
+        self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
         """The prompt as text, up to where the assistant begins.
 
-        Raises DataError where the template refuses, where a message holds a control token (it could
-        end the turn and speak for another role), or where thinking is asked of a model without the switch.
+        messages, tools: as OpenAI's API has them, the arguments of a call as JSON text.
+        Raises DataError where the template refuses, where a message or a tool holds a control token (it could
+        end the turn and speak for another role), where thinking is asked of a model without the switch, or in a
+        conversation in which its template does not open it, and where tools are given to a template that ignores them.
         """
         if thinking and self.thinking_key is None:
             raise DataError("this model has no thinking switch", fix="ask without thinking")
         for number, message in enumerate(messages):
-            self._refuse_control(message, number)
-        switch = {} if self.thinking_key is None else {self.thinking_key: thinking}
-        return _render(self.template, messages, {**self.words, **switch})
+            self._refuse_control(message, f"messages[{number}]", message.get("role") == "assistant")
+        called = any(message.get("role") == "tool" or message.get("tool_calls") for message in messages)
+        if (tools or called) and self.calls is None:
+            what = "the chat template of this model has no tools, or writes their calls in a form that is not known"
+            raise DataError(what, fix="ask without tools, or put a template that reads `tools` beside the weights")
+        self._refuse_control(tools or (), "tools", False)
+        if called:
+            messages = [self._with_calls(message, number) for number, message in enumerate(messages)]
+        variables = {**self.words, "tools": list(tools) if tools else None}
+        if self.thinking_key is None:
+            return render(self.template, messages, variables)
+        text = render(self.template, messages, {**variables, self.thinking_key: thinking})
+        if thinking and called and text == render(self.template, messages, {**variables, self.thinking_key: False}):
+            raise DataError("this model's template does not think behind a tool's result", fix="ask without thinking")
+        return text
 
-    def render(self, messages: Sequence[Message], thinking: bool = False) -> list[int]:
-        """Token ids of the prompt. Raises DataError, also for a word that the vocabulary lacks."""
-        return self.encode(self.text(messages, thinking))
+    def render(
+        self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of the prompt. Raises DataError as `text` does, also for a word that the vocabulary lacks."""
+        return self.encode(self.text(messages, thinking, tools))
 
     def prompts(self, questions: Sequence[str], thinking: bool = False) -> list[list[int]]:
         """Token ids for many single questions at once: 20,000 short ones take about a second."""
@@ -180,19 +207,57 @@ class Chat:
         except Exception as error:  # the library raises bare Exception
             self._refuse_unknown(text, error)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control tokens are left out."""
+    def decode(self, ids: Sequence[int], marks: bool = False) -> str:
+        """The text of ids; control tokens are left out. marks: but those that mark calls of tools are not."""
+        shown = self._marks if marks else {}
+        text, rest = "", list[int]()
+        for i in ids:
+            if i in shown:
+                text, rest = text + self._plain(rest) + shown[i], []
+            else:
+                rest.append(i)
+        return text + self._plain(rest)
+
+    def _plain(self, ids: Sequence[int]) -> str:
         silent = (self.think_start, self.think_end)
         return str(self.tokenizer.decode([i for i in ids if i not in silent], skip_special_tokens=True))
 
-    def _refuse_control(self, message: Message, number: int) -> None:
-        content = message.get("content")
-        if not isinstance(content, str):
-            return
-        allowed = (THINK_START, THINK_END) if message.get("role") == "assistant" else ()
-        for word in self.control:
-            if word in content and word not in allowed:
-                raise DataError(f"the control token {word!r} may not stand in a message", where=f"messages[{number}]")
+    @functools.cached_property
+    def _marks(self) -> dict[int, str]:
+        """Special tokens that mark calls of tools."""
+        marks = self.calls[0].marks if self.calls is not None else ()
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {i: token.content for i, token in added.items() if token.special and token.content in marks}
+
+    def _with_calls(self, message: Message, number: int) -> Message:
+        """A message with the arguments of its calls as the template wants them."""
+        if not message.get("tool_calls") or self.calls is None or not self.calls[1]:
+            return message
+        where = f"messages[{number}].tool_calls"
+        calls = []
+        for call in message["tool_calls"]:
+            try:
+                arguments = json.loads(call["function"]["arguments"])
+            except (ValueError, RecursionError):
+                raise DataError("the arguments are not JSON", where=where) from None
+            self._refuse_control(arguments, where, False)  # what was escaped in the text
+            calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+        return {**message, "tool_calls": calls}
+
+    def _refuse_control(self, held: Any, where: str, own: bool) -> None:
+        """own: it is the text of an assistant's turn, which may have thought and called in it."""
+        if isinstance(held, str):
+            allowed = (THINK_START, THINK_END, *(self.calls[0].marks if self.calls else ())) if own else ()
+            for word in self.control:
+                if word in held and word not in allowed:
+                    raise DataError(f"the control token {word!r} may not stand in a message", where=where)
+        elif isinstance(held, Mapping):
+            for key, value in held.items():
+                self._refuse_control(key, where, False)
+                self._refuse_control(value, where, own and key == "content")
+        elif isinstance(held, (list, tuple)):
+            for value in held:
+                self._refuse_control(value, where, False)
 
     def _encodes(self, word: str) -> bool:
         try:
@@ -336,50 +401,10 @@ def _special_words(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _template_source(folder: Path, config: Mapping[str, Any]) -> tuple[str, Path]:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8"), path
-    inline = config.get("chat_template")
-    if isinstance(inline, str):
-        return inline, folder / "tokenizer_config.json"
-    raise CheckpointError(
-        "the model has no chat template", where=path, fix="a base model cannot chat; use its instruct form"
-    )
-
-
-def _compile(source: str, words: Mapping[str, str], where: Path) -> tuple[jinja2.Template, str | None]:
-    """The template and its thinking key: a variable that it reads and whose value changes the prompt."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals.update(raise_exception=_raise, strftime_now=lambda form: time.strftime(form))
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    try:
-        template = environment.from_string(source)
-        names = {node.name for node in environment.parse(source).find_all(jinja2.nodes.Name)}
-    except jinja2.TemplateSyntaxError as error:
-        where_line = f"{where}:{error.lineno}"
-        raise CheckpointError(f"the chat template is not valid: {error.message}", where=where_line) from None
-    for key in THINKING_KEYS:
-        if key in names:
-            on, off = (_render(template, PROBE, {**words, key: value}) for value in (True, False))
-            if on != off:
-                return template, key
-    return template, None
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _render(template: jinja2.Template, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
-    try:
-        return template.render(messages=messages, add_generation_prompt=True, **variables)
-    except jinja2.TemplateError as error:
-        raise DataError(f"the chat template refuses these messages: {error.message}") from None
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise DataError(f"the chat template cannot render these messages: {error}") from None
+def _is_mark(token: str, source: str) -> bool:
+    """Whether a token that is not called special is one that prompts are built of: it stands in the template."""
+    bracketed = token[:1] in ("<", "[") and token[-1:] in (">", "]")
+    return token in (THINK_START, THINK_END) or (bracketed and token in source)
 
 
 def _stop_ids(folder: Path, tokenizer: Tokenizer, words: Mapping[str, str]) -> tuple[int, ...]:
