@@ -53,13 +53,22 @@ class Metrics:
             starts = prometheus.Gauge("ottava_backend_starts", "starts so far", ["backend"], registry=registry)
             lost = prometheus.Gauge("ottava_failovers", "answers taken over from a lost backend", registry=registry)
             lost.set_function(lambda: engine.failovers)
+            refused = prometheus.Gauge("ottava_backend_refused", "1: not the reference", ["backend"], registry=registry)
+            scored = prometheus.Gauge("ottava_canary_tokens", "ids scored again", ["backend"], registry=registry)
             for child in engine.children:
+                refused.labels(child.place.name).set_function(partial(_refused, child))
+                if engine.canary is not None:
+                    scored.labels(child.place.name).set_function(partial(engine.canary.tokens, child.place.name))
                 ready.labels(child.place.name).set_function(partial(_ready, child))
                 starts.labels(child.place.name).set_function(partial(_starts, child))
 
 
 def _ready(child: Child) -> float:
     return float(child.state == "ready")
+
+
+def _refused(child: Child) -> float:
+    return float(child.state == "refused")
 
 
 def _starts(child: Child) -> float:
@@ -93,6 +102,7 @@ class Gateway:
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/health", self.health),
+            Route("/parity", self.parity),
             Route("/metrics", self.show_metrics),
         ]
         handlers = {ApiError: _refuse, HTTPException: _refuse_http, Exception: _fault}
@@ -110,6 +120,13 @@ class Gateway:
         """GET /health: 200 while new requests are taken."""
         status = "draining" if self.draining else "ok" if self.engine.alive else "dead"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    async def parity(self, request: Request) -> Response:
+        """GET /parity: which backends were held against the reference, and what the canary has seen since."""
+        self._owner(request)
+        pool = self.engine if isinstance(self.engine, Pool) else None
+        told = pool.parity.report() if pool and pool.parity else {"backends": []}
+        return JSONResponse({**told, "canary": pool.canary.report() if pool and pool.canary else None})
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics."""

@@ -77,7 +77,12 @@ class Backend:
             load = engine.load_now
             return {"load": load, "still": time.monotonic() - self._moved if load else 0.0}
         if op == "hello":
-            return {"pid": os.getpid(), "context": engine.context, "invariant": engine.invariant}
+            return {
+                "pid": os.getpid(),
+                "context": engine.context,
+                "invariant": engine.invariant,
+                "numerics": getattr(engine, "numerics", None),  # others promise no bits
+            }
         if op == "render":
             return {"ids": [_rendered(engine, *one) for one in asked["conversations"]]}
         raise DataError(f"no such question: {op!r}")
@@ -87,7 +92,8 @@ class Backend:
     ) -> None:
         ids: Sequence[int] = asked["ids"]
         if asked["op"] == "score":
-            ids, forced, how = ids[:1], ids[1:], Sampling(max_new=len(ids) - 1)
+            first = asked.get("first", 1)
+            ids, forced, how = ids[:first], ids[first:], Sampling(max_new=len(ids) - first, top=1)
         else:
             forced, how = asked["forced"], wire.sampling_of(asked["sampling"])
         loop, over = asyncio.get_running_loop(), asyncio.Event()
@@ -116,9 +122,9 @@ class Backend:
                 task.cancel()
 
 
-def _rendered(engine: Engine, messages: list[dict[str, Any]], thinking: bool) -> list[int] | None:
+def _rendered(engine: Engine, messages: list[dict[str, Any]], thinking: bool, *tools: Any) -> list[int] | None:
     try:
-        return engine.chat.render(messages, thinking)
+        return engine.chat.render(messages, thinking, *tools)
     except DataError:
         return None
 

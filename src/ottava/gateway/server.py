@@ -20,10 +20,13 @@ from ottava.checkpoint.stream import default_workers
 from ottava.engine.session import Engine
 from ottava.errors import DataError, from_os_error
 from ottava.gateway.app import Gateway
+from ottava.gateway.canary import SHARE, Canary
 from ottava.gateway.child import Patience
 from ottava.gateway.keys import Keys, Turnstile
+from ottava.gateway.parity import Parity
 from ottava.gateway.patience import PatientProtocol
 from ottava.gateway.pool import Pool, places
+from ottava.models.chat import Chat
 from ottava.verify.certificate import check
 
 LOOPBACK = "127.0.0.1"
@@ -34,7 +37,9 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
 
     args: model (folder), or models (folders of one model, each for other chips); replicas: backends of each, in
     processes of their own (default: one engine in this process where there is one folder); labels, policy: see
-    `pool`; name (default: the first folder's name); port (default 8000; 0 picks a free one);
+    `pool`; reference (folder, default the first): what backends are held against; other_values: one of other values
+    may serve too; canary: the share of replies that is scored again (default `canary.SHARE`); name (default: the
+    first folder's name); port (default 8000; 0 picks a free one);
     host (default loopback); slots, queue (see Engine); max_body (bytes); deadline_s (of an answer);
     keys: a file (see `keys`); at_once, a_minute: requests of one key (0: no limit); drain_s (default 60: what
     still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens;
@@ -78,7 +83,15 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
         return Engine.load(folders[0], **bounds)
     found = places(folders, 1 if replicas is None else replicas, args.get("labels") or ())
     patience = Patience(**args.get("patience") or {})
-    return Pool(found, **bounds, policy=args.get("policy", "balanced"), patience=patience)
+    reference = Path(args.get("reference") or folders[0])
+    check = Parity(reference, args.get("other_values", False), patience)
+    policy = args.get("policy", "balanced")
+    pool = Pool(found, **bounds, policy=policy, patience=patience, check=check, chat=Chat.load(reference))
+    pool.parity = check
+    share = args.get("canary", SHARE)
+    if share:
+        pool.canary = Canary(pool, check, share)
+    return pool
 
 
 def _certified(folder: Path, args: Mapping[str, Any]) -> None:
