@@ -16,7 +16,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +37,13 @@ BACKLOG = 16
 
 @dataclass
 class Reply:
-    """What was said to a prompt, id by id, and which backend said it."""
+    """What was said to a prompt, id by id, and which backend said it. held: the certificates that these had then."""
 
     ids: Sequence[int]
     sampling: Sampling
     tokens: list[Token] = field(default_factory=list)
     speakers: list[str] = field(default_factory=list)
+    held: dict[str, Certificate | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Canary:
                 self._ended(reply)
             else:
                 speaker = item.backend
+                reply.held[speaker] = self._parity.certificates.get(speaker)
             return deliver(item)
 
         return both
@@ -98,8 +100,13 @@ class Canary:
             self._come.clear()
             while self._waiting:
                 reply = self._waiting.popleft()
-                with suppress(Lost):  # whoever was to score it died: another reply will come
+                try:
                     await self.look(reply)
+                except Lost:  # whoever was to score it died: another reply will come
+                    self.dropped += 1
+                except Exception as error:  # the watch goes on
+                    self.dropped += 1
+                    print(f"canary: a reply could not be scored: {error!r}", file=sys.stderr, flush=True)
             await self._come.wait()
 
     async def look(self, reply: Reply) -> None:
@@ -120,20 +127,18 @@ class Canary:
                 said[: at + 1],
             )
         for name in dict.fromkeys(reply.speakers):
-            if self._weigh(name, reply, said):
+            if self._parity.certificates.get(name) is reply.held[name] and self._weigh(name, reply, said):
                 await self._settle(name, scorer, reply, said, exact)
 
     def _exact(self, reply: Reply) -> bool:
         """Whether all that spoke owe the same bits, so that asking again tests the choice of ids too."""
-        found = [self._parity.certificates.get(name) for name in set(reply.speakers)]
-        return all(one is not None and one.bits for one in found)
+        return all(one is not None and one.bits for one in reply.held.values())
 
     async def _scorer(self, reply: Reply) -> Child | None:
         """Another backend of the same values, with a slot to spare; one certified by bits where there is one."""
         names = set(reply.speakers)
-        found = {name: one for name in names if (one := self._parity.certificates.get(name)) is not None}
-        digests = {one.digest for one in found.values()}
-        if len(found) < len(names) or len(digests) != 1:
+        digests = {None if one is None else one.digest for one in reply.held.values()}
+        if len(digests) != 1 or None in digests:
             return None
         while True:
             able = [
