@@ -21,6 +21,7 @@ from ottava.engine.session import Engine, Sampling, Token
 from ottava.errors import DataError, OttavaError
 from ottava.gateway import wire
 
+BACKLOG = 4096  # requests that may come before one is looked at
 BREATH = 1.0  # seconds between two signs of life while loading
 
 
@@ -63,7 +64,8 @@ class Backend:
         """Listen for ever. The socket appears once questions are answered."""
         early = path.with_suffix(".new")
         early.unlink(missing_ok=True)
-        server = await asyncio.start_unix_server(self._serve, early, limit=wire.LONGEST)
+        # A full backlog would look to the gateway like a backend that is gone.
+        server = await asyncio.start_unix_server(self._serve, early, limit=wire.LONGEST, backlog=BACKLOG)
         early.rename(path)
         async with server:
             await server.serve_forever()

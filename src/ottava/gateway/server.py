@@ -36,7 +36,7 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
 
     args: model (folder), or models (folders of one model, each for other chips); replicas: backends of each, in
     processes of their own (default: one engine in this process where there is one folder); labels, policy: see
-    `pool`; patience: of backends, see `child`; name (default: the first folder's name); port (default 8000; 0 picks
+    `pool`; patience, wait_s: see `child`, `Pool`; name (default: the first folder's name); port (default 8000; 0 picks
     a free one); host (default loopback); slots, queue (see Engine); max_body (bytes); deadline_s (of an answer);
     keys: a file (see `keys`); at_once, a_minute: requests of one key (0: no limit); drain_s (default 60: what
     still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens;
@@ -81,7 +81,8 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
             return Engine.load(folders[0], **bounds)
     found = places(folders, 1 if replicas is None else replicas, args.get("labels") or ())
     patience = Patience(**args.get("patience") or {})
-    return Pool(found, **bounds, policy=args.get("policy", "balanced"), patience=patience)
+    policy, wait_s = args.get("policy", "balanced"), args.get("wait_s", 60.0)
+    return Pool(found, **bounds, policy=policy, patience=patience, wait_s=wait_s)
 
 
 def _certified(folder: Path, args: Mapping[str, Any]) -> None:
