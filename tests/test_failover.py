@@ -372,6 +372,30 @@ def test_the_server_with_two_backends_over_http(launcher: LocalLauncher, folder:
     assert all(not Path(f"/proc/{pid}").exists() for pid in children_of(process.pid))
 
 
+def test_a_backend_that_is_stopped_while_it_loads_is_started_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def main() -> None:
+        pool = Pool(places([folder], 1), threads=1, patience=QUICK)
+        child = pool.children[0]
+        starting = asyncio.create_task(pool.start())
+        async with asyncio.timeout(60):
+            while child.phase != "loading":
+                await asyncio.sleep(0.001)
+        kill(child, signal.SIGSTOP)
+        child.patience = replace(QUICK, still=4.0)
+        async with asyncio.timeout(240):
+            while child.starts < 2:
+                await asyncio.sleep(0.01)
+        assert child.fault == "it gave no sign of life for 4 seconds while loading"
+        starting.cancel()
+        await pool.stop()
+
+    asyncio.run(main())
+    said = capsys.readouterr().err
+    assert said.startswith("cpu-0-0: starting\ncpu-0-0: loading after ")
+
+
 def test_backends_do_not_outlive_a_gateway_that_was_killed(
     launcher: LocalLauncher, folder: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -524,7 +525,9 @@ def load_of(url: str) -> float:
 
 def test_the_official_client_and_a_drain(launcher: LocalLauncher, folder: Path, tmp_path: Path) -> None:
     process, url = start(launcher, folder, tmp_path, announce=True)
-    assert process.log.read_text() == f"tiny listens on {url} (Ctrl-C stops it)\n"
+    loaded, listens = process.log.read_text().rsplit("\n", 2)[:2]
+    assert listens == f"tiny listens on {url} (Ctrl-C stops it)"
+    assert re.fullmatch(r"model: loading\nmodel: ready after \d+\.\d s", loaded)
     client = official(url)
     request: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 20, "temperature": 0}
     on = {"thinking": {"type": "enabled", "budget_tokens": 5}}

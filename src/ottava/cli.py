@@ -581,6 +581,13 @@ def serve(
     at_once: Annotated[int, typer.Option(min=0, help="Requests at a time of one key; 0: no limit.")] = 0,
     a_minute: Annotated[int, typer.Option(min=0, help="Requests a minute of one key; 0: no limit.")] = 0,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 3600.0,
+    hung_after: Annotated[
+        float, typer.Option(min=0.1, help="Seconds after which a backend that does not answer is started anew.")
+    ] = 10.0,
+    still_after: Annotated[
+        float,
+        typer.Option(min=1, help="The same of one that has work and says no id: its longest prompt must take less."),
+    ] = 300.0,
     certificate: Annotated[Path | None, typer.Option(help="Serve only the values that this certificate names.")] = None,
     trust: Annotated[
         list[str] | None,
@@ -594,6 +601,7 @@ def serve(
     args |= {"replicas": replicas, "labels": label or [], "policy": policy, "slots": slots, "queue": queue}
     args |= {"reference": reference and str(reference), "canary": canary, "other_values": allow_other_values}
     args |= {"keys": keys and str(keys), "at_once": at_once, "a_minute": a_minute, "deadline_s": deadline}
+    args |= {"patience": {"hung": hung_after, "still": still_after}}
     serve_folders(args | {"certificate": None if certificate is None else str(certificate), "trust": trust or []})
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,23 @@ from ottava.engine.session import Engine, Sampling, Token
 from ottava.errors import DataError, OttavaError
 from ottava.gateway import wire
 
+BACKLOG = 4096  # requests that may come before one is looked at
+BREATH = 1.0  # seconds between two signs of life while loading
+
 
 def main() -> int:
     """Load the folder that the arguments name (JSON: model, socket, slots) and answer until standard input ends."""
     args = json.loads(sys.argv[1])
     threading.Thread(target=_outlive_nobody, daemon=True).start()
+    loaded = threading.Event()
+    os.write(1, b".")  # what it imports is imported
+    threading.Thread(target=_breathe, args=(loaded,), daemon=True).start()
     try:
         engine = Engine.load(args["model"], slots=args["slots"], queue=args["slots"])
     except OttavaError as error:
         print(error.render(), file=sys.stderr, flush=True)
         return error.exit_code
+    loaded.set()
     asyncio.run(Backend(engine).run(Path(args["socket"])))
     return 0
 
@@ -37,6 +45,13 @@ def main() -> int:
 def _outlive_nobody() -> None:
     sys.stdin.buffer.read()
     os._exit(0)
+
+
+def _breathe(loaded: threading.Event) -> None:
+    """A byte on standard output now and then says that it lives and loads."""
+    with suppress(OSError):  # nobody listens any more
+        while not loaded.wait(BREATH):
+            os.write(1, b".")
 
 
 class Backend:
@@ -49,7 +64,8 @@ class Backend:
         """Listen for ever. The socket appears once questions are answered."""
         early = path.with_suffix(".new")
         early.unlink(missing_ok=True)
-        server = await asyncio.start_unix_server(self._serve, early, limit=wire.LONGEST)
+        # A full backlog would look to the gateway like a backend that is gone.
+        server = await asyncio.start_unix_server(self._serve, early, limit=wire.LONGEST, backlog=BACKLOG)
         early.rename(path)
         async with server:
             await server.serve_forever()

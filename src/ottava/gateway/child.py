@@ -36,7 +36,7 @@ class Lost(Exception):
 @dataclass(frozen=True)
 class Patience:
     """Seconds. every: between two looks at a backend; hung: that it may take to answer one; still: without a token
-    while it has work, as its longest prompt may take; load: for loading."""
+    while it has work, as its longest prompt may take, or without a sign of life while it loads; load: for loading."""
 
     every: float = 0.5
     hung: float = 10.0
@@ -63,7 +63,7 @@ class Child:
 
     state: refused means that `check` or the canary refused it, barred says why; it is then not started again. invariant
     and numerics: what it says of its engine (see `Engine`).
-    rate: tokens a second of one request, a moving mean; None: unknown.
+    rate: tokens a second of one request, a moving mean; None: unknown. phase: state, and of loading what it does now.
     """
 
     place: Place
@@ -77,12 +77,15 @@ class Child:
     busy: int = 0
     starts: int = 0
     fault: str = ""
+    phase: str = "down"
     context: int = 0
     invariant: bool = False
     numerics: str | None = None
     barred: str = ""
     rate: float | None = None
     _process: asyncio.subprocess.Process | None = None
+    _heard: float = 0.0
+    _hearing: asyncio.Task[None] | None = None
     _opened: set[asyncio.StreamWriter] = field(default_factory=set)
 
     @property
@@ -147,7 +150,7 @@ class Child:
 
     async def _start(self) -> None:
         self.path.unlink(missing_ok=True)
-        self.state, self.starts = "loading", self.starts + 1
+        self.state, self.phase, self.starts = "loading", "starting", self.starts + 1
         args = {"model": str(self.place.folder), "socket": str(self.path), "slots": self.slots}
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -155,24 +158,37 @@ class Child:
             "ottava.gateway.backend",
             json.dumps(args),
             stdin=asyncio.subprocess.PIPE,  # kept open: its end is the backend's
-            stdout=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,  # signs of life while it loads
             env={**os.environ, **({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})},
             start_new_session=True,  # Ctrl-C is for the gateway, which then lets requests finish
         )
+        self._heard = time.monotonic()
+        self._hearing = asyncio.create_task(self._hear(self._process))
         deadline = time.monotonic() + self.patience.load
         while not self.path.exists():
             if self._process.returncode is not None:
                 raise Lost(f"it ended with status {self._process.returncode} while loading")
             if time.monotonic() > deadline:
                 raise Lost(f"it did not load within {self.patience.load:g} seconds")
+            if time.monotonic() - self._heard > self.patience.still:
+                raise Lost(f"it gave no sign of life for {self.patience.still:g} seconds while loading")
             await asyncio.sleep(0.02)
         hello = await self.ask(op="hello")
         self.context, self.invariant = hello["context"], hello["invariant"]
         self.numerics = hello.get("numerics")
         if self.check is not None:
+            self.phase = "checking"
             await self.check(self)
-        self.state, self.fault = "ready", ""
+        self.state, self.phase, self.fault = "ready", "ready", ""
         self.changed()
+
+    async def _hear(self, process: asyncio.subprocess.Process) -> None:
+        """Whatever it writes, as long as it lives: while it loads, that is its sign of life."""
+        assert process.stdout is not None
+        while await process.stdout.read(4096):
+            self._heard = time.monotonic()
+            if self.phase == "starting":
+                self.phase = "loading"
 
     async def _watch(self) -> None:
         """Returns by raising Lost, once the process has ended or does not answer."""
@@ -197,7 +213,7 @@ class Child:
     async def end(self, state: State) -> None:
         """Kill the process, and tell all who wait for it."""
         self._give_up()
-        self.state = state
+        self.state, self.phase = state, state
         process, self._process = self._process, None
         if process is not None:
             await process.wait()

@@ -25,6 +25,7 @@ from ottava.engine.room import lacking
 from ottava.engine.session import QueueFull, Sampling, Token
 from ottava.errors import DataError, ResourceError, Verdict, check_folder
 from ottava.gateway.child import Check, Child, Lost, Patience, Place, unavailable
+from ottava.gateway.progress import Progress
 from ottava.models.chat import Chat
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Pool:
 
     async def start(self) -> None:
         """Start every backend, and return once one is ready. Raises ResourceError where none comes up."""
-        began = time.monotonic()
+        began, progress = time.monotonic(), Progress()
         self._keepers = [asyncio.create_task(child.keep()) for child in self.children]
         if self.canary is not None:
             self._keepers.append(asyncio.create_task(self.canary.work()))
@@ -118,6 +119,8 @@ class Pool:
                     raise Verdict(f"no backend may serve: {faults}", fix="what it said stands above")
                 raise ResourceError(f"no backend came up: {faults}", fix="what it said stands above")
             await asyncio.sleep(0.02)
+            progress.show({child.place.name: child.phase for child in self.children})
+        progress.show({child.place.name: child.phase for child in self.children}, last=True)
         ready = sum(child.state == "ready" for child in self.children)
         took = time.monotonic() - began
         print(f"{ready} of {len(self.children)} backends ready after {took:.1f} s", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ from ottava.gateway.keys import Keys, Turnstile
 from ottava.gateway.parity import Parity
 from ottava.gateway.patience import PatientProtocol
 from ottava.gateway.pool import Pool, places
+from ottava.gateway.progress import loading
 from ottava.models.chat import Chat
 from ottava.verify.certificate import check
 
@@ -37,9 +39,9 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
 
     args: model (folder), or models (folders of one model, each for other chips); replicas: backends of each, in
     processes of their own (default: one engine in this process where there is one folder); labels, policy: see
-    `pool`; reference (folder, default the first): what backends are held against; other_values: one of other values
-    may serve too; canary: the share of replies that is scored again (default `canary.SHARE`); name (default: the
-    first folder's name); port (default 8000; 0 picks a free one);
+    `pool`; patience, wait_s: see `child`, `Pool`; reference (folder, default the first): what backends are held
+    against; other_values: one of other values may serve too; canary: the share of replies that is scored again
+    (default `canary.SHARE`); name (default: the first folder's name); port (default 8000; 0 picks a free one);
     host (default loopback); slots, queue (see Engine); max_body (bytes); deadline_s (of an answer);
     keys: a file (see `keys`); at_once, a_minute: requests of one key (0: no limit); drain_s (default 60: what
     still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens;
@@ -80,13 +82,15 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     bounds = {"slots": args.get("slots", 4), "queue": args.get("queue", 16)}
     replicas = args.get("replicas")
     if replicas is None and len(folders) == 1 and not args.get("labels"):
-        return Engine.load(folders[0], **bounds)
+        with loading(folders[0].name) if args.get("announce") else nullcontext():
+            return Engine.load(folders[0], **bounds)
     found = places(folders, 1 if replicas is None else replicas, args.get("labels") or ())
     patience = Patience(**args.get("patience") or {})
     reference = Path(args.get("reference") or folders[0])
     check = Parity(reference, args.get("other_values", False), patience)
-    policy = args.get("policy", "balanced")
-    pool = Pool(found, **bounds, policy=policy, patience=patience, check=check, chat=Chat.load(reference))
+    policy, wait_s = args.get("policy", "balanced"), args.get("wait_s", 60.0)
+    chat = Chat.load(reference)
+    pool = Pool(found, **bounds, policy=policy, patience=patience, wait_s=wait_s, check=check, chat=chat)
     pool.parity = check
     share = args.get("canary", SHARE)
     if share:
@@ -121,7 +125,9 @@ def _key(given: str) -> str:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket; clients that come early wait in its backlog."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # The protocol is named, or asyncio leaves Nagle's algorithm on: 40 ms between a header and its body.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
