@@ -14,17 +14,18 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ottava.engine.session import Engine, Sampling, Token
+from ottava.engine.session import Deliver, Engine, Sampling, Token
 from ottava.errors import DataError, OttavaError
 from ottava.gateway import wire
+from ottava.models.chat import Chat
 
 
 def main() -> int:
     """Load the folder that the arguments name (JSON: model, socket, slots) and answer until standard input ends."""
     args = json.loads(sys.argv[1])
-    threading.Thread(target=_outlive_nobody, daemon=True).start()
+    outlive_nobody()
     try:
         engine = Engine.load(args["model"], slots=args["slots"], queue=args["slots"])
     except OttavaError as error:
@@ -34,15 +35,44 @@ def main() -> int:
     return 0
 
 
-def _outlive_nobody() -> None:
-    sys.stdin.buffer.read()
-    os._exit(0)
+def outlive_nobody() -> None:
+    """End this process when its standard input does."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Cancellable(Protocol):
+    """A request that was submitted."""
+
+    def cancel(self) -> None: ...
+
+
+class Speaker(Protocol):
+    """What of `Engine` a backend needs: ours has it, and `vllm` gives it to another's."""
+
+    @property
+    def chat(self) -> Chat: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def invariant(self) -> bool: ...
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def load_now(self) -> int: ...
+    def submit(
+        self, ids: Sequence[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int] = ()
+    ) -> Cancellable: ...
 
 
 class Backend:
     """Answers the questions of `wire` with an engine."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Speaker):
         self._engine, self._moved = engine, time.monotonic()
 
     async def run(self, path: Path) -> None:
@@ -116,7 +146,7 @@ class Backend:
                 task.cancel()
 
 
-def _rendered(engine: Engine, messages: list[dict[str, Any]], thinking: bool) -> list[int] | None:
+def _rendered(engine: Speaker, messages: list[dict[str, Any]], thinking: bool) -> list[int] | None:
     try:
         return engine.chat.render(messages, thinking)
     except DataError:
