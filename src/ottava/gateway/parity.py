@@ -25,7 +25,7 @@ from ottava.checkpoint.digest import values_digest
 from ottava.checkpoint.stream import default_workers
 from ottava.engine.session import Sampling
 from ottava.errors import DataError, PlatformError, Verdict, check_folder
-from ottava.gateway.child import Child, Patience, Place
+from ottava.gateway.child import Child, Lost, Patience, Place
 from ottava.models.chat import Chat
 from ottava.verify import parity
 
@@ -106,8 +106,11 @@ class Parity:
         """Certify a backend that has loaded. Raises Verdict where it differs, Lost where it dies."""
         name = child.place.name
         try:
-            self.certificates[name] = await self._certify(child)
+            async with asyncio.timeout(self.patience.load):
+                self.certificates[name] = await self._certify(child)
             self.refused.pop(name, None)
+        except TimeoutError:
+            raise Lost(f"it was not certified within {self.patience.load:g} seconds") from None
         except Verdict as error:
             self.certificates.pop(name, None)
             self.refused[name] = error.what
