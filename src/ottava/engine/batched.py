@@ -38,9 +38,13 @@ class Part(NamedTuple):
 
 
 class Runner(Protocol):
-    """A model that advances requests. invariant: whether rows keep their bits in any company, cut anyhow."""
+    """A model that advances requests. invariant: whether rows keep their bits in any company, cut anyhow.
+
+    numerics: names what fixes the bits of all of them; None: nothing does.
+    """
 
     invariant: bool
+    numerics: str | None
 
     def open(self, length: int) -> Any:
         """An empty cache for a request of at most `length` ids."""
@@ -61,6 +65,7 @@ class Turns:
     """Any model of Hugging Face, a request at a time with a cache of its own."""
 
     invariant = False
+    numerics: str | None = None
 
     def __init__(self, model: nn.Module):
         self._model: Any = model.eval()
@@ -111,6 +116,7 @@ class Batched:
         whole: Any = model
         config, body = whole.config, whole.model
         self.dtype: torch.dtype = body.embed_tokens.weight.dtype
+        self.numerics: str | None = f"rows {str(self.dtype).removeprefix('torch.')}"
         positions = torch.arange(int(config.max_position_embeddings))[None]
         cos, sin = body.rotary_emb(torch.zeros(1), positions)
         half = cos.shape[-1] // 2  # the second half repeats the first

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ottava import __version__
 from ottava.checkpoint import layouts
 from ottava.engine.batched import FAMILIES, Part, Runner, runner
 from ottava.engine.generate import ThinkBudget
@@ -282,6 +283,12 @@ class Engine:
     def capacity(self) -> int:
         """Requests that may generate or wait at a time."""
         return self.slots + self.queue
+
+    @property
+    def numerics(self) -> str | None:
+        """What two engines of one model have in common whose answers are the same bits; None: nothing says so."""
+        computed = self._runner.numerics
+        return None if computed is None else f"ottava {__version__} {computed}"
 
     @property
     def load_now(self) -> int:

@@ -64,6 +64,7 @@ class Gateway:
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),
             Route("/health", self.health),
+            Route("/parity", self.parity),
             Route("/metrics", self.show_metrics),
             Route("/openapi.json", self.describe),
         ]
@@ -89,6 +90,13 @@ class Gateway:
         """GET /health: 200 while new requests are taken."""
         status = "draining" if self.draining else "ok" if self.engine.alive else "dead"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    async def parity(self, request: Request) -> Response:
+        """GET /parity: which backends were held against the reference, and what the canary has seen since."""
+        self._owner(request)
+        pool = self.engine if isinstance(self.engine, Pool) else None
+        told = pool.parity.report() if pool and pool.parity else {"backends": []}
+        return JSONResponse({**told, "canary": pool.canary.report() if pool and pool.canary else None})
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics."""

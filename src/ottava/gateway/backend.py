@@ -15,19 +15,21 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ottava.engine.session import Engine, Sampling, Token
+from ottava.engine.session import Deliver, Engine, Sampling, Token
 from ottava.errors import DataError, OttavaError
 from ottava.gateway import wire
+from ottava.models.chat import Chat
 
+BACKLOG = 4096  # requests that may come before one is looked at
 BREATH = 1.0  # seconds between two signs of life while loading
 
 
 def main() -> int:
     """Load the folder that the arguments name (JSON: model, socket, slots) and answer until standard input ends."""
     args = json.loads(sys.argv[1])
-    threading.Thread(target=_outlive_nobody, daemon=True).start()
+    outlive_nobody()
     loaded = threading.Event()
     os.write(1, b".")  # what it imports is imported
     threading.Thread(target=_breathe, args=(loaded,), daemon=True).start()
@@ -41,9 +43,38 @@ def main() -> int:
     return 0
 
 
-def _outlive_nobody() -> None:
-    sys.stdin.buffer.read()
-    os._exit(0)
+def outlive_nobody() -> None:
+    """End this process when its standard input does."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Cancellable(Protocol):
+    """A request that was submitted."""
+
+    def cancel(self) -> None: ...
+
+
+class Speaker(Protocol):
+    """What of `Engine` a backend needs: ours has it, and `vllm` gives it to another's."""
+
+    @property
+    def chat(self) -> Chat: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def invariant(self) -> bool: ...
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def load_now(self) -> int: ...
+    def submit(
+        self, ids: Sequence[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int] = ()
+    ) -> Cancellable: ...
 
 
 def _breathe(loaded: threading.Event) -> None:
@@ -56,14 +87,15 @@ def _breathe(loaded: threading.Event) -> None:
 class Backend:
     """Answers the questions of `wire` with an engine."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Speaker):
         self._engine, self._moved = engine, time.monotonic()
 
     async def run(self, path: Path) -> None:
         """Listen for ever. The socket appears once questions are answered."""
         early = path.with_suffix(".new")
         early.unlink(missing_ok=True)
-        server = await asyncio.start_unix_server(self._serve, early, limit=wire.LONGEST)
+        # A full backlog would look to the gateway like a backend that is gone.
+        server = await asyncio.start_unix_server(self._serve, early, limit=wire.LONGEST, backlog=BACKLOG)
         early.rename(path)
         async with server:
             await server.serve_forever()
@@ -91,7 +123,12 @@ class Backend:
             load = engine.load_now
             return {"load": load, "still": time.monotonic() - self._moved if load else 0.0}
         if op == "hello":
-            return {"pid": os.getpid(), "context": engine.context, "invariant": engine.invariant}
+            return {
+                "pid": os.getpid(),
+                "context": engine.context,
+                "invariant": engine.invariant,
+                "numerics": getattr(engine, "numerics", None),  # others promise no bits
+            }
         if op == "render":
             return {"ids": [_rendered(engine, *one) for one in asked["conversations"]]}
         raise DataError(f"no such question: {op!r}")
@@ -101,7 +138,8 @@ class Backend:
     ) -> None:
         ids: Sequence[int] = asked["ids"]
         if asked["op"] == "score":
-            ids, forced, how = ids[:1], ids[1:], Sampling(max_new=len(ids) - 1)
+            first = asked.get("first", 1)
+            ids, forced, how = ids[:first], ids[first:], Sampling(max_new=len(ids) - first, top=1)
         else:
             forced, how = asked["forced"], wire.sampling_of(asked["sampling"])
         loop, over = asyncio.get_running_loop(), asyncio.Event()
@@ -130,9 +168,9 @@ class Backend:
                 task.cancel()
 
 
-def _rendered(engine: Engine, messages: list[dict[str, Any]], thinking: bool) -> list[int] | None:
+def _rendered(engine: Speaker, messages: list[dict[str, Any]], thinking: bool, *tools: Any) -> list[int] | None:
     try:
-        return engine.chat.render(messages, thinking)
+        return engine.chat.render(messages, thinking, *tools)
     except DataError:
         return None
 

@@ -12,15 +12,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ottava.engine.session import Sampling, Token
-from ottava.errors import OttavaError, ResourceError
+from ottava.errors import OttavaError, ResourceError, Verdict
 from ottava.gateway import wire
+from ottava.gateway.engines import EMBEDDED, OURS, Choice
 
 BACKOFF = (0.2, 30.0)
 """Seconds before the first start again, and at most; each is twice the one before."""
@@ -46,12 +47,13 @@ class Patience:
 
 @dataclass(frozen=True)
 class Place:
-    """What a backend is. price: of a million ids, in any currency, one for all."""
+    """What a backend is. price: of a million ids, in any currency, one for all. engine: see `engines`."""
 
     name: str
     folder: Path
     vendor: str = "cpu"
     price: float = 0.0
+    engine: Choice = OURS
 
 
 Check = Callable[["Child"], Awaitable[None]]
@@ -61,7 +63,8 @@ Check = Callable[["Child"], Awaitable[None]]
 class Child:
     """A backend process. changed(): called whenever it may have become able to take work, or unable.
 
-    state: refused means that `check` refused it. invariant: what it says of its engine (`Engine.invariant`).
+    state: refused means that `check` or the canary refused it, barred says why; it is then not started again. invariant
+    and numerics: what it says of its engine (see `Engine`).
     rate: tokens a second of one request, a moving mean; None: unknown. phase: state, and of loading what it does now.
     """
 
@@ -79,6 +82,8 @@ class Child:
     phase: str = "down"
     context: int = 0
     invariant: bool = False
+    numerics: str | None = None
+    barred: str = ""
     rate: float | None = None
     _process: asyncio.subprocess.Process | None = None
     _heard: float = 0.0
@@ -115,24 +120,47 @@ class Child:
                     await self._watch()
                 except Lost as error:
                     self.fault = str(error)
+                except Verdict as error:
+                    self.barred = error.what
                 except OttavaError as error:
                     self.fault, state = error.what, "refused"
+                if self.barred:
+                    self.fault, state = f"refused: {self.barred}", "refused"
                 await self.end(state)
                 print(f"backend {self.place.name}: {self.fault}", file=sys.stderr, flush=True)
+                if self.barred:
+                    return
                 wait = BACKOFF[0] if time.monotonic() - began > CALM else wait
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, BACKOFF[1])
         finally:
+            await self.end("refused" if self.barred else "down")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """It runs, unwatched, until the end of the block. Raises Lost."""
+        try:
+            await self._start()
+            yield
+        finally:
             await self.end("down")
+
+    def refuse(self, why: str) -> None:
+        """It answers no more, now and for good: what runs on it goes on elsewhere."""
+        self.barred = why
+        self._give_up()
 
     async def _start(self) -> None:
         self.path.unlink(missing_ok=True)
         self.state, self.phase, self.starts = "loading", "starting", self.starts + 1
-        args = {"model": str(self.place.folder), "socket": str(self.path), "slots": self.slots}
+        args: dict[str, Any] = {"model": str(self.place.folder), "socket": str(self.path), "slots": self.slots}
+        module = "ottava.gateway.backend"
+        if self.place.engine.kind != EMBEDDED:
+            module, args["engine"] = "ottava.gateway.vllm", asdict(self.place.engine)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "ottava.gateway.backend",
+            module,
             json.dumps(args),
             stdin=asyncio.subprocess.PIPE,  # kept open: its end is the backend's
             stdout=asyncio.subprocess.PIPE,  # signs of life while it loads
@@ -152,6 +180,7 @@ class Child:
             await asyncio.sleep(0.02)
         hello = await self.ask(op="hello")
         self.context, self.invariant = hello["context"], hello["invariant"]
+        self.numerics = hello.get("numerics")
         if self.check is not None:
             self.phase = "checking"
             await self.check(self)
@@ -228,7 +257,7 @@ class Child:
             raise
 
     def _give_up(self) -> None:
-        self.state = "down"
+        self.state = "refused" if self.barred else "down"
         process = self._process
         if process is not None and process.returncode is None:
             with suppress(ProcessLookupError):
@@ -248,14 +277,17 @@ class Child:
                     yield wire.token_of(said)
         raise Lost("it hung up in mid-answer")
 
-    async def score(self, ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of the ids after the first, by the path that serves. Raises Lost."""
-        found: list[float] = []
-        async with aclosing(self._lines({"op": "score", "ids": ids})) as lines:
+    async def score(self, ids: Sequence[int], first: int = 1) -> list[Token]:
+        """The ids from `first` on with their log-probabilities and the likeliest id, by the path that serves.
+
+        Raises Lost, or what the engine raises.
+        """
+        found: list[Token] = []
+        async with aclosing(self._lines({"op": "score", "ids": ids, "first": first})) as lines:
             async for said in lines:
                 if not isinstance(said, list):
-                    return found
-                found.append(float(said[1]))
+                    return found[first + len(found) - len(ids) :] if len(found) > len(ids) - first else found
+                found.append(wire.token_of(said))
         raise Lost("it hung up in mid-answer")
 
     def _paced(self, seconds: float) -> None:

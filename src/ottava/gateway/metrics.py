@@ -27,13 +27,22 @@ class Metrics:
             starts = prometheus.Gauge("ottava_backend_starts", "starts so far", ["backend"], registry=registry)
             lost = prometheus.Gauge("ottava_failovers", "answers taken over from a lost backend", registry=registry)
             lost.set_function(lambda: engine.failovers)
+            refused = prometheus.Gauge("ottava_backend_refused", "1: not the reference", ["backend"], registry=registry)
+            scored = prometheus.Gauge("ottava_canary_tokens", "ids scored again", ["backend"], registry=registry)
             for child in engine.children:
+                refused.labels(child.place.name).set_function(partial(_refused, child))
+                if engine.canary is not None:
+                    scored.labels(child.place.name).set_function(partial(engine.canary.tokens, child.place.name))
                 ready.labels(child.place.name).set_function(partial(_ready, child))
                 starts.labels(child.place.name).set_function(partial(_starts, child))
 
 
 def _ready(child: Child) -> float:
     return float(child.state == "ready")
+
+
+def _refused(child: Child) -> float:
+    return float(child.state == "refused")
 
 
 def _starts(child: Child) -> float:

@@ -19,14 +19,19 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ottava.engine.room import lacking
 from ottava.engine.session import QueueFull, Sampling, Token
-from ottava.errors import DataError, ResourceError, check_folder
+from ottava.errors import DataError, ResourceError, Verdict, check_folder
 from ottava.gateway.child import Check, Child, Lost, Patience, Place, unavailable
+from ottava.gateway.engines import EMBEDDED, KINDS, OURS, Choice
 from ottava.gateway.progress import Progress
 from ottava.models.chat import Chat
+
+if TYPE_CHECKING:
+    from ottava.gateway.canary import Canary
+    from ottava.gateway.parity import Parity
 
 TRIES = 5
 """Backends that may be lost in a row without a token of a request: it may be the request that kills them."""
@@ -66,7 +71,8 @@ class Pool:
     """Backends that all hold one model. places: what to start; slots: requests at a time of each; queue: that wait.
 
     wait_s: how long a request waits for a backend while none runs. check: raises an OttavaError where a backend may
-    not serve. To be used on the event loop on which it was started.
+    not serve. chat: renders prompts, by default that of the first place. canary, to be set before the start: looks at
+    what backends say; parity: what `check` found, to be told. To be used on the event loop on which it was started.
     """
 
     def __init__(
@@ -80,10 +86,13 @@ class Pool:
         patience: Patience | None = None,
         check: Check | None = None,
         threads: int | None = None,
+        chat: Chat | None = None,
     ):
         if policy not in POLICIES:
             raise DataError(f"no such policy: {policy}", where="--policy", fix=", ".join(POLICIES))
-        self.chat = Chat.load(places[0].folder)
+        self.chat = chat or Chat.load(places[0].folder)
+        self.canary: Canary | None = None
+        self.parity: Parity | None = None
         self.queue, self.wait_s, self.policy = queue, wait_s, policy
         self.failovers = 0
         self._sockets = Path(tempfile.mkdtemp(prefix="ottava-"))  # open to this user alone
@@ -99,12 +108,16 @@ class Pool:
         """Start every backend, and return once one is ready. Raises ResourceError where none comes up."""
         began, progress = time.monotonic(), Progress()
         self._keepers = [asyncio.create_task(child.keep()) for child in self.children]
+        if self.canary is not None:
+            self._keepers.append(asyncio.create_task(self.canary.work()))
         while not self.alive:
             for keeper in self._keepers:
                 if keeper.done():
                     keeper.result()
             if all(child.fault for child in self.children):
                 faults = "; ".join(f"{child.place.name}: {child.fault}" for child in self.children)
+                if all(child.barred for child in self.children):
+                    raise Verdict(f"no backend may serve: {faults}", fix="what it said stands above")
                 raise ResourceError(f"no backend came up: {faults}", fix="what it said stands above")
             await asyncio.sleep(0.02)
             progress.show({child.place.name: child.phase for child in self.children})
@@ -132,6 +145,11 @@ class Pool:
         return sum(child.slots for child in self.children) + self.queue
 
     @property
+    def waiting(self) -> bool:
+        """Whether a request waits for a slot."""
+        return bool(self._lines)
+
+    @property
     def load_now(self) -> int:
         """Requests that are generating or waiting."""
         return len(self._runs)
@@ -151,6 +169,8 @@ class Pool:
             raise QueueFull(f"{self.queue} requests are waiting already", fix="try again in a second")
         if sampling.seed is None:  # another backend must be able to go on with it
             sampling = replace(sampling, seed=secrets.randbits(63))
+        if self.canary is not None:
+            deliver = self.canary.tap(ids, sampling, deliver, forced)
         task = asyncio.create_task(self._run(list(ids), sampling, deliver, forced))
         self._runs.add(task)
         task.add_done_callback(self._runs.discard)
@@ -187,8 +207,7 @@ class Pool:
                 self.failovers += 1
                 lost, again = 1 if len(emitted) > before else lost + 1, True
             finally:
-                child.busy -= 1
-                self._wake()
+                self.release(child)
         raise ResourceError(f"{TRIES} backends were lost over this request", fix="send it again")
 
     async def _place(self, again: bool) -> Child:
@@ -209,6 +228,11 @@ class Pool:
                 raise unavailable(self.children)
         child.busy += 1
         return child
+
+    def release(self, child: Child) -> None:
+        """Give back a slot that was taken."""
+        child.busy -= 1
+        self._wake()
 
     def _choose(self, *, first: bool) -> Child | None:
         able = [child for child in self.children if child.free] if first else []
@@ -232,8 +256,11 @@ class Pool:
                 turn.set_result(None)
 
 
-def places(folders: Sequence[Path], replicas: int, labels: Sequence[str] = ()) -> list[Place]:
-    """K backends of each folder. labels: "vendor=ascend,price=1.5", one of each folder, or none. Raises DataError."""
+def places(
+    folders: Sequence[Path], replicas: int, labels: Sequence[str] = (), chosen: Sequence[Choice] = ()
+) -> list[Place]:
+    """K backends of each folder. labels: "vendor=ascend,price=1.5", one of each folder, or none; chosen: the engine of
+    each (`engines.choices`), or none: ours. Raises DataError."""
     for folder in folders:
         check_folder(folder)
     if replicas < 1:
@@ -243,17 +270,20 @@ def places(folders: Sequence[Path], replicas: int, labels: Sequence[str] = ()) -
         raise DataError(what, where="--label", fix="give one --label of each DIR, in their order, or none")
     found = []
     for number, folder in enumerate(folders):
-        vendor, price = _label(labels[number]) if labels else ("cpu", 0.0)
+        engine = chosen[number] if chosen else OURS
+        usual = KINDS[engine.kind].vendor if engine.kind in KINDS else "cpu"
+        vendor, price = _label(labels[number], usual) if labels else (usual, 0.0)
+        called = vendor if engine.kind == EMBEDDED else f"{vendor}-{engine.kind}"
         for replica in range(replicas):
-            found.append(Place(f"{vendor}-{number}-{replica}", folder, vendor, price))
+            found.append(Place(f"{called}-{number}-{replica}", folder, vendor, price, engine))
     return found
 
 
-def _label(text: str) -> tuple[str, float]:
+def _label(text: str, usual: str) -> tuple[str, float]:
     fix = "write it as vendor=ascend,price=1.5; both may be left out"
     said = dict(part.partition("=")[::2] for part in text.split(",") if part)
     wrong = said.keys() - {"vendor", "price"}
-    vendor = said.get("vendor", "cpu")
+    vendor = said.get("vendor", usual)
     try:
         price = float(said.get("price", 0))
     except ValueError:

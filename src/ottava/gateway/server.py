@@ -20,12 +20,16 @@ from ottava.artifact import write_json
 from ottava.checkpoint.stream import default_workers
 from ottava.engine.session import Engine
 from ottava.errors import DataError, from_os_error
+from ottava.gateway import engines
 from ottava.gateway.app import Gateway
+from ottava.gateway.canary import SHARE, Canary
 from ottava.gateway.child import Patience
 from ottava.gateway.keys import Keys, Turnstile
+from ottava.gateway.parity import Parity
 from ottava.gateway.patience import PatientProtocol
 from ottava.gateway.pool import Pool, places
 from ottava.gateway.progress import loading
+from ottava.models.chat import Chat
 from ottava.verify.certificate import check
 
 LOOPBACK = "127.0.0.1"
@@ -36,8 +40,11 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
 
     args: model (folder), or models (folders of one model, each for other chips); replicas: backends of each, in
     processes of their own (default: one engine in this process where there is one folder); labels, policy: see
-    `pool`; patience: of backends, see `child`; name (default: the first folder's name); port (default 8000; 0 picks
-    a free one); host (default loopback); slots, queue (see Engine); max_body (bytes); deadline_s (of an answer);
+    `pool`; engines, vllm_python: see `engines.choices`; patience, wait_s: see `child`, `Pool`; reference (folder,
+    default the first): what backends are held against; other_values: one of other values may serve too; canary: the
+    share of replies that is scored again (default `canary.SHARE`);
+    name (default: the first folder's name); port (default 8000; 0 picks a free one);
+    host (default loopback); slots, queue (see Engine); max_body (bytes); deadline_s (of an answer);
     keys: a file (see `keys`); at_once, a_minute: requests of one key (0: no limit); drain_s (default 60: what
     still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens;
     announce: say the address on stderr then; certificate (file) and trust (public keys): serve only a
@@ -76,12 +83,25 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     """One engine in this process, or backends in processes of their own."""
     bounds = {"slots": args.get("slots", 4), "queue": args.get("queue", 16)}
     replicas = args.get("replicas")
-    if replicas is None and len(folders) == 1 and not args.get("labels"):
+    chosen = engines.choices(args.get("engines") or (), folders, args.get("vllm_python"))
+    ours = all(choice.kind == engines.EMBEDDED for choice in chosen)
+    if replicas is None and len(folders) == 1 and not args.get("labels") and ours:
         with loading(folders[0].name) if args.get("announce") else nullcontext():
             return Engine.load(folders[0], **bounds)
-    found = places(folders, 1 if replicas is None else replicas, args.get("labels") or ())
+    if args.get("announce"):
+        print("\n".join(engines.told(chosen)), end="" if ours else "\n", file=sys.stderr, flush=True)
+    found = places(folders, 1 if replicas is None else replicas, args.get("labels") or (), chosen)
     patience = Patience(**args.get("patience") or {})
-    return Pool(found, **bounds, policy=args.get("policy", "balanced"), patience=patience)
+    reference = Path(args.get("reference") or folders[0])
+    check = Parity(reference, args.get("other_values", False), patience)
+    policy, wait_s = args.get("policy", "balanced"), args.get("wait_s", 60.0)
+    chat = Chat.load(reference)
+    pool = Pool(found, **bounds, policy=policy, patience=patience, wait_s=wait_s, check=check, chat=chat)
+    pool.parity = check
+    share = args.get("canary", SHARE)
+    if share:
+        pool.canary = Canary(pool, check, share)
+    return pool
 
 
 def _certified(folder: Path, args: Mapping[str, Any]) -> None:

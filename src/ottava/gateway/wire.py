@@ -2,11 +2,11 @@
 
 The gateway writes one line, {"op": ...}; hanging up is how it cancels. A backend answers with lines:
 
-    hello     {"pid", "context", "invariant": see `Engine`}
+    hello     {"pid", "context", "invariant" and "numerics": see `Engine`}
     health    {"load": requests at work or waiting, "still": seconds since the last token of any of them}
-    render    {"ids"}: of each conversation in each mode asked for, by its own folder's template; null where refused
+    render    {"ids"}: of each conversation [messages, thinking, or tools too] by its own template; null where refused
     generate  [id, logprob, [[id, logprob], ...]] for every token, then {"done": true}
-    score     the same of the ids after the first, which are all given
+    score     the same of the ids from "first" (1) on, which are all given, with the likeliest id
 
 or with {"error", "fix", "kind"}. A stream without its last line was cut off: the backend died.
 """
