@@ -134,3 +134,34 @@ def write_family(folder: Path, family: str, *, special: bool = False, template: 
     (folder / "chat_template.jinja").write_text(TEMPLATES[family] if template is None else template)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": made.token_to_id(end)}))
     return folder
+
+
+@cache
+def engine(family: str, special: bool = False) -> Any:
+    """An engine of random weights, whose bits do not depend on company; it lives as long as the process."""
+    import tempfile
+
+    import torch
+
+    from ottava.engine.session import Engine
+    from ottava.models.build import from_config
+    from ottava.models.chat import Chat
+
+    with tempfile.TemporaryDirectory() as folder:
+        chat = Chat.load(write_family(Path(folder), family, special=special))
+    model = from_config(config(chat.tokenizer.get_vocab_size()))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_((torch.randn_like(parameter) * 2.0 / parameter.shape[-1] ** 0.5).bfloat16())
+    return Engine(model, chat, slots=4, queue=64)
+
+
+def config(words: int) -> dict[str, Any]:
+    """Of a small Llama. The model has more outputs than the vocabulary has tokens, as published ones have."""
+    return {
+        "model_type": "llama", "vocab_size": words + 12, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 4096, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 1,
+    }  # fmt: skip
