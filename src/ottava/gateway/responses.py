@@ -20,7 +20,7 @@ from ottava.models.chat import Chat
 
 
 def _stateless(value: Any) -> Any:
-    if value not in (None, False):
+    if not (value is None or value is False):
         raise ValueError("this server keeps nothing between requests: send the earlier items as input again")
     return value
 
