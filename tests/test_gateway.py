@@ -40,6 +40,7 @@ from ottava.supervisor.local import LocalLauncher, LocalProcess
 from ottava.tasks import Problem, chains
 from ottava.tasks.base import row, write_lines
 
+from . import conform
 from .test_engine import END, ETHINK, Scripted, random_model, tiny_chat, write_folder
 
 QUESTION = "7 a +5 b *3 ="
@@ -130,7 +131,8 @@ def session(gateway: Gateway, work: Session) -> Any:
 
     async def main() -> Any:
         transport = httpx.ASGITransport(gateway.app())
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        hooks = {"response": [conform.hook]}  # every answer is held against the OpenAPI document
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", event_hooks=hooks) as client:
             return await work(client)
 
     return asyncio.run(main())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -30,14 +31,19 @@ from ottava.engine.room import lacking
 from ottava.engine.sampling import choose, uniform
 from ottava.errors import DataError, ResourceError
 from ottava.fp8 import rows
-from ottava.models.chat import Chat, Detokeniser
+from ottava.models.chat import THINK_END, THINK_START, Chat, Detokeniser
 from ottava.models.constrain import Constraint
+from ottava.models.tools import Call, Form, State, step
 
 CHUNK = 128
 """Rows of prompts that a step takes while others generate: at most so much later does their next token come."""
 
 ALONE = 512
 """Rows of prompts that a step takes while nobody generates."""
+
+
+CONTEXT = 8
+"""Ids of a text that tell how it is joined to what follows: a space, or none."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,20 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one part of a reply, and the tokens of content that it finishes."""
+    """New text of one part of a reply, or a call of a tool, and the tokens of content that it finishes."""
 
-    part: Literal["reasoning", "content"]
+    part: Literal["reasoning", "content", "call"]
     text: str
     tokens: tuple[Token, ...] = ()
+    call: Call | None = None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The tools of a request by name, and how the model writes calls of them."""
+
+    form: Form
+    names: frozenset[str]
 
 
 class Reader:
@@ -83,15 +98,31 @@ class Reader:
 
     stop: texts that end the content and are not part of it; text that may become one is held back.
     finish: "stop" once the model or a stop text ended the reply, else "length". thought: the reply has reasoning.
+    called: calls of tools so far.
     """
 
-    def __init__(self, chat: Chat, thinking: bool, stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        chat: Chat,
+        thinking: bool,
+        stop: Sequence[str] = (),
+        after: Sequence[int] | None = None,
+        offer: Offer | None = None,
+    ):
+        """after: ids behind which the reply goes on as text, not as a turn: <think> and </think> are words of it.
+        offer: the tools whose calls are to be told from content."""
         self.finish: Literal["stop", "length"] = "length"
         self.total = self.reasoning = 0  # ids so far; of these, before </think>
         self.thought = thinking and chat.think_end is not None
-        self._chat, self._stop, self._text, self._held = chat, stop, Detokeniser(chat), ""
+        self.called, self._offer, self._undecided = 0, offer, State()
+        self._chat, self._stop, self._held = chat, stop, ""
+        self._text = Detokeniser(chat, marks=offer is not None)
         self._tokens: list[Token] = []
         self._thinking = self.thought
+        self._marks: dict[int | None, str] = {}
+        if after is not None:
+            self._marks = {chat.think_start: THINK_START, chat.think_end: THINK_END}
+            self._text = Detokeniser(chat, _tail(chat, after))
 
     def add(self, token: Token) -> list[Piece]:
         """The text that this token completes: no piece, or one."""
@@ -101,10 +132,10 @@ class Reader:
             return self.end()
         if not self._thinking:
             self._tokens.append(token)
-            return self._content(self._text.add(token.id), final=False)
+            return self._content(self._added(token.id), final=False)
         if token.id == self._chat.think_end:
             rest = self.end()
-            self._thinking, self._text = False, Detokeniser(self._chat)
+            self._thinking, self._text = False, Detokeniser(self._chat, marks=self._offer is not None)
             return rest
         self.reasoning += 1
         return _piece("reasoning", self._text.add(token.id))
@@ -113,6 +144,12 @@ class Reader:
         """What was held back; to be called once after the last token."""
         rest = self._text.end()
         return _piece("reasoning", rest) if self._thinking else self._content(rest, final=True)
+
+    def _added(self, token: int) -> str:
+        if token not in self._marks:
+            return self._text.add(token)
+        rest, self._text = self._text.end(), Detokeniser(self._chat)
+        return rest + self._marks[token]
 
     def _content(self, text: str, *, final: bool) -> list[Piece]:
         self._held += text
@@ -123,14 +160,30 @@ class Reader:
             open_ends = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
             keep = 0 if final else max(open_ends, default=0)
         out, self._held = self._held[: len(self._held) - keep], "" if cuts else self._held[len(self._held) - keep :]
-        pieces = _piece("content", out, tuple(self._tokens))
-        if pieces:
-            self._tokens = []
+        return self._parted(out, final=final or bool(cuts))
+
+    def _parted(self, text: str, *, final: bool) -> list[Piece]:
+        """Text as content and calls. What the tokens said goes with the first piece that they finish."""
+        found: list[str | Call] = [text] if text else []
+        if self._offer is not None:
+            self._undecided, found = step(self._offer.form, self._offer.names, self._undecided, text, final)
+        pieces = []
+        for item in found:
+            call = item if isinstance(item, Call) else None
+            tokens, self._tokens = tuple(self._tokens), []
+            self.called += call is not None
+            pieces.append(Piece("call", "", tokens, call) if call else Piece("content", str(item), tokens))
         return pieces
 
 
-def _piece(part: Literal["reasoning", "content"], text: str, tokens: tuple[Token, ...] = ()) -> list[Piece]:
-    return [Piece(part, text, tokens)] if text else []
+def _tail(chat: Chat, ids: Sequence[int]) -> list[int]:
+    """The last ids of a text, up to a control token: behind one, text begins anew."""
+    control, kept = set(chat.control.values()), list(ids[-CONTEXT:])
+    return list(takewhile(lambda one: one not in control, reversed(kept)))[::-1]
+
+
+def _piece(part: Literal["reasoning", "content"], text: str) -> list[Piece]:
+    return [Piece(part, text)] if text else []
 
 
 class QueueFull(ResourceError):

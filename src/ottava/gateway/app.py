@@ -24,14 +24,14 @@ from starlette.routing import Route
 
 from ottava.engine.session import Engine, QueueFull
 from ottava.errors import DataError, OttavaError
-from ottava.gateway import chat, modes, schema
+from ottava.gateway import chat, completions, modes, openapi, responses, schema
 from ottava.gateway.keys import Keys, Turnstile
 from ottava.gateway.metrics import Metrics
 from ottava.gateway.pool import Pool
 from ottava.gateway.reply import Endpoint, Events, Reply, plain
 from ottava.gateway.schema import ApiError, Asked
 
-ENDPOINTS = (chat.ENDPOINT,)
+ENDPOINTS = (chat.ENDPOINT, completions.ENDPOINT, responses.ENDPOINT)
 BODY_SECONDS = 30.0  # a client that sends its body slower than this is let go
 
 
@@ -55,6 +55,7 @@ class Gateway:
         self.switch = self.engine.chat.thinking_key is not None
         self.metrics = Metrics(self.engine)
         self.created = int(time.time())
+        self._document = openapi.document(ENDPOINTS)
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -64,6 +65,7 @@ class Gateway:
             Route("/v1/models/{id:path}", self.model),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
+            Route("/openapi.json", self.describe),
         ]
         handlers = {ApiError: _refuse, HTTPException: _refuse_http, Exception: _fault}
         return Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
@@ -92,6 +94,11 @@ class Gateway:
         """GET /metrics."""
         self._owner(request)
         return Response(prometheus.generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
+
+    async def describe(self, request: Request) -> Response:
+        """GET /openapi.json."""
+        self._owner(request)
+        return JSONResponse(self._document)
 
     async def answer(self, endpoint: Endpoint, request: Request) -> Response:
         """POST to an endpoint."""

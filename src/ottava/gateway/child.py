@@ -182,13 +182,16 @@ class Child:
         raise Lost("it hung up")
 
     async def generate(
-        self, ids: Sequence[int], sampling: Sampling, emitted: Sequence[int]
+        self, ids: Sequence[int], sampling: Sampling, forced: Sequence[int], emitted: int | None = None
     ) -> AsyncGenerator[Token, None]:
-        """The tokens that follow `emitted` in the reply to a prompt. Raises Lost, or what the engine raises."""
-        asked = {"op": "generate", "ids": ids, "sampling": wire.of_sampling(sampling), "forced": emitted}
+        """The tokens of a reply that begins with `forced`, without the first `emitted` of them (by default all).
+
+        Raises Lost, or what the engine raises.
+        """
+        asked = {"op": "generate", "ids": ids, "sampling": wire.of_sampling(sampling), "forced": forced}
         incarnation = self.starts
         try:
-            async with aclosing(self._tokens(asked, len(emitted))) as tokens:
+            async with aclosing(self._tokens(asked, len(forced) if emitted is None else emitted)) as tokens:
                 async for token in tokens:
                     yield token
         except Lost:

@@ -134,7 +134,7 @@ class Pool:
         """Ids of prompt and reply that every backend that has started can hold."""
         return min((child.context for child in self.children if child.context), default=0)
 
-    def submit(self, ids: Sequence[int], sampling: Sampling, deliver: Deliver) -> Run:
+    def submit(self, ids: Sequence[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int] = ()) -> Run:
         """As `Engine.submit`; `deliver` also gets a Moved before the first token of each backend."""
         if not ids:
             raise DataError("the prompt is empty")
@@ -144,14 +144,14 @@ class Pool:
             raise QueueFull(f"{self.queue} requests are waiting already", fix="try again in a second")
         if sampling.seed is None:  # another backend must be able to go on with it
             sampling = replace(sampling, seed=secrets.randbits(63))
-        task = asyncio.create_task(self._run(list(ids), sampling, deliver))
+        task = asyncio.create_task(self._run(list(ids), sampling, deliver, forced))
         self._runs.add(task)
         task.add_done_callback(self._runs.discard)
         return Run(task)
 
-    async def _run(self, ids: list[int], sampling: Sampling, deliver: Deliver) -> None:
+    async def _run(self, ids: list[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int]) -> None:
         try:
-            await self._relay(ids, sampling, deliver)
+            await self._relay(ids, sampling, deliver, forced)
         except asyncio.CancelledError:
             deliver(ResourceError("the request was cancelled"))
             raise
@@ -160,7 +160,7 @@ class Pool:
         else:
             deliver(None)
 
-    async def _relay(self, ids: list[int], sampling: Sampling, deliver: Deliver) -> None:
+    async def _relay(self, ids: list[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int]) -> None:
         emitted: list[int] = []
         lost = 0  # in a row, without a token
         again = False
@@ -169,7 +169,8 @@ class Pool:
             deliver(Moved(child.place.name, len(emitted)))
             before = len(emitted)
             try:
-                async with aclosing(child.generate(ids, sampling, emitted[:])) as tokens:
+                said = emitted if len(emitted) > len(forced) else forced
+                async with aclosing(child.generate(ids, sampling, list(said), len(emitted))) as tokens:
                     async for token in tokens:
                         emitted.append(token.id)
                         deliver(token)

@@ -21,10 +21,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ottava.engine.generate import ThinkBudget
-from ottava.engine.session import Engine, Piece, Reader, Sampling, Token
-from ottava.errors import OttavaError
+from ottava.engine.session import Engine, Job, Piece, Reader, Sampling, Token
+from ottava.errors import DataError, OttavaError
 from ottava.gateway.metrics import Metrics
-from ottava.gateway.pool import Item, Moved, Pool
+from ottava.gateway.pool import Item, Moved, Pool, Run
 from ottava.gateway.schema import ApiError, Asked, Step, Trailer
 from ottava.models.chat import Chat
 
@@ -33,27 +33,33 @@ DEFAULT_LIMIT = 1024  # ids of a reply where the client sets no limit
 
 @dataclass(frozen=True)
 class Terms:
-    """What a request asks of the engine: `n` replies to each prompt. stop: texts that end the content."""
+    """What a request asks of the engine: `n` replies to each prompt; none where they may have no ids.
+
+    stop: texts that end the content. raw: the prompts are no turns, and replies go on behind them. scored: the ids of
+    the prompts are wanted with their log-probabilities.
+    """
 
     prompts: Sequence[Sequence[int]]
     thinking: bool
     sampling: Sampling
     stop: Sequence[str] = ()
     n: int = 1
+    raw: bool = False
+    scored: bool = False
 
     @property
     def jobs(self) -> int:
         """How many the engine gets."""
-        return len(self.prompts) * self.n
+        return len(self.prompts) * (self.n * bool(self.sampling.max_new) + self.scored)
 
 
 @dataclass
 class Choice:
-    """One reply: a job in the engine and what it has said. pieces: kept for the plain answer; over: nothing follows."""
+    """One reply: a job in the engine and what it has said. over: nothing follows."""
 
     prompt: Sequence[int]
     reader: Reader
-    job: Any = None
+    job: Job | Run | None = None
     moves: list[Moved] = field(default_factory=list)
     over: bool = False
 
@@ -68,8 +74,13 @@ class Choice:
             yield from self.reader.add(item)
         if item is None or self.reader.finish == "stop":
             self.over = True
-            self.job.cancel()
+            self.cancel()
             yield from self.reader.end()
+
+    def cancel(self) -> None:
+        """End the job, where there is one."""
+        if self.job is not None:
+            self.job.cancel()
 
 
 class Reply:
@@ -81,31 +92,54 @@ class Reply:
         self.choices: list[Choice] = []
         self._metrics, self._deadline_s, self._began = metrics, deadline_s, time.monotonic()
         self._arrived: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
+        self._scores: list[tuple[Job | Run, asyncio.Queue[tuple[int, Item]]]] = []
+        self.scored: list[list[Token | None]] = []  # once `score` has returned, of each prompt; the first has none
         try:
+            for prompt in terms.prompts if terms.scored else ():
+                self._submit_score(engine, prompt)
             for prompt in terms.prompts:
                 for index in range(terms.n):
                     self._submit(engine, prompt, index)
         except BaseException:
-            for choice in self.choices:
-                choice.job.cancel()
+            self._cancel()
             raise
 
     def _submit(self, engine: Engine | Pool, prompt: Sequence[int], index: int) -> None:
-        loop, number = asyncio.get_running_loop(), len(self.choices)
-
-        def deliver(item: Item) -> None:
-            loop.call_soon_threadsafe(self._arrived.put_nowait, (number, item))
-
-        how = self.terms.sampling
-        choice = Choice(prompt, Reader(self.chat, self.terms.thinking, self.terms.stop))
-        choice.job = engine.submit(prompt, replace(how, seed=seed_of(how.seed, index)), deliver)
+        how, after = self.terms.sampling, prompt if self.terms.raw else None
+        choice = Choice(prompt, Reader(self.chat, self.terms.thinking, self.terms.stop, after))
+        if how.max_new:
+            deliver = _into(self._arrived, len(self.choices))
+            choice.job = engine.submit(prompt, replace(how, seed=seed_of(how.seed, index)), deliver)
+        else:
+            self._arrived.put_nowait((len(self.choices), None))
         self.choices.append(choice)
+
+    def _submit_score(self, engine: Engine | Pool, prompt: Sequence[int]) -> None:
+        """The prompt as a reply to its first id, whose words are given."""
+        if engine.context and len(prompt) > engine.context:
+            raise DataError(f"a prompt of {len(prompt)} ids does not fit: the model's context holds {engine.context}")
+        arrived: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
+        given = prompt[1:]
+        how = Sampling(max_new=max(1, len(given)), top=self.terms.sampling.top)
+        self._scores.append((engine.submit(prompt[:1], how, _into(arrived, 0), given), arrived))
+
+    async def score(self) -> None:
+        """Wait for the log-probabilities of the prompts, where they were asked for. To be called before `pieces`."""
+        for prompt, (job, arrived) in zip(self.terms.prompts, self._scores, strict=False):
+            found: list[Token | None] = [None]
+            while len(found) < len(prompt) and (item := (await self._next(arrived))[1]) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, Token):
+                    found.append(item)
+            job.cancel()
+            self.scored.append(found)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
         """The text of every choice as it comes, by the choice's number; None where a choice is over."""
         left = len(self.choices)
         while left:
-            number, item = await self._next()
+            number, item = await self._next(self._arrived)
             choice = self.choices[number]
             if choice.over:
                 continue  # it was on its way when a stop text ended the choice
@@ -117,19 +151,19 @@ class Reply:
                 left -= 1
                 yield number, None
 
-    async def _next(self) -> tuple[int, Item]:
+    async def _next(self, arrived: asyncio.Queue[tuple[int, Item]]) -> tuple[int, Item]:
         """What comes next. Raises ApiError 504 at the deadline."""
         seconds = self._deadline_s
         try:
             async with asyncio.timeout(max(0.0, self._began + seconds - time.monotonic())):
-                return await self._arrived.get()
+                return await arrived.get()
         except TimeoutError:
             raise ApiError(504, f"the answer took longer than {seconds:g} seconds", code="deadline") from None
 
     def close(self) -> None:
         """End the generation, wherever it is. To be called once, however the request ends."""
+        self._cancel()
         for choice in self.choices:
-            choice.job.cancel()
             reader = choice.reader
             counts = {
                 "prompt": len(choice.prompt),
@@ -140,6 +174,12 @@ class Reply:
                 self._metrics.tokens.labels(kind).inc(count)
         if not all(choice.over for choice in self.choices):
             self._metrics.cancelled.inc()
+
+    def _cancel(self) -> None:
+        for job, _ in self._scores:
+            job.cancel()
+        for choice in self.choices:
+            choice.cancel()
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -244,7 +284,18 @@ async def plain(reply: Reply, shape: Shape, request: Request) -> Response:
         reply.close()
 
 
+def _into(arrived: asyncio.Queue[tuple[int, Item]], number: int) -> Callable[[Item], None]:
+    """What puts an engine's items into a queue, from whatever thread."""
+    loop = asyncio.get_running_loop()
+
+    def deliver(item: Item) -> None:
+        loop.call_soon_threadsafe(arrived.put_nowait, (number, item))
+
+    return deliver
+
+
 async def _collect(reply: Reply) -> list[list[Piece]]:
+    await reply.score()
     said: list[list[Piece]] = [[] for _ in reply.choices]
     async for number, piece in reply.pieces():
         if piece is not None:
@@ -268,9 +319,10 @@ class Events(StreamingResponse):
 
 
 async def _events(reply: Reply, shape: Shape) -> AsyncIterator[str]:
-    for event in shape.begin():
-        yield event
     try:
+        await reply.score()
+        for event in shape.begin():
+            yield event
         async for number, piece in reply.pieces():
             for event in shape.finish(number) if piece is None else shape.piece(number, piece):
                 yield event

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from typing_extensions import TypedDict
 
 from ottava.document import suggest
 
 MOST = 8
 """Choices that a request may ask for: each is a job of its own."""
+
+LONGEST_NAME = 100  # characters of a client's own word that an error gives back
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -35,13 +37,17 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+NOTHING: tuple[Any, ...] = (None, False, 0, [], {}, "none", "auto")
+"""What may be said in a field that is not supported: what changes nothing."""
+
+
 def _unsupported(value: Any) -> Any:
-    if value not in (None, [], {}, 0, "none", "auto"):
+    if value not in NOTHING:
         raise ValueError("is not supported by this server")
     return value
 
 
-Unsupported = Annotated[Any, AfterValidator(_unsupported)]
+Unsupported = Annotated[Any, AfterValidator(_unsupported), WithJsonSchema({"enum": list(NOTHING)})]
 Ignored = Annotated[Any, Field(description="accepted for compatibility; does not change the answer")]
 Text = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -166,7 +172,7 @@ def parse(kind: type[Request], body: bytes) -> Request:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(_public(first["loc"], first["type"])) or None
+    field = ".".join(_public(first["loc"], first["type"]))[:LONGEST_NAME] or None
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"

@@ -194,8 +194,16 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, nothing added. Raises DataError naming a word that the vocabulary lacks."""
+        return self.spans(text)[0]
+
+    def spans(self, text: str, *, special: bool = False) -> tuple[list[int], list[int]]:
+        """Token ids of a text, and the character of the text at which each begins. Raises DataError.
+
+        special: with what the tokenizer puts around a text that no template has seen, as the id that begins a sequence.
+        """
         try:
-            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+            found = self.tokenizer.encode(text, add_special_tokens=special)
+            return list(found.ids), [start for start, _ in found.offsets]
         except Exception as error:  # the library raises bare Exception
             self._refuse_unknown(text, error)
 
@@ -276,8 +284,11 @@ class Detokeniser:
     back; and the ids of the last piece stay as context, as some decoders join or strip at the beginning.
     """
 
-    def __init__(self, chat: Chat):
-        self._chat, self._context, self._new = chat, list[int](), list[int]()
+    def __init__(self, chat: Chat, before: Sequence[int] = (), marks: bool = False):
+        """before: ids behind which the text goes on, so that what joins the two is not lost. marks: see `decode`."""
+        self._chat, self._context, self._new, self._marks = chat, list(before), list[int](), marks
+        if self._chat.decode(self._context).endswith("\ufffd"):
+            self._context = []  # a character that was cut off does not go on
 
     def add(self, token: int) -> str:
         """The text that this id completes, or nothing yet."""
@@ -294,7 +305,8 @@ class Detokeniser:
         return text
 
     def _pending(self) -> str:
-        return self._chat.decode([*self._context, *self._new])[len(self._chat.decode(self._context)) :]
+        known = len(self._chat.decode(self._context, self._marks))
+        return self._chat.decode([*self._context, *self._new], self._marks)[known:]
 
 
 def write_tiny(folder: Path | str, vocabulary: Sequence[str], cut: Cut = "words") -> None:

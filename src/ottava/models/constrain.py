@@ -104,6 +104,8 @@ class Constraint:
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
     def _check(self) -> None:
+        if "NoExtension" in self._reason():
+            raise DataError("no reply of this model's vocabulary can satisfy the schema")
         if self._matcher.is_error():
             raise DataError(f"the schema cannot be enforced: {self._reason()}", fix="make it simpler")
 
