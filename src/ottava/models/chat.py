@@ -23,6 +23,7 @@ from ottava.models.template import PROBE, calls_of, compile_template, render, so
 from ottava.models.tools import Form
 
 THINK_START, THINK_END = "<think>", "</think>"
+NO_TOOLS = "the chat template of this model has no tools, or writes their calls in a form that is not known"
 TINY_SPECIAL = ("<|pad|>", "<|end|>", "<|User|>", "<|Assistant|>", THINK_START, THINK_END)
 TINY_TEMPLATE = """\
 {#- Turns of the tiny model. `thinking` is its only switch; a system message is left out: it knows no such words. -#}
@@ -139,8 +140,7 @@ class Chat:
             self._refuse_control(message, f"messages[{number}]", message.get("role") == "assistant")
         called = any(message.get("role") == "tool" or message.get("tool_calls") for message in messages)
         if (tools or called) and self.calls is None:
-            what = "the chat template of this model has no tools, or writes their calls in a form that is not known"
-            raise DataError(what, fix="ask without tools, or put a template that reads `tools` beside the weights")
+            raise DataError(NO_TOOLS, fix="ask without tools, or put a template that reads `tools` beside the weights")
         self._refuse_control(tools or (), "tools", False)
         if called:
             messages = [self._with_calls(message, number) for number, message in enumerate(messages)]
