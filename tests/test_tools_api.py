@@ -24,7 +24,7 @@ from ottava.models.tools import Call
 
 from .test_constrain import PERSON, TOOLS
 from .test_engine import Scripted
-from .test_gateway import NAME, post
+from .test_gateway import NAME, post, session
 from .test_tools import BY_NAME, CALLED, CLOCK, FAMILIES, WEATHER
 from .tool_models import engine
 
@@ -155,6 +155,24 @@ def test_content_is_json_where_that_is_asked_for() -> None:
     assert (cut["choices"][0]["message"]["content"], cut["choices"][0]["finish_reason"]) == ("{", "length")
     free = {"messages": USER, "response_format": {"type": "text"}, "max_tokens": 1}
     assert post(gateway, free).status_code == 200
+
+
+def test_the_text_of_a_response_is_json_where_that_is_asked_for() -> None:
+    gateway = Gateway(engine("qwen"), NAME)
+    named = {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}
+    body = {"input": "Who?", "temperature": 1.2, "seed": 1, "max_output_tokens": 300}
+
+    async def ask(client: httpx.AsyncClient) -> list[Any]:
+        made = []
+        for form in (named, {"type": "json_object"}, {"type": "text"}, {"type": "json_schema", "name": "x"}):
+            made.append(await client.post("/v1/responses", json={**body, "text": {"format": form}}))
+        return made
+
+    whole, some, free, bad = session(gateway, ask)
+    assert whole.json()["text"]["format"] == named
+    jsonschema.validate(json.loads(whole.json()["output"][-1]["content"][0]["text"]), PERSON)
+    assert some.json()["output"][-1]["content"][0]["text"].startswith("{")
+    assert [answer.status_code for answer in (whole, some, free, bad)] == [200, 200, 200, 400]
 
 
 # ---- refusals

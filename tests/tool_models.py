@@ -141,21 +141,40 @@ def engine(family: str, special: bool = False) -> Any:
     """An engine of random weights, whose bits do not depend on company; it lives as long as the process."""
     import tempfile
 
-    import torch
-
     from ottava.engine.session import Engine
-    from ottava.models.build import from_config
     from ottava.models.chat import Chat
 
     with tempfile.TemporaryDirectory() as folder:
         chat = Chat.load(write_family(Path(folder), family, special=special))
-    model = from_config(config(chat.tokenizer.get_vocab_size()))
+    return Engine(random_model(chat.tokenizer.get_vocab_size()), chat, slots=4, queue=64)
+
+
+def random_model(words: int) -> Any:
+    """Random weights that BF16 holds exactly."""
+    import torch
+
+    from ottava.models.build import from_config
+
+    model = from_config(config(words))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_((torch.randn_like(parameter) * 2.0 / parameter.shape[-1] ** 0.5).bfloat16())
-    return Engine(model, chat, slots=4, queue=64)
+    return model
+
+
+def write_model(folder: Path, family: str) -> Path:
+    """A folder that a backend can load."""
+    from ottava.checkpoint import safetensors
+    from ottava.models.published import published, stored
+
+    write_family(folder, family)
+    words = tokenizer(family).get_vocab_size()
+    model = random_model(words)
+    (folder / "config.json").write_text(json.dumps({**config(words), "architectures": [type(model).__name__]}))
+    safetensors.write(folder / "model.safetensors", [(name, stored(item)) for name, item in published(model).items()])
+    return folder
 
 
 def config(words: int) -> dict[str, Any]:

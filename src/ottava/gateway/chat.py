@@ -28,7 +28,17 @@ from ottava.gateway.schema import (
     Usage,
     usage,
 )
-from ottava.gateway.tools import MOST_TOOLS, Choice, Format, FormatObject, FormatSchema, MessageCall, Tools, wanted
+from ottava.gateway.tools import (
+    JSON_OBJECT,
+    MOST_TOOLS,
+    Choice,
+    Format,
+    FormatObject,
+    FormatSchema,
+    MessageCall,
+    Tools,
+    wanted,
+)
 from ottava.models.chat import Chat
 from ottava.models.tools import Call
 
@@ -219,7 +229,8 @@ def terms(request: ChatRequest, chat: Chat, thinking: bool | None) -> Terms:
     limit = request.max_completion_tokens or request.max_tokens
     thinks = bool(thinking) and chat.think_end is not None
     many = request.parallel_tool_calls is not False
-    want = wanted(chat, thinks, request.tools or (), request.tool_choice, many, _schema(request.response_format))
+    schema = _schema(request.response_format)
+    want = wanted(chat, thinks, schema, "response_format", request.tools or (), request.tool_choice, many)
     how = sampling(request, chat, bool(thinking), limit, request.top_logprobs or 0)
     how = replace(how, grammar=want.grammar)
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
@@ -230,7 +241,7 @@ def terms(request: ChatRequest, chat: Chat, thinking: bool | None) -> Terms:
 def _schema(form: Format | None) -> dict[str, Any] | None:
     if isinstance(form, FormatSchema):
         return form.json_schema.schema_
-    return {"type": "object"} if isinstance(form, FormatObject) else None
+    return JSON_OBJECT if isinstance(form, FormatObject) else None
 
 
 class ChatShape:

@@ -21,6 +21,7 @@ from ottava.models import constrain
 from ottava.models.chat import NO_TOOLS, Chat
 
 MOST_TOOLS = 128
+JSON_OBJECT: dict[str, Any] = {"type": "object"}
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -123,9 +124,18 @@ class Wanted:
 
 
 def wanted(
-    chat: Chat, thinking: bool, tools: Sequence[Tool], choice: Choice | None, many: bool, schema: Schema | None
+    chat: Chat,
+    thinking: bool,
+    schema: Schema | None,
+    where: str,
+    tools: Sequence[Tool] = (),
+    choice: Choice | None = None,
+    many: bool = True,
 ) -> Wanted:
-    """many: several calls may follow each other; schema: of the content. Raises ApiError."""
+    """schema: of the content, which the field `where` asks for; many: several calls may follow each other.
+
+    Raises ApiError.
+    """
     after = chat.think_end if thinking else None
     if choice == "none":
         _check_tools(tools)
@@ -134,9 +144,13 @@ def wanted(
         raise ApiError(400, "tool_choice: there are no tools to choose from", param="tool_choice")
     if schema is not None:
         if tools:
-            raise ApiError(400, "tools and response_format are not supported together", param="response_format")
-        check_schema(schema, "response_format")
-        return Wanted(grammar=_checked(chat, constrain.spec_of_json(schema, after), "response_format"))
+            raise ApiError(400, f"tools and {where} are not supported together", param=where)
+        check_schema(schema, where)
+        try:
+            spec = constrain.spec_of_json(schema, after)
+        except DataError as error:
+            raise ApiError(400, f"{where}: {error.what}", param=where) from None
+        return Wanted(grammar=_checked(chat, spec, where))
     if not tools:
         return Wanted()
     _check_tools(tools)
@@ -162,7 +176,7 @@ def wanted(
 def _held_to(function: Function, free: bool) -> Schema:
     """The schema that arguments have to follow. Where the model is free to call, only that of a strict function."""
     if free and not function.strict:
-        return {"type": "object"}
+        return JSON_OBJECT
     return function.parameters or NO_ARGUMENTS
 
 
