@@ -69,32 +69,32 @@ DEEPSEEK = """\
 {{ tool.function.description }} {{ tool.function.parameters | tojson }}
 {% endfor %}{% endif %}
 {%- for message in messages %}
-{%- if message['role'] == 'user' %}{% set ns.after_tool = false %}{{ '<|User|>' + message['content'] }}
+{%- if message['role'] == 'user' %}{% set ns.after_tool = false %}{{ '<｜User｜>' + message['content'] }}
 {%- elif message['role'] == 'assistant' %}
-{%- if not ns.after_tool %}<|Assistant|></think>{% endif %}
-{%- if message['tool_calls'] %}{{ message['content'] or '' }}<|tool▁calls▁begin|>
+{%- if not ns.after_tool %}<｜Assistant｜></think>{% endif %}
+{%- if message['tool_calls'] %}{{ message['content'] or '' }}<｜tool▁calls▁begin｜>
 {%- for call in message['tool_calls'] -%}
-{{ '<|tool▁call▁begin|>' + call['function']['name'] + '<|tool▁sep|>' + call['function']['arguments'] }}
-{{- '<|tool▁call▁end|>' }}
-{%- endfor %}<|tool▁calls▁end|><|end▁of▁sentence|>
-{%- else %}{{ message['content'] + '<|end▁of▁sentence|>' }}{% set ns.after_tool = false %}{% endif %}
+{{ '<｜tool▁call▁begin｜>' + call['function']['name'] + '<｜tool▁sep｜>' + call['function']['arguments'] }}
+{{- '<｜tool▁call▁end｜>' }}
+{%- endfor %}<｜tool▁calls▁end｜><｜end▁of▁sentence｜>
+{%- else %}{{ message['content'] + '<｜end▁of▁sentence｜>' }}{% set ns.after_tool = false %}{% endif %}
 {%- elif message['role'] == 'tool' %}{% set ns.after_tool = true -%}
-{{ '<|tool▁output▁begin|>' + message['content'] + '<|tool▁output▁end|>' }}
+{{ '<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>' }}
 {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt and not ns.after_tool %}<|Assistant|>{{ '<think>' if thinking else '</think>' }}
+{%- if add_generation_prompt and not ns.after_tool %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}
 {%- endif %}"""
 
 TEMPLATES = {"qwen": QWEN, "deepseek": DEEPSEEK}
 SPECIAL = {
     "qwen": ["<|im_start|>", "<|im_end|>"],
-    "deepseek": ["<|begin▁of▁sentence|>", "<|end▁of▁sentence|>", "<|User|>", "<|Assistant|>"],
+    "deepseek": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
 }
 MARKS = {
     "qwen": ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"],
     "deepseek": [
-        *(f"<|tool▁{word}|>" for word in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")),
-        *(f"<|tool▁output▁{word}|>" for word in ("begin", "end")),
+        *(f"<｜tool▁{word}｜>" for word in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")),
+        *(f"<｜tool▁output▁{word}｜>" for word in ("begin", "end")),
     ],
 }
 TEXT = [

@@ -8,6 +8,7 @@ so that another engine can go on with a reply. What travels is the spec, as JSON
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
@@ -37,6 +38,8 @@ LIMITS = {
 """Of llguidance: what compiling a grammar and computing one mask may take, in its own counts."""
 WRITTEN = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, "lenient": False}
 """How JSON is written: as json.dumps does, so no reply goes astray in white space. What is not known is a fault."""
+_QUOTED = re.compile(r"^ *\d+ \||^ *\^+ *$")
+_PLACE = re.compile(r"^at \d+\(\d+\): ")
 EXTRA = "pip install 'ottava[serve]'"
 
 
@@ -110,7 +113,10 @@ class Constraint:
             raise DataError(f"the schema cannot be enforced: {self._reason()}", fix="make it simpler")
 
     def _reason(self) -> str:
-        return str(self._matcher.get_error()).removesuffix("<non-verbose/>").strip()[:500]
+        """What llguidance says, without the lines of the grammar that it points at."""
+        said = str(self._matcher.get_error()).removesuffix("<non-verbose/>")
+        lines = [line.strip() for line in said.splitlines() if not _QUOTED.match(line)]
+        return _PLACE.sub("", " ".join(filter(None, lines)))[:300]
 
 
 def check(chat: Chat, spec: str) -> None:
