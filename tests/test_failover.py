@@ -65,10 +65,12 @@ async def all_ready(pool: Pool, count: int | None = None) -> None:
             await asyncio.sleep(0.02)
 
 
-async def items(pool: Pool, ids: Sequence[int], how: Sampling, at: dict[int, Any] | None = None) -> list[Item]:
+async def items(
+    pool: Pool, ids: Sequence[int], how: Sampling, at: dict[int, Any] | None = None, forced: Sequence[int] = ()
+) -> list[Item]:
     """Everything that the pool delivers. at: what to do after so many tokens, given the child that is at work."""
     arrived: asyncio.Queue[Item] = asyncio.Queue()
-    pool.submit(ids, how, arrived.put_nowait)
+    pool.submit(ids, how, arrived.put_nowait, forced)
     found: list[Item] = []
     while (item := await asyncio.wait_for(arrived.get(), 300)) is not None:
         if isinstance(item, Exception):
@@ -111,6 +113,23 @@ def test_a_reply_that_begins_with_given_ids_goes_on_as_if_they_had_been_chosen(f
             engine.submit(ids, how, arrived.put, [token.id for token in whole[:cut]])
             assert list(iter(arrived.get, None)) == whole
     engine.close()
+
+
+def test_ids_that_are_scored_survive_a_lost_backend_too(folder: Path) -> None:
+    """Given words, and words behind them, with a death among the first and one among the second."""
+    ids, how = Chat.load(folder).render(USER), Sampling(400, temperature=1.0, seed=5, top=2)
+    whole = undisturbed(folder, ids, how)
+    given = [token.id for token in whole[:200]]
+
+    async def main() -> None:
+        async with pool_of(folder, 2) as pool:
+            assert tokens(await items(pool, ids, how, forced=given)) == whole
+            await all_ready(pool)
+            assert tokens(await items(pool, ids, how, {70: kill}, given)) == whole
+            await all_ready(pool)
+            assert tokens(await items(pool, ids, how, {230: kill}, given)) == whole
+
+    asyncio.run(main())
 
 
 def test_killed_and_stopped_at_random_tokens_the_stream_is_the_undisturbed_one(folder: Path) -> None:
