@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/tiny
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-vllm test-ray test-harness test-npu test-npu-some test-npu-all test-hivm test-all check bench nightly clean
+.PHONY: install demo test test-vllm test-ray test-harness test-locust test-npu test-npu-some test-npu-all test-hivm test-all check bench nightly clean
 
 install: .venv/installed
 
@@ -50,6 +50,15 @@ test-ray: install .venv/ray
 
 test-harness: install .venv-harness/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_harness.py
+
+# Locust is a client with libraries of its own, which replace the socket library of a whole process.
+.venv-locust/installed:
+	$(PYTHON) -m venv .venv-locust
+	.venv-locust/bin/pip install --quiet --disable-pip-version-check "locust==2.47.0"
+	touch $@
+
+test-locust: install .venv-locust/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_locust.py
 
 # Huawei's own torch_npu on host memory (docs/ascend.md). Without its libraries it breaks `import torch`, so it has an
 # environment of its own. The same tests, under the same names, run on cores in `make test`.
@@ -100,7 +109,7 @@ test-hivm: .venv-hivm/installed
 	.venv-hivm/bin/python -m pytest -p tests.npu.record tests/hivm
 	.venv-hivm/bin/python -m tests.npu.record $(OTTAVA_OUTCOMES) src/ottava/platforms/ascend/evidence.json --lowering
 
-test-all: install .venv/ray .venv-vllm/installed .venv-harness/installed test-npu test-hivm
+test-all: install .venv/ray .venv-vllm/installed .venv-harness/installed .venv-locust/installed test-npu test-hivm
 	$(BIN)/pytest -n 2
 
 check: install

@@ -459,7 +459,7 @@ def unnamed(output: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ({"conversation": "c"}, "keeps nothing"),
         ({"prompt": {"id": "p"}}, "prompt: is not supported"),
         ({"tools": [{"type": "web_search"}]}, "tools: is not supported"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format: structured output"),
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"input": []}, "input"),

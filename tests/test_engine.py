@@ -109,13 +109,20 @@ def tiny_chat() -> Chat:
 class Scripted(nn.Module):
     """Stands in for a model: after a prompt it says the ids that `script(prompt)` gives, one a step."""
 
-    def __init__(self, script: Callable[[list[int]], Sequence[int]], *, delay: float = 0.0, context: int = 512):
+    def __init__(
+        self,
+        script: Callable[[list[int]], Sequence[int]],
+        *,
+        delay: float = 0.0,
+        context: int = 512,
+        words: int = VOCABULARY,
+    ):
         super().__init__()
         from transformers import DeepseekV3Config
 
         self.config = DeepseekV3Config(**{**CONFIG, "max_position_embeddings": context})
         self.weight = nn.Parameter(torch.zeros(1))
-        self.script, self.delay, self.steps = script, delay, 0
+        self.script, self.delay, self.words, self.steps = script, delay, words, 0
 
     def forward(self, input_ids: Tensor, past_key_values: Any, **_: Any) -> SimpleNamespace:
         time.sleep(self.delay)
@@ -123,7 +130,7 @@ class Scripted(nn.Module):
         state = past_key_values.__dict__.setdefault("scripted", (input_ids, 0))
         prompts, position = state
         past_key_values.scripted = (prompts, position + 1)
-        logits = torch.zeros(len(prompts), 1, VOCABULARY)
+        logits = torch.zeros(len(prompts), 1, self.words)
         for row, prompt in enumerate(prompts.tolist()):
             line = self.script(prompt)
             logits[row, 0, line[position] if position < len(line) else 0] = 9.0

@@ -67,10 +67,12 @@ async def all_ready(pool: Pool, count: int | None = None) -> None:
             await asyncio.sleep(0.02)
 
 
-async def items(pool: Pool, ids: Sequence[int], how: Sampling, at: dict[int, Any] | None = None) -> list[Item]:
+async def items(
+    pool: Pool, ids: Sequence[int], how: Sampling, at: dict[int, Any] | None = None, forced: Sequence[int] = ()
+) -> list[Item]:
     """Everything that the pool delivers. at: what to do after so many tokens, given the child that is at work."""
     arrived: asyncio.Queue[Item] = asyncio.Queue()
-    pool.submit(ids, how, arrived.put_nowait)
+    pool.submit(ids, how, arrived.put_nowait, forced)
     found: list[Item] = []
     while (item := await asyncio.wait_for(arrived.get(), 300)) is not None:
         if isinstance(item, Exception):
@@ -183,6 +185,21 @@ def test_the_trailer_does_not_promise_what_nobody_knows(folder: Path) -> None:
                     await all_ready(pool)
                 assert exact[0]
                 assert set(exact[1:]) == {invariant}
+
+
+def test_ids_that_are_scored_survive_a_lost_backend_too(folder: Path) -> None:
+    """Given words, and words behind them, with a death among the first and one among the second."""
+    ids, how = Chat.load(folder).render(USER), Sampling(400, temperature=1.0, seed=5, top=2)
+    whole = undisturbed(folder, ids, how)
+    given = [token.id for token in whole[:200]]
+
+    async def main() -> None:
+        async with pool_of(folder, 2) as pool:
+            assert tokens(await items(pool, ids, how, forced=given)) == whole
+            await all_ready(pool)
+            assert tokens(await items(pool, ids, how, {70: kill}, given)) == whole
+            await all_ready(pool)
+            assert tokens(await items(pool, ids, how, {230: kill}, given)) == whole
 
     asyncio.run(main())
 

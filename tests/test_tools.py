@@ -183,6 +183,13 @@ def test_marks_of_calls_are_text_where_they_are_wanted(folder: Path) -> None:
     assert all(mark in chat.control for mark in form.marks)
 
 
+def test_the_marks_have_the_published_letters() -> None:
+    assert BY_NAME["qwen"].marks == ("<tool_call>", "</tool_call>")
+    bars = [f"<\uff5ctool\u2581{word}\uff5c>" for word in ("calls\u2581begin", "call\u2581begin", "sep")]
+    bars += [f"<\uff5ctool\u2581{word}\uff5c>" for word in ("call\u2581end", "calls\u2581end")]
+    assert BY_NAME["deepseek"].marks == tuple(bars)
+
+
 # ---- replies
 
 
@@ -258,7 +265,7 @@ def bits(form: Form) -> st.SearchStrategy[str]:
     bad = [Call("nobody", "{}"), Call("clock", "[]"), Call("clock", '{"a": NaN}'), Call("clock", '{"a": "')]
     parts = [form.write([one]) for one in (*good, *bad)]
     parts += [form.write(good), form.write([bad[0], good[0]]), *form.marks, *(mark[:-2] for mark in form.marks)]
-    layout = [" ", "\n", "word", "é", '"', "{", "}", '{"name": "clock", "arguments": {}}', "clock", "<", "<|"]
+    layout = [" ", "\n", "word", "é", '"', "{", "}", '{"name": "clock", "arguments": {}}', "clock", "<", "<|", "<｜"]
     return st.lists(st.sampled_from(parts + layout), max_size=12).map("".join)
 
 
@@ -296,7 +303,7 @@ def test_calls_and_content_are_those_of_a_second_reader(form: Form, data: st.Dat
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_what_is_written_is_read(form: Form) -> None:
     calls = [
-        Call("get_weather", '{"city": "a</tool_call>\\n<|tool▁call▁end|>"}'),
+        Call("get_weather", '{"city": "a</tool_call>\\n<｜tool▁call▁end｜>"}'),
         Call("clock", '{ "deep": {"x": [1e400]} }'),
     ]
     assert read(form, OFFERED, form.write(calls)) == ("", calls)

@@ -69,32 +69,32 @@ DEEPSEEK = """\
 {{ tool.function.description }} {{ tool.function.parameters | tojson }}
 {% endfor %}{% endif %}
 {%- for message in messages %}
-{%- if message['role'] == 'user' %}{% set ns.after_tool = false %}{{ '<|User|>' + message['content'] }}
+{%- if message['role'] == 'user' %}{% set ns.after_tool = false %}{{ '<｜User｜>' + message['content'] }}
 {%- elif message['role'] == 'assistant' %}
-{%- if not ns.after_tool %}<|Assistant|></think>{% endif %}
-{%- if message['tool_calls'] %}{{ message['content'] or '' }}<|tool▁calls▁begin|>
+{%- if not ns.after_tool %}<｜Assistant｜></think>{% endif %}
+{%- if message['tool_calls'] %}{{ message['content'] or '' }}<｜tool▁calls▁begin｜>
 {%- for call in message['tool_calls'] -%}
-{{ '<|tool▁call▁begin|>' + call['function']['name'] + '<|tool▁sep|>' + call['function']['arguments'] }}
-{{- '<|tool▁call▁end|>' }}
-{%- endfor %}<|tool▁calls▁end|><|end▁of▁sentence|>
-{%- else %}{{ message['content'] + '<|end▁of▁sentence|>' }}{% set ns.after_tool = false %}{% endif %}
+{{ '<｜tool▁call▁begin｜>' + call['function']['name'] + '<｜tool▁sep｜>' + call['function']['arguments'] }}
+{{- '<｜tool▁call▁end｜>' }}
+{%- endfor %}<｜tool▁calls▁end｜><｜end▁of▁sentence｜>
+{%- else %}{{ message['content'] + '<｜end▁of▁sentence｜>' }}{% set ns.after_tool = false %}{% endif %}
 {%- elif message['role'] == 'tool' %}{% set ns.after_tool = true -%}
-{{ '<|tool▁output▁begin|>' + message['content'] + '<|tool▁output▁end|>' }}
+{{ '<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>' }}
 {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt and not ns.after_tool %}<|Assistant|>{{ '<think>' if thinking else '</think>' }}
+{%- if add_generation_prompt and not ns.after_tool %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}
 {%- endif %}"""
 
 TEMPLATES = {"qwen": QWEN, "deepseek": DEEPSEEK}
 SPECIAL = {
     "qwen": ["<|im_start|>", "<|im_end|>"],
-    "deepseek": ["<|begin▁of▁sentence|>", "<|end▁of▁sentence|>", "<|User|>", "<|Assistant|>"],
+    "deepseek": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
 }
 MARKS = {
     "qwen": ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"],
     "deepseek": [
-        *(f"<|tool▁{word}|>" for word in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")),
-        *(f"<|tool▁output▁{word}|>" for word in ("begin", "end")),
+        *(f"<｜tool▁{word}｜>" for word in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")),
+        *(f"<｜tool▁output▁{word}｜>" for word in ("begin", "end")),
     ],
 }
 TEXT = [
@@ -134,3 +134,53 @@ def write_family(folder: Path, family: str, *, special: bool = False, template: 
     (folder / "chat_template.jinja").write_text(TEMPLATES[family] if template is None else template)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": made.token_to_id(end)}))
     return folder
+
+
+@cache
+def engine(family: str, special: bool = False) -> Any:
+    """An engine of random weights, whose bits do not depend on company; it lives as long as the process."""
+    import tempfile
+
+    from ottava.engine.session import Engine
+    from ottava.models.chat import Chat
+
+    with tempfile.TemporaryDirectory() as folder:
+        chat = Chat.load(write_family(Path(folder), family, special=special))
+    return Engine(random_model(chat.tokenizer.get_vocab_size()), chat, slots=4, queue=64)
+
+
+def random_model(words: int) -> Any:
+    """Random weights that BF16 holds exactly."""
+    import torch
+
+    from ottava.models.build import from_config
+
+    model = from_config(config(words))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_((torch.randn_like(parameter) * 2.0 / parameter.shape[-1] ** 0.5).bfloat16())
+    return model
+
+
+def write_model(folder: Path, family: str) -> Path:
+    """A folder that a backend can load."""
+    from ottava.checkpoint import safetensors
+    from ottava.models.published import published, stored
+
+    write_family(folder, family)
+    words = tokenizer(family).get_vocab_size()
+    model = random_model(words)
+    (folder / "config.json").write_text(json.dumps({**config(words), "architectures": [type(model).__name__]}))
+    safetensors.write(folder / "model.safetensors", [(name, stored(item)) for name, item in published(model).items()])
+    return folder
+
+
+def config(words: int) -> dict[str, Any]:
+    """Of a small Llama. The model has more outputs than the vocabulary has tokens, as published ones have."""
+    return {
+        "model_type": "llama", "vocab_size": words + 12, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 4096, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 1,
+    }  # fmt: skip

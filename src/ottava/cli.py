@@ -636,14 +636,22 @@ def parity(
 
 @app.command()
 def chat(
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    question: Annotated[
+        str | None, typer.Argument(help="What to ask; by default a conversation, or what is piped in.")
+    ] = None,
     url: Annotated[str, typer.Option(help="A server started with ottava serve.")] = "http://127.0.0.1:8000",
     thinking: Annotated[bool | None, typer.Option("--thinking/--direct", help="Reason first or not.")] = None,
 ) -> None:
-    """Ask a server and print the answer as it comes, reasoning first."""
+    """Ask a server and print the answer as it comes, reasoning first; without a QUESTION, talk with it."""
     from ottava.errors import DataError
     from ottava.gateway.client import ask
 
+    if question is None and sys.stdin.isatty():
+        from ottava.gateway.terminal import converse
+
+        return converse(url, thinking)
+    if question is None:
+        question = sys.stdin.read()
     if not question.strip():
         raise DataError("the question is empty", where="QUESTION", fix='ask something: ottava chat "7 a +5 b *3 ="')
     last = None

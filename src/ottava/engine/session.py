@@ -34,6 +34,7 @@ from ottava.errors import DataError, ResourceError
 from ottava.fp8 import rows
 from ottava.models.chat import THINK_END, THINK_START, Chat, Detokeniser
 from ottava.models.constrain import Constraint
+from ottava.models.tools import Call, Form, State, step
 
 CHUNK = 128
 """Rows of prompts that a step takes while others generate: at most so much later does their next token come."""
@@ -77,11 +78,20 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one part of a reply, and the tokens of content that it finishes."""
+    """New text of one part of a reply, or a call of a tool, and the tokens of content that it finishes."""
 
-    part: Literal["reasoning", "content"]
+    part: Literal["reasoning", "content", "call"]
     text: str
     tokens: tuple[Token, ...] = ()
+    call: Call | None = None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The tools of a request by name, and how the model writes calls of them."""
+
+    form: Form
+    names: frozenset[str]
 
 
 class Reader:
@@ -89,14 +99,25 @@ class Reader:
 
     stop: texts that end the content and are not part of it; text that may become one is held back.
     finish: "stop" once the model or a stop text ended the reply, else "length". thought: the reply has reasoning.
+    called: calls of tools so far.
     """
 
-    def __init__(self, chat: Chat, thinking: bool, stop: Sequence[str] = (), after: Sequence[int] | None = None):
-        """after: ids behind which the reply goes on as text, not as a turn: <think> and </think> are words of it."""
+    def __init__(
+        self,
+        chat: Chat,
+        thinking: bool,
+        stop: Sequence[str] = (),
+        after: Sequence[int] | None = None,
+        offer: Offer | None = None,
+    ):
+        """after: ids behind which the reply goes on as text, not as a turn: <think> and </think> are words of it.
+        offer: the tools whose calls are to be told from content."""
         self.finish: Literal["stop", "length"] = "length"
         self.total = self.reasoning = 0  # ids so far; of these, before </think>
         self.thought = thinking and chat.think_end is not None
-        self._chat, self._stop, self._text, self._held = chat, stop, Detokeniser(chat), ""
+        self.called, self._offer, self._undecided = 0, offer, State()
+        self._chat, self._stop, self._held = chat, stop, ""
+        self._text = Detokeniser(chat, marks=offer is not None)
         self._tokens: list[Token] = []
         self._thinking = self.thought
         self._marks: dict[int | None, str] = {}
@@ -115,7 +136,7 @@ class Reader:
             return self._content(self._added(token.id), final=False)
         if token.id == self._chat.think_end:
             rest = self.end()
-            self._thinking, self._text = False, Detokeniser(self._chat)
+            self._thinking, self._text = False, Detokeniser(self._chat, marks=self._offer is not None)
             return rest
         self.reasoning += 1
         return _piece("reasoning", self._text.add(token.id))
@@ -140,9 +161,19 @@ class Reader:
             open_ends = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
             keep = 0 if final else max(open_ends, default=0)
         out, self._held = self._held[: len(self._held) - keep], "" if cuts else self._held[len(self._held) - keep :]
-        pieces = _piece("content", out, tuple(self._tokens))
-        if pieces:
-            self._tokens = []
+        return self._parted(out, final=final or bool(cuts))
+
+    def _parted(self, text: str, *, final: bool) -> list[Piece]:
+        """Text as content and calls. What the tokens said goes with the first piece that they finish."""
+        found: list[str | Call] = [text] if text else []
+        if self._offer is not None:
+            self._undecided, found = step(self._offer.form, self._offer.names, self._undecided, text, final)
+        pieces = []
+        for item in found:
+            call = item if isinstance(item, Call) else None
+            tokens, self._tokens = tuple(self._tokens), []
+            self.called += call is not None
+            pieces.append(Piece("call", "", tokens, call) if call else Piece("content", str(item), tokens))
         return pieces
 
 
@@ -152,8 +183,8 @@ def _tail(chat: Chat, ids: Sequence[int]) -> list[int]:
     return list(takewhile(lambda one: one not in control, reversed(kept)))[::-1]
 
 
-def _piece(part: Literal["reasoning", "content"], text: str, tokens: tuple[Token, ...] = ()) -> list[Piece]:
-    return [Piece(part, text, tokens)] if text else []
+def _piece(part: Literal["reasoning", "content"], text: str) -> list[Piece]:
+    return [Piece(part, text)] if text else []
 
 
 class QueueFull(ResourceError):

@@ -129,6 +129,9 @@ class Gateway:
         except ApiError as error:
             status = error.status
             raise
+        except DataError as error:  # what no check could foresee: a schema that became too much in the middle
+            status = 400
+            raise ApiError(400, error.what) from None
         except OttavaError as error:
             status = 503
             raise ApiError(503, error.what, retry=1) from None

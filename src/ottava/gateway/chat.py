@@ -6,12 +6,13 @@ The answer has the same text in `reasoning` and `reasoning_content`, as engines 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, NotRequired
+from dataclasses import replace
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
-from ottava.engine.session import Piece, Token
+from ottava.engine.session import Piece, Reader, Token
 from ottava.gateway.reply import Endpoint, Reply, Terms, event, finite, sampling, text_of
 from ottava.gateway.schema import (
     MOST,
@@ -27,7 +28,21 @@ from ottava.gateway.schema import (
     Usage,
     usage,
 )
+from ottava.gateway.tools import (
+    JSON_OBJECT,
+    MOST_TOOLS,
+    Choice,
+    Format,
+    FormatObject,
+    FormatSchema,
+    MessageCall,
+    Tools,
+    wanted,
+)
 from ottava.models.chat import Chat
+from ottava.models.tools import Call
+
+ChatFinish = Finish | Literal["tool_calls"]
 
 
 class TextPart(Strict):
@@ -49,19 +64,31 @@ class Message(Strict):
     annotations: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
-    tool_calls: Unsupported = None
+    parsed: Ignored = None
+    tool_calls: Annotated[list[MessageCall], Field(max_length=MOST_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
     @model_validator(mode="after")
-    def _has_content(self) -> Message:
+    def _is_whole(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a {self.role} message needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a {self.role} message has no tool_calls")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("a tool message needs the tool_call_id that it answers, and no other has one")
         return self
 
-    def plain(self) -> dict[str, str]:
-        """As templates take it: role and one text."""
+    def plain(self) -> dict[str, Any]:
+        """As templates take it: role and one text, and calls."""
         parts = self.content if isinstance(self.content, list) else []
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:  # a turn that only called has no content, which some answers give as "", others as null
+            said["content"] = text or None
+            said["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            said["tool_call_id"] = self.tool_call_id
+        return said
 
 
 class ChatRequest(Asked):
@@ -75,15 +102,15 @@ class ChatRequest(Asked):
     n: Annotated[int, Field(ge=1, le=MOST)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
-    tools: Unsupported = None
-    tool_choice: Unsupported = None
+    response_format: Format | None = None
+    tools: Tools | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
     functions: Unsupported = None
     function_call: Unsupported = None
     logit_bias: Unsupported = None
     frequency_penalty: Unsupported = None
     presence_penalty: Unsupported = None
-    parallel_tool_calls: Ignored = None
     store: Ignored = None
 
     @model_validator(mode="after")
@@ -117,6 +144,22 @@ class Logprobs(TypedDict):
     refusal: None
 
 
+class AnswerFunction(TypedDict):
+    """arguments: the JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class AnswerCall(TypedDict):
+    """A call of a tool. index: in a stream, its number."""
+
+    id: str
+    type: Literal["function"]
+    function: AnswerFunction
+    index: NotRequired[int]
+
+
 class AnswerMessage(TypedDict):
     """The model's turn. reasoning and reasoning_content are the same text; null where it did not think."""
 
@@ -125,6 +168,7 @@ class AnswerMessage(TypedDict):
     refusal: None
     reasoning: str | None
     reasoning_content: str | None
+    tool_calls: NotRequired[list[AnswerCall]]
 
 
 class ChatChoice(TypedDict):
@@ -133,7 +177,7 @@ class ChatChoice(TypedDict):
     index: int
     message: AnswerMessage
     logprobs: Logprobs | None
-    finish_reason: Finish
+    finish_reason: ChatFinish
 
 
 class ChatAnswer(TypedDict):
@@ -155,6 +199,7 @@ class Delta(TypedDict):
     content: NotRequired[str]
     reasoning: NotRequired[str]
     reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[AnswerCall]]
 
 
 class ChunkChoice(TypedDict):
@@ -163,7 +208,7 @@ class ChunkChoice(TypedDict):
     index: int
     delta: Delta
     logprobs: Logprobs | None
-    finish_reason: Finish | None
+    finish_reason: ChatFinish | None
 
 
 class ChatChunk(TypedDict):
@@ -182,9 +227,21 @@ def terms(request: ChatRequest, chat: Chat, thinking: bool | None) -> Terms:
     """What is asked of the engine. thinking None: nobody asked. Raises ApiError, DataError."""
     messages = [message.plain() for message in request.messages]
     limit = request.max_completion_tokens or request.max_tokens
+    thinks = bool(thinking) and chat.think_end is not None
+    many = request.parallel_tool_calls is not False
+    schema = _schema(request.response_format)
+    want = wanted(chat, thinks, schema, "response_format", request.tools or (), request.tool_choice, many)
     how = sampling(request, chat, bool(thinking), limit, request.top_logprobs or 0)
+    how = replace(how, grammar=want.grammar)
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    return Terms([chat.render(messages, bool(thinking))], bool(thinking), how, stop, request.n or 1)
+    ids = chat.render(messages, bool(thinking), want.rendered)
+    return Terms([ids], bool(thinking), how, stop, request.n or 1, offer=want.offer)
+
+
+def _schema(form: Format | None) -> dict[str, Any] | None:
+    if isinstance(form, FormatSchema):
+        return form.json_schema.schema_
+    return JSON_OBJECT if isinstance(form, FormatObject) else None
 
 
 class ChatShape:
@@ -194,6 +251,7 @@ class ChatShape:
         self._reply, self._logprobs = reply, bool(request.logprobs)
         self._usage = request.stream_options is not None and request.stream_options.include_usage
         self._id, self._model, self._left = f"chatcmpl-{reply.id}", model, len(reply.choices)
+        self._called = [0] * len(reply.choices)
 
     def whole(self, said: Sequence[Sequence[Piece]]) -> ChatAnswer:
         """The plain answer."""
@@ -213,18 +271,26 @@ class ChatShape:
         reader = self._reply.choices[number].reader
         texts = {part: "".join(p.text for p in pieces if p.part == part) for part in ("reasoning", "content")}
         reasoning = texts["reasoning"] if reader.thought else None
+        message: AnswerMessage = {
+            "role": "assistant",
+            "content": texts["content"],
+            "refusal": None,
+            "reasoning": reasoning,
+            "reasoning_content": reasoning,
+        }
+        calls = [piece.call for piece in pieces if piece.call is not None]
+        if calls:
+            message["tool_calls"] = [self._call(number, index, call) for index, call in enumerate(calls)]
         return {
             "index": number,
-            "message": {
-                "role": "assistant",
-                "content": texts["content"],
-                "refusal": None,
-                "reasoning": reasoning,
-                "reasoning_content": reasoning,
-            },
+            "message": message,
             "logprobs": self._told([token for piece in pieces for token in piece.tokens]),
-            "finish_reason": reader.finish,
+            "finish_reason": _finish(reader),
         }
+
+    def _call(self, number: int, index: int, call: Call) -> AnswerCall:
+        function: AnswerFunction = {"name": call.name, "arguments": call.arguments}
+        return {"id": f"call_{self._reply.id}_{number}_{index}", "type": "function", "function": function}
 
     def begin(self) -> Iterator[str]:
         """A chunk that opens each choice."""
@@ -235,7 +301,13 @@ class ChatShape:
             yield event(self._chunk(number, delta))
 
     def piece(self, number: int, piece: Piece) -> Iterator[str]:
-        """A chunk with the text."""
+        """A chunk with the text, or with a whole call."""
+        if piece.call is not None:
+            index = self._called[number]
+            self._called[number] += 1
+            whole: Delta = {"tool_calls": [{**self._call(number, index, piece.call), "index": index}]}
+            yield event(self._chunk(number, whole, logprobs=self._told(piece.tokens)))
+            return
         reasoning: Delta = {"reasoning": piece.text, "reasoning_content": piece.text}
         delta: Delta = {"content": piece.text} if piece.part == "content" else reasoning
         yield event(self._chunk(number, delta, logprobs=self._told(piece.tokens)))
@@ -243,7 +315,7 @@ class ChatShape:
     def finish(self, number: int) -> Iterator[str]:
         """A chunk that says why the choice is over; that of the last choice says who answered."""
         self._left -= 1
-        chunk = self._chunk(number, {}, finish=self._reply.choices[number].reader.finish)
+        chunk = self._chunk(number, {}, finish=_finish(self._reply.choices[number].reader))
         if not self._left and (trailer := self._reply.trailer()) is not None:
             chunk["ottava"] = trailer
         yield event(chunk)
@@ -268,7 +340,7 @@ class ChatShape:
         }
 
     def _chunk(
-        self, number: int, delta: Delta, *, finish: Finish | None = None, logprobs: Logprobs | None = None
+        self, number: int, delta: Delta, *, finish: ChatFinish | None = None, logprobs: Logprobs | None = None
     ) -> ChatChunk:
         choice: ChunkChoice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return {**self._head(), "choices": [choice]}
@@ -285,6 +357,10 @@ class ChatShape:
             for token in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+def _finish(reader: Reader) -> ChatFinish:
+    return "tool_calls" if reader.called and reader.finish == "stop" else reader.finish
 
 
 def _logprob(chat: Chat, token: int, value: float) -> Logprob:

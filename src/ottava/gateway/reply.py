@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ottava.engine.generate import ThinkBudget
-from ottava.engine.session import Engine, Job, Piece, Reader, Sampling, Token
+from ottava.engine.session import Engine, Job, Offer, Piece, Reader, Sampling, Token
 from ottava.errors import DataError, OttavaError
 from ottava.gateway.metrics import Metrics
 from ottava.gateway.pool import Item, Moved, Pool, Run
@@ -36,7 +36,7 @@ class Terms:
     """What a request asks of the engine: `n` replies to each prompt; none where they may have no ids.
 
     stop: texts that end the content. raw: the prompts are no turns, and replies go on behind them. scored: the ids of
-    the prompts are wanted with their log-probabilities.
+    the prompts are wanted with their log-probabilities. offer: the tools that may be called.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -46,6 +46,7 @@ class Terms:
     n: int = 1
     raw: bool = False
     scored: bool = False
+    offer: Offer | None = None
 
     @property
     def jobs(self) -> int:
@@ -106,7 +107,7 @@ class Reply:
 
     def _submit(self, engine: Engine | Pool, prompt: Sequence[int], index: int) -> None:
         how, after = self.terms.sampling, prompt if self.terms.raw else None
-        choice = Choice(prompt, Reader(self.chat, self.terms.thinking, self.terms.stop, after))
+        choice = Choice(prompt, Reader(self.chat, self.terms.thinking, self.terms.stop, after, self.terms.offer))
         if how.max_new:
             deliver = _into(self._arrived, len(self.choices))
             choice.job = engine.submit(prompt, replace(how, seed=seed_of(how.seed, index)), deliver)
@@ -327,7 +328,8 @@ async def _events(reply: Reply, shape: Shape) -> AsyncIterator[str]:
             for event in shape.finish(number) if piece is None else shape.piece(number, piece):
                 yield event
     except (OttavaError, ApiError) as error:
-        for event in shape.failed(error if isinstance(error, ApiError) else ApiError(503, error.what)):
+        status = 400 if isinstance(error, DataError) else 503
+        for event in shape.failed(error if isinstance(error, ApiError) else ApiError(status, error.what)):
             yield event
         return
     for event in shape.end():

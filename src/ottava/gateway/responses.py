@@ -7,6 +7,7 @@ refused, and a client sends the items of earlier turns again, as the API allows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -16,11 +17,12 @@ from typing_extensions import TypedDict
 from ottava.engine.session import Piece
 from ottava.gateway.reply import Endpoint, Reply, Terms, event, sampling
 from ottava.gateway.schema import ApiError, Asked, Effort, ErrorDetails, Ignored, Strict, Text, Trailer, Unsupported
+from ottava.gateway.tools import JSON_OBJECT, FormatObject, FormatText, NamedSchema, wanted
 from ottava.models.chat import Chat
 
 
 def _stateless(value: Any) -> Any:
-    if value not in (None, False):
+    if not (value is None or value is False):
         raise ValueError("this server keeps nothing between requests: send the earlier items as input again")
     return value
 
@@ -65,16 +67,16 @@ class InputReasoning(Strict):
     status: Ignored = None
 
 
-class TextFormat(Strict):
-    """The form of the text."""
+class FlatSchema(NamedSchema):
+    """JSON of a schema."""
 
-    type: Literal["text"]
+    type: Literal["json_schema"]
 
 
 class TextConfig(Strict):
     """How the text is to be."""
 
-    format: TextFormat | None = None
+    format: Annotated[FormatText | FormatObject | FlatSchema, Field(discriminator="type")] | None = None
     verbosity: Ignored = None
 
 
@@ -192,9 +194,13 @@ class SaidReasoning(TypedDict):
 
 
 class SaidFormat(TypedDict):
-    """Plain text."""
+    """What was asked for; of a schema, with its name and itself."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    name: NotRequired[str]
+    schema: NotRequired[dict[str, Any]]
+    description: NotRequired[str]
+    strict: NotRequired[bool]
 
 
 class SaidText(TypedDict):
@@ -264,7 +270,11 @@ class ResponseEvent(TypedDict):
 def terms(request: ResponseRequest, chat: Chat, thinking: bool | None) -> Terms:
     """What is asked of the engine. thinking None: nobody asked. Raises ApiError, DataError."""
     first = [] if request.instructions is None else [{"role": "system", "content": request.instructions}]
+    form = request.text.format if request.text is not None else None
+    schema = form.schema_ if isinstance(form, FlatSchema) else JSON_OBJECT if isinstance(form, FormatObject) else None
+    want = wanted(chat, bool(thinking) and chat.think_end is not None, schema, "text.format")
     how = sampling(request, chat, bool(thinking), request.max_output_tokens, 0)
+    how = replace(how, grammar=want.grammar)
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     ids = chat.render([*first, *request.messages], bool(thinking))
     return Terms([ids], bool(thinking), how, stop)
@@ -379,7 +389,7 @@ class ResponseShape:
             "reasoning": {"effort": request.reasoning.effort if request.reasoning else None, "summary": None},
             "store": False,
             "temperature": request.temperature or 0.0,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _said_format(request.text)},
             "tool_choice": "auto",
             "tools": [],
             "top_p": 1.0 if request.top_p is None else request.top_p,
@@ -399,6 +409,13 @@ class ResponseShape:
             "output_tokens_details": {"reasoning_tokens": reasoning},
             "total_tokens": prompt + total,
         }
+
+
+def _said_format(text: TextConfig | None) -> SaidFormat:
+    if text is None or text.format is None:
+        return {"type": "text"}
+    said: Any = text.format.model_dump(by_alias=True, exclude_none=True)
+    return said  # type: ignore[no-any-return]
 
 
 ENDPOINT = Endpoint(

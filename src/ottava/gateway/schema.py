@@ -17,6 +17,8 @@ from ottava.document import suggest
 MOST = 8
 """Choices that a request may ask for: each is a job of its own."""
 
+LONGEST_NAME = 100  # characters of a client's own word that an error gives back
+
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -170,7 +172,7 @@ def parse(kind: type[Request], body: bytes) -> Request:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(_public(first["loc"], first["type"])) or None
+    field = ".".join(_public(first["loc"], first["type"]))[:LONGEST_NAME] or None
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"

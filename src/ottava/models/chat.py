@@ -23,6 +23,7 @@ from ottava.models.template import PROBE, calls_of, compile_template, render, so
 from ottava.models.tools import Form
 
 THINK_START, THINK_END = "<think>", "</think>"
+NO_TOOLS = "the chat template of this model has no tools, or writes their calls in a form that is not known"
 TINY_SPECIAL = ("<|pad|>", "<|end|>", "<|User|>", "<|Assistant|>", THINK_START, THINK_END)
 TINY_TEMPLATE = """\
 {#- Turns of the tiny model. `thinking` is its only switch; a system message is left out: it knows no such words. -#}
@@ -139,8 +140,7 @@ class Chat:
             self._refuse_control(message, f"messages[{number}]", message.get("role") == "assistant")
         called = any(message.get("role") == "tool" or message.get("tool_calls") for message in messages)
         if (tools or called) and self.calls is None:
-            what = "the chat template of this model has no tools, or writes their calls in a form that is not known"
-            raise DataError(what, fix="ask without tools, or put a template that reads `tools` beside the weights")
+            raise DataError(NO_TOOLS, fix="ask without tools, or put a template that reads `tools` beside the weights")
         self._refuse_control(tools or (), "tools", False)
         if called:
             messages = [self._with_calls(message, number) for number, message in enumerate(messages)]
@@ -284,9 +284,9 @@ class Detokeniser:
     back; and the ids of the last piece stay as context, as some decoders join or strip at the beginning.
     """
 
-    def __init__(self, chat: Chat, before: Sequence[int] = ()):
-        """before: ids behind which the text goes on, so that what joins the two is not lost."""
-        self._chat, self._context, self._new = chat, list(before), list[int]()
+    def __init__(self, chat: Chat, before: Sequence[int] = (), marks: bool = False):
+        """before: ids behind which the text goes on, so that what joins the two is not lost. marks: see `decode`."""
+        self._chat, self._context, self._new, self._marks = chat, list(before), list[int](), marks
         if self._chat.decode(self._context).endswith("\ufffd"):
             self._context = []  # a character that was cut off does not go on
 
@@ -305,7 +305,8 @@ class Detokeniser:
         return text
 
     def _pending(self) -> str:
-        return self._chat.decode([*self._context, *self._new])[len(self._chat.decode(self._context)) :]
+        known = len(self._chat.decode(self._context, self._marks))
+        return self._chat.decode([*self._context, *self._new], self._marks)[known:]
 
 
 def write_tiny(folder: Path | str, vocabulary: Sequence[str], cut: Cut = "words") -> None:

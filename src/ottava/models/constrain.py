@@ -8,7 +8,9 @@ so that another engine can go on with a reply. What travels is the spec, as JSON
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,8 @@ LIMITS = {
 """Of llguidance: what compiling a grammar and computing one mask may take, in its own counts."""
 WRITTEN = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, "lenient": False}
 """How JSON is written: as json.dumps does, so no reply goes astray in white space. What is not known is a fault."""
+_QUOTED = re.compile(r"^ *\d+ \||^ *\^+ *$")
+_PLACE = re.compile(r"^at \d+\(\d+\): ")
 EXTRA = "pip install 'ottava[serve]'"
 
 
@@ -53,7 +57,10 @@ def spec_of_calls(
 
 
 def _spec(said: Mapping[str, Any]) -> str:
-    text = json.dumps(said, ensure_ascii=False)
+    try:
+        text = json.dumps(said, ensure_ascii=False)
+    except RecursionError:
+        raise DataError("the schema is nested too deep") from None
     if len(text) > LARGEST:
         raise DataError(f"the schema has {len(text)} characters as JSON; {LARGEST} are allowed")
     return text
@@ -79,8 +86,7 @@ class Constraint:
         if self._after is not None:
             self._after = None if token == self._after else self._after
         elif not self._matcher.consume_token(token):
-            self._check()
-            raise DataError(f"the id {token} may not stand here")
+            raise DataError(f"the id {token} may not stand here: {self._reason()}")
 
     def mask(self, logits: Tensor) -> Tensor:
         """Logits [V] with minus infinity in place of those that may not come next. Before content, only an end may not.
@@ -101,9 +107,16 @@ class Constraint:
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
     def _check(self) -> None:
+        if "NoExtension" in self._reason():
+            raise DataError("no reply of this model's vocabulary can satisfy the schema")
         if self._matcher.is_error():
-            reason = self._matcher.get_error().removesuffix("<non-verbose/>").strip()
-            raise DataError(f"the schema cannot be enforced: {reason[:500]}", fix="make it simpler")
+            raise DataError(f"the schema cannot be enforced: {self._reason()}", fix="make it simpler")
+
+    def _reason(self) -> str:
+        """What llguidance says, without the lines of the grammar that it points at."""
+        said = str(self._matcher.get_error()).removesuffix("<non-verbose/>")
+        lines = [line.strip() for line in said.splitlines() if not _QUOTED.match(line)]
+        return _PLACE.sub("", " ".join(filter(None, lines)))[:300]
 
 
 def check(chat: Chat, spec: str) -> None:
@@ -135,25 +148,22 @@ def _grammar(said: Mapping[str, Any], chat: Chat) -> str:
             before, after = [_text(f'{form.padding}{{"name": {json.dumps(name)}, "arguments": ')], "}"
         else:
             before, after = [_text(form.padding + name), mark[form.between]], ""
-        parts = [mark[form.begin], *before, f"args_{number}", _text(after + form.padding), mark[form.end]]
-        lines += [f"call_{number}: {_joined(parts)}", f"args_{number}: {_json(schema)}"]
-    one = "(" + " | ".join(f"call_{number}" for number in range(len(said["calls"]))) + ")"
-    more = f"({_joined([_text(form.gap), one])})*" if said["many"] else ""
+        parts = [*before, f"args_{number}", _text(after + form.padding), mark[form.end]]
+        lines += [f"body_{number}: {_joined(parts)}", f"args_{number}: {_json(schema)}"]
+    lines.append("body: " + " | ".join(f"body_{number}" for number in range(len(said["calls"]))))
+    lines.append(f"call: {mark[form.begin]} body")
+    rest = [f"({_joined([_text(form.gap), 'call'])})*" if said["many"] else "", mark.get(form.closing, "")]
+    calls = _joined([mark.get(form.opening, ""), "call", *rest])
     first = form.opening or form.begin
-    calls = _joined([mark.get(form.opening, ""), one, more, mark.get(form.closing, "")])
     if not said["free"]:
-        return "\n".join([f"start: {calls}", *lines])
-    return "\n".join([*_free(first, mark[first], calls), *lines])
-
-
-def _free(first: str, mark: str, calls: str) -> list[str]:
-    """Text, and calls behind it or none. A mark of several tokens ends the text wherever it comes to stand in it."""
-    if mark.startswith("<["):
-        return [f"start: TEXT ({calls})?", "TEXT: /(?s:.*)/"]
-    assert calls.startswith(mark)
-    within = "/(?s:.*)" + "".join(f"\\x{{{ord(c):x}}}" for c in first)
-    rest = calls.removeprefix(mark)
-    return [f"start: TEXT | HEAD {rest}", f"HEAD[lazy]: {within}/", f"TEXT: ~{within}(?s:.*)/"]
+        lines.append(f"start: {calls}")
+    elif mark[first].startswith("<["):
+        lines += [f"start: TEXT ({calls})?", "TEXT: /(?s:.*)/"]
+    else:  # a mark of several tokens ends the text wherever it comes to stand in it
+        within = "/(?s:.*)" + "".join(f"\\x{{{ord(c):x}}}" for c in first)
+        lines.append(f"start: TEXT | head {_joined(['call' if form.opening else 'body', *rest])}")
+        lines += [f"head[lazy]: {within}/", f"TEXT: ~{within}(?s:.*)/"]
+    return "\n".join(lines)
 
 
 def _json(schema: Mapping[str, Any]) -> str:
@@ -193,9 +203,32 @@ class _Vocabulary:
         self.eos_token_id = chat.stop
         self.tokens = token_bytes(chat)
         self.special_token_ids = sorted({*chat.control.values(), *chat.stop_ids})
+        self._special = set(self.special_token_ids)
+        self._plain = {piece: i for i, piece in enumerate(self.tokens) if piece and i not in self._special}
+        self._longest = max(map(len, self._plain), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        return self._chat.encode(text)
+        """How text that has to come is cut: as the tokenizer does, unless that has a control token or adds a space."""
+        with suppress(DataError):
+            ids = self._chat.encode(text)
+            if self._special.isdisjoint(ids) and self._joined(ids) == text.encode():
+                return ids
+        return self._greedy(text.encode())
+
+    def _joined(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.tokens[i] for i in ids)
+
+    def _greedy(self, text: bytes) -> list[int]:
+        """The longest token each time; up to where there is none."""
+        ids, at = list[int](), 0
+        while at < len(text):
+            sizes = range(min(self._longest, len(text) - at), 0, -1)
+            found = next((self._plain[text[at : at + n]] for n in sizes if text[at : at + n] in self._plain), None)
+            if found is None:
+                break
+            ids.append(found)
+            at += len(self.tokens[found])
+        return ids
 
 
 def token_bytes(chat: Chat) -> list[bytes]:

@@ -53,14 +53,14 @@ FORMS = (
     Form("qwen", "<tool_call>", "</tool_call>", padding="\n", gap="\n"),
     Form(
         "deepseek",
-        "<|tool▁call▁begin|>",
-        "<|tool▁call▁end|>",
-        "<|tool▁sep|>",
-        "<|tool▁calls▁begin|>",
-        "<|tool▁calls▁end|>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁calls▁end｜>",
     ),
 )
-"""qwen: Hermes, Qwen2.5 and Qwen3. deepseek: DeepSeek-V3.1."""
+"""qwen: Hermes, Qwen2.5 and Qwen3. deepseek: DeepSeek-V3.1, whose marks have fullwidth bars (U+FF5C) and U+2581."""
 
 
 class Call(NamedTuple):
