@@ -396,6 +396,24 @@ def test_a_backend_that_is_stopped_while_it_loads_is_started_again(
     assert said.startswith("cpu-0-0: starting\ncpu-0-0: loading after ")
 
 
+def test_a_gateway_that_was_stopped_itself_does_not_blame_its_backends(folder: Path) -> None:
+    """A look at a backend is under way when everything here stands still for longer than a backend may."""
+
+    async def main() -> None:
+        async with pool_of(folder, 1) as pool:
+            child = pool.children[0]
+            kill(child, signal.SIGSTOP)
+            while not child._opened:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)
+            kill(child, signal.SIGCONT)
+            time.sleep(QUICK.hung + 0.5)
+            await asyncio.sleep(2 * QUICK.every)
+            assert (child.state, child.starts) == ("ready", 1)
+
+    asyncio.run(main())
+
+
 def test_backends_do_not_outlive_a_gateway_that_was_killed(
     launcher: LocalLauncher, folder: Path, tmp_path: Path
 ) -> None:

@@ -33,7 +33,7 @@ from ottava.models.chat import Chat
 from ottava.tasks import chains
 
 SILENT = (0, 2, 3, 4, 5)  # it may end its reply, but says no other control token: those do not show in a text
-REQUESTS, STREAMS, REPLICAS, SLOTS, EVERY = 10_000, 64, 3, 24, 100
+REQUESTS, STREAMS, REPLICAS, SLOTS, EVERY = 10_000, 64, 3, 24, 200
 
 
 @dataclass(frozen=True)
