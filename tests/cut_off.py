@@ -28,7 +28,7 @@ def _look(event, args):
             raise PermissionError(f"{event} {host}")
 sys.addaudithook(_look)
 """
-"""A sitecustomize module: every Python process that finds it may speak to loopback alone, and attempts are written down."""
+"""A sitecustomize module: each Python process that finds it may speak to loopback alone; attempts are written down."""
 
 
 def main() -> int:

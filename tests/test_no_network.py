@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from benchmarks.gateway.bed import folder
 
 from .cut_off import AUDIT

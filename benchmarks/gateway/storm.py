@@ -162,6 +162,8 @@ async def storm(
                     continue
                 finally:
                     done[0] += 1
+                    if done[0] % 500 == 0:
+                        print(f"{done[0]} answered, {len(outcome.wrong)} wrong", file=sys.stderr, flush=True)
                 told = case.body["logprobs"]
                 if digest(ids, numbers if told else ()) != wanted[number][told]:
                     outcome.wrong.append(f"request {number}: {len(ids)} ids for {wanted[number][2]}: {case.body} {ids}")
