@@ -8,7 +8,9 @@ import json
 import os
 import random
 import signal
+import stat
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -18,13 +20,16 @@ from typing import Any
 
 import httpx
 import pytest
+from benchmarks.gateway.bed import serving
 
+from ottava.engine import session
 from ottava.engine.generate import ThinkBudget
-from ottava.engine.session import Engine, QueueFull, Sampling, Token
+from ottava.engine.session import Engine, Job, QueueFull, Sampling, Token
 from ottava.errors import DataError, ResourceError
 from ottava.gateway.app import Gateway
 from ottava.gateway.backend import Backend
 from ottava.gateway.child import Child, Lost, Patience
+from ottava.gateway.keys import VARIABLE
 from ottava.gateway.pool import Item, Moved, Place, Policy, Pool, places
 from ottava.models.chat import Chat
 from ottava.supervisor.local import LocalLauncher
@@ -412,6 +417,121 @@ def test_a_backend_that_is_stopped_while_it_loads_is_started_again(
     asyncio.run(main())
     said = capsys.readouterr().err
     assert said.startswith("cpu-0-0: starting\ncpu-0-0: loading after ")
+
+
+def test_a_gateway_that_was_stopped_itself_does_not_blame_its_backends(folder: Path) -> None:
+    """A look at a backend is under way when everything here stands still for longer than a backend may."""
+
+    async def main() -> None:
+        async with pool_of(folder, 1) as pool:
+            child = pool.children[0]
+            kill(child, signal.SIGSTOP)
+            while not child._opened:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)
+            kill(child, signal.SIGCONT)
+            time.sleep(QUICK.hung + 0.5)
+            await asyncio.sleep(2 * QUICK.every)
+            assert (child.state, child.starts) == ("ready", 1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stage", ["queued", "reading", "streaming"])
+def test_a_client_that_hangs_up_costs_one_more_step_at_most(
+    stage: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of the model are let through one by one: none but the one under way may be taken for who is gone."""
+    monkeypatch.setattr(session, "CHUNK", 8)
+    monkeypatch.setattr(session, "ALONE", 8)
+    engine = Engine.load(folder, slots=1)
+    allowed, steps, step = threading.Semaphore(0), list[list[Any]](), engine._runner.step
+
+    def gated(parts: Any) -> Any:
+        assert allowed.acquire(timeout=300)
+        steps.append([part.cache for part in parts])
+        return step(parts)
+
+    engine._runner.step = gated  # type: ignore[method-assign]
+    if stage == "queued":
+        engine.submit([9], Sampling(5), lambda item: None)
+    before = {"queued": 2, "reading": 3, "streaming": 8 + 3}[stage]
+
+    async def main() -> Job:
+        async with served(engine, True) as child:
+
+            async def ask() -> None:
+                async for _ in child.generate([9] * 64, Sampling(100), []):
+                    pass
+
+            asking = asyncio.create_task(ask())
+            allowed.release(before)
+            while len(steps) < before or not [*engine._waiting, *engine._active]:
+                await asyncio.sleep(0.005)
+            while not (jobs := [job for job in [*engine._waiting, *engine._active] if len(job.ids) == 64]):
+                await asyncio.sleep(0.005)
+            asking.cancel()
+            while not jobs[0].cancelled:
+                await asyncio.sleep(0.005)
+            return jobs[0]
+
+    gone = asyncio.run(asyncio.wait_for(main(), 300))
+    taken = len(steps)
+    allowed.release(1000)
+    while engine.load_now:
+        time.sleep(0.005)
+    engine.close()
+    assert sum(any(cache is gone.cache for cache in caches) for caches in steps[taken:]) <= (gone.cache is not None)
+    assert (gone.cache is None) is (stage == "queued")
+    assert len(gone.pending) == {"queued": 64, "reading": 64 - 8 * 4, "streaming": 1}[stage]
+
+
+def test_a_drain_survives_the_loss_of_every_backend(launcher: LocalLauncher, folder: Path, tmp_path: Path) -> None:
+    process, url = start(launcher, folder, tmp_path, replicas=2, patience=vars(QUICK), drain_s=600, wait_s=600)
+    request: dict[str, Any] = {"messages": USER, "max_tokens": 300}
+    plain = httpx.post(f"{url}{URL}", json=request, trust_env=False, timeout=600).json()
+    text = ""
+    with (
+        httpx.Client(trust_env=False, timeout=600) as client,
+        client.stream("POST", f"{url}{URL}", json={**request, "stream": True}) as response,
+    ):
+        for number, line in enumerate(line for line in response.iter_lines() if line.startswith("data: {")):
+            text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or ""
+            if number == 10:
+                process.terminate()
+                while httpx.get(f"{url}/health", trust_env=False).json() != {"status": "draining"}:
+                    time.sleep(0.01)
+                for pid in children_of(process.pid):
+                    os.kill(pid, signal.SIGKILL)
+    assert text == plain["choices"][0]["message"]["content"]
+    assert process.wait(60) == 0
+    assert process.result()["drained"] is True
+
+
+def test_no_secret_and_no_stranger_reaches_a_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither environment nor command line of any process shows a key; the sockets' folder is its owner's alone."""
+    secret = "sk-" + "s" * 20
+    monkeypatch.setenv(VARIABLE, secret)
+    with serving([folder], replicas=1) as server:
+        monkeypatch.delenv(VARIABLE)
+        body = {"messages": USER, "max_tokens": 2}
+        asked = [
+            httpx.post(f"http://127.0.0.1:{server.port}{URL}", json=body, headers=headers, trust_env=False, timeout=120)
+            for headers in ({}, {"authorization": f"Bearer {secret}"})
+        ]
+        assert [answer.status_code for answer in asked] == [401, 200]
+        ((backend, told),) = server.backends().items()
+        assert secret.encode() in Path(f"/proc/{server.pid}/environ").read_bytes()  # so it can be seen at all
+        assert secret.encode() not in Path(f"/proc/{backend}/environ").read_bytes()
+        for pid in (server.pid, backend):
+            assert secret.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        place = Path(told["socket"]).parent.stat()
+        assert (stat.S_IMODE(place.st_mode), place.st_uid) == (0o700, os.getuid())
+        inside = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "ottava-" in line}
+        assert told["socket"].replace(".sock", ".new") in inside  # bound before it was renamed
+        listening = Path(f"/proc/{backend}/net/tcp").read_text().splitlines()[1:]
+        inodes = {os.readlink(link) for link in Path(f"/proc/{backend}/fd").iterdir() if link.is_symlink()}
+        assert not [line for line in listening if f"socket:[{line.split()[9]}]" in inodes]  # no port of its own
 
 
 def test_backends_do_not_outlive_a_gateway_that_was_killed(

@@ -30,7 +30,7 @@ from ottava.tasks import chains
 from ottava.trainer.spec import Shape
 
 PATH = "/v1/chat/completions"
-PATIENCE = {"every": 0.5, "hung": 10.0, "still": 60.0}
+PATIENCE = {"every": 0.5, "hung": 10.0, "still": 120.0}
 WAIT = 600.0  # seconds that a request waits while every backend is away: starts are slow where cores are busy
 _SERVE = "import json, sys; from ottava.gateway.server import serve; serve(json.loads(sys.argv[1]))"
 

@@ -35,7 +35,7 @@ async def latency(server: Server, count: int) -> float:
 async def compare(
     name: str, server: Server, more: dict[str, Any], count: int, *, stopped: int | None = None, receive: int = 0
 ) -> dict[str, Any]:
-    """A row: a new request while the streams are held against one before and after. stopped: their backend."""
+    """A row: a new request while the streams are held, against before and after. stopped: the backend they are at."""
     await latency(server, 20)
     quiet, memory = [await latency(server, count)], server.memory()
     _signal(stopped, signal.SIGSTOP)

@@ -33,7 +33,7 @@ from ottava.models.chat import Chat
 from ottava.tasks import chains
 
 SILENT = (0, 2, 3, 4, 5)  # it may end its reply, but says no other control token: those do not show in a text
-REQUESTS, STREAMS, REPLICAS, SLOTS, EVERY = 10_000, 64, 3, 24, 100
+REQUESTS, STREAMS, REPLICAS, SLOTS, EVERY = 10_000, 64, 3, 24, 200
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,8 @@ async def storm(
                     continue
                 finally:
                     done[0] += 1
+                    if done[0] % 500 == 0:
+                        print(f"{done[0]} answered, {len(outcome.wrong)} wrong", file=sys.stderr, flush=True)
                 told = case.body["logprobs"]
                 if digest(ids, numbers if told else ()) != wanted[number][told]:
                     outcome.wrong.append(f"request {number}: {len(ids)} ids for {wanted[number][2]}: {case.body} {ids}")

@@ -25,6 +25,7 @@ from ottava.gateway.engines import EMBEDDED, OURS, Choice
 
 BACKOFF = (0.2, 30.0)
 """Seconds before the first start again, and at most; each is twice the one before."""
+SLICES = 10
 CALM = 30.0  # a backend that was ready for so many seconds begins the backoff anew
 
 State = Literal["loading", "ready", "down", "refused"]
@@ -205,15 +206,24 @@ class Child:
                 if ended.done():
                     raise Lost(f"it ended with status {ended.result()}")
                 try:
-                    health = await self.ask(op="health", within=self.patience.hung)
-                except TimeoutError:
-                    raise Lost(f"it did not answer within {self.patience.hung:g} seconds") from None
+                    health = await self._health()
                 except OttavaError as error:
                     raise Lost(error.what) from None
                 if health["still"] > self.patience.still:
                     raise Lost(f"it has work, and no token came for {self.patience.still:g} seconds")
         finally:
             ended.cancel()
+
+    async def _health(self) -> dict[str, Any]:
+        """What it says of itself. The time it may take is cut: where this process was stopped, one slice is lost."""
+        asking = asyncio.create_task(self.ask(op="health"))
+        try:
+            for _ in range(SLICES):
+                if (await asyncio.wait({asking}, timeout=self.patience.hung / SLICES))[0]:
+                    return asking.result()
+        finally:
+            asking.cancel()
+        raise Lost(f"it did not answer within {self.patience.hung:g} seconds")
 
     async def end(self, state: State) -> None:
         """Kill the process, and tell all who wait for it."""
@@ -226,9 +236,9 @@ class Child:
             writer.transport.abort()
         self.changed()
 
-    async def ask(self, *, within: float | None = None, **question: Any) -> dict[str, Any]:
-        """One answer. Raises Lost, TimeoutError after `within` seconds, or what the backend says."""
-        async with asyncio.timeout(within), aclosing(self._lines(question)) as lines:
+    async def ask(self, **question: Any) -> dict[str, Any]:
+        """One answer. Raises Lost, or what the backend says."""
+        async with aclosing(self._lines(question)) as lines:
             async for said in lines:
                 return said  # type: ignore[no-any-return]
         raise Lost("it hung up")
