@@ -32,7 +32,7 @@ test: install
 	touch $@
 
 test-vllm: install .venv-vllm/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_engines.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_engines.py tests/test_vllm_backend.py
 
 # Ray is wanted by those who have more than one machine.
 .venv/ray: .venv/installed

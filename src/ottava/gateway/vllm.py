@@ -114,6 +114,7 @@ class Remote:
         """Wait until it has loaded, and ask it the kinds of question that it will get: each first one compiles."""
         began = told = time.monotonic()
         while not await asyncio.to_thread(lambda: self.alive):
+            os.write(1, b".")  # a sign of life
             if time.monotonic() > told + TELL:
                 told = time.monotonic()
                 print(f"{what} is loading: {told - began:.0f} s", file=sys.stderr, flush=True)
