@@ -10,6 +10,7 @@ import random
 import signal
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +308,7 @@ async def until(true: Any, seconds: float = 240) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=[] if fault in QUICKLY else pytest.mark.slow) for fault in FAULTS]
+    "fault", [pytest.param(fault, marks=[] if fault == QUICKLY[0] else pytest.mark.slow) for fault in FAULTS]
 )
 def test_a_backend_that_goes_bad_is_quarantined_within_1000_tokens(
     fault: str, folder: Path, planted: dict[str, Path], faults: Plant, tmp_path: Path
@@ -342,6 +343,45 @@ def test_a_backend_that_goes_bad_is_quarantined_within_1000_tokens(
             assert tokens(await items(pool, ids, how)) == undisturbed(folder, ids, how)
             await asyncio.sleep(0.5)
             assert bad.pid is None  # and it is not started again
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("why", ["fault", "traffic", "nothing"])
+def test_another_engine_that_drifts_is_told_from_traffic_that_is_harder(
+    why: str, folder: Path, planted: dict[str, Path], faults: Plant, tmp_path: Path
+) -> None:
+    """As if the certificate's texts had been so easy that there was no noise: for the control too, or for it alone."""
+    flag = tmp_path / "now"
+    faults["b"] = {"dtype": "float32", "flag": str(flag), "load": str(planted["4-bit swap"])}
+    chat = Chat.load(folder)
+
+    async def main() -> None:
+        async with watched(folder, 2) as (pool, canary, judge):
+            await all_ready(pool)
+            scorer, other = pool.children
+            assert not judge.certificates["b"].bits
+            reference = judge.certificates["b"].reference
+            if why == "traffic":
+                judge.certificates["b"] = replace(judge.certificates["b"], scores=reference.scores)
+                easy: asyncio.Task[Any] = asyncio.create_task(asyncio.sleep(0, reference.scores))
+                judge._once[("control", reference.digest, len(reference.texts))] = easy
+            if why == "fault":
+                flag.touch()
+            for seed in range(25):
+                scorer.busy = scorer.slots  # so that the other one serves
+                await items(pool, chat.render(USER, bool(seed % 2)), Sampling(40, temperature=1.0, seed=seed))
+                scorer.busy = 0
+                await until(lambda: not canary._waiting, 120)
+                if canary.events:
+                    break
+            await until(lambda: bool(canary.events) is (why != "nothing"), 60)
+            assert scorer.state == "ready"
+            assert (other.state == "refused") is (why == "fault")
+            assert canary.tokens("b") < 1000
+            if why == "traffic":
+                assert "unlike" in canary.events[0]["why"]
 
     asyncio.run(main())
 
@@ -423,6 +463,7 @@ def test_a_server_with_no_backend_that_may_serve_ends(
     assert "no backend may serve" in process.log.read_text()
 
 
+@pytest.mark.slow
 def test_other_values_may_serve_where_that_is_said(folder: Path, planted: dict[str, Path]) -> None:
     found = certify([folder, planted["4-bit swap"]], other_values=True)["backends"]
     assert [row["passed"] for row in found] == [True, True]

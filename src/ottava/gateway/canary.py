@@ -6,7 +6,9 @@ certified by bits are asked the same again, and must say the same ids and log-pr
 All others are scored teacher-forced, and `verify.drift` weighs the scores of each.
 
 Two that differ do not say who is wrong. So before anybody is taken out, a process that has loaded the reference just
-now is asked too: whoever differs from it is refused. Where it cannot be asked, the backend under test is.
+now is asked too: whoever differs from it is refused. Where it cannot be asked, the backend under test is. Scores may
+also grow because of what is asked, in words that the certificate's texts lack. Those of the control then grow as well:
+where they do, and the replies pass the certificate's own test, the evidence is dropped.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from ottava.engine.session import Sampling, Token
 from ottava.errors import OttavaError
 from ottava.gateway.child import Child, Lost
-from ottava.gateway.parity import Certificate, Parity
+from ottava.gateway.parity import Certificate, Parity, Reference
 from ottava.verify.drift import ALPHA, Drift, Score, score
+from ottava.verify.parity import Scores, within_noise
 
 if TYPE_CHECKING:
     from ottava.gateway.pool import Deliver, Item, Pool
@@ -33,6 +36,10 @@ SHARE = 0.02
 """Of the replies. Every id that is scored costs what it cost to say, so this is also the share of the machine."""
 BACKLOG = 16
 """Replies that wait to be scored; the oldest goes when another comes."""
+RECENT = 64
+"""Replies of a backend that the control is asked about."""
+DOUBT = 0.05
+"""At this rate the control is believed to have drifted too."""
 
 
 @dataclass
@@ -50,6 +57,17 @@ class Reply:
     held: dict[str, Certificate | None] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """A reply that was scored: the ids in prompt and reply, where the reply begins, and which of its ids are meant."""
+
+    text: Sequence[int]
+    start: int
+    places: Sequence[int]
+    served: Sequence[float]
+    scorer: Sequence[float]
+
+
 @dataclass
 class Record:
     """What is known of one backend. tokens: of its that were scored; mismatched: of these, that were not the bits."""
@@ -58,6 +76,7 @@ class Record:
     certificate: Certificate
     tokens: int = 0
     mismatched: int = 0
+    recent: deque[Weighed] = field(default_factory=lambda: deque(maxlen=RECENT))
 
 
 class Canary:
@@ -171,7 +190,11 @@ class Canary:
             differ = [i for i in mine if i >= len(said) or not _equal(reply.tokens[i], said[i])]
             record.mismatched += len(differ)
             return bool(differ)
-        return record.drift.add([_score(reply, i, said[i]) for i in mine if i < len(said)])
+        mine = [i for i in mine if i < len(said)]
+        text = [*reply.ids, *(token.id for token in reply.tokens)]
+        served, scorer = [reply.tokens[i].logprob for i in mine], [said[i].logprob for i in mine]
+        record.recent.append(Weighed(text, len(reply.ids), mine, served, scorer))
+        return record.drift.add([_score(reply, i, said[i]) for i in mine])
 
     def _record(self, name: str) -> Record:
         """Of a backend since its certificate: a new one begins anew, except that bits keep no memory."""
@@ -180,7 +203,7 @@ class Canary:
         if held is None or held.certificate.digest != certificate.digest:
             drift = Drift(random.Random(self._dice.random()), self.alpha)
             if not certificate.bits:
-                drift.calibrate(calibration(certificate))
+                drift.calibrate(calibration(certificate.reference, certificate.scores))
             held = self._records[name] = Record(drift, certificate)
         return held
 
@@ -206,8 +229,35 @@ class Canary:
             self._refuse(other, "it said other bits than it was certified for", by)
         if not bits and scorer_wrong:
             del self._records[name]  # it was weighed on a faulty scale
+        elif not bits and await self._traffic(record):
+            print(
+                f"canary: {name}: the control has drifted as it did: it is what is asked", file=sys.stderr, flush=True
+            )
+            self.events.append(
+                {"backend": name, "why": "traffic unlike the certificate's texts", "tokens": record.tokens}
+            )
+            record.drift.begin_again()
         elif not bits or any(i >= len(truth) or not _equal(reply.tokens[i], truth[i]) for i in mine):
             self._refuse(name, why, by)
+
+    async def _traffic(self, record: Record) -> bool:
+        """Whether the last replies are hard for the control too, and within the certificate's limits as they are."""
+        reference, last = record.certificate.reference, [*record.recent]
+        try:
+            then = await self._parity.floor(reference)
+            asked = [one.text for one in last], [one.start for one in last]
+            rows = await self._parity.control(reference.folder, *asked)
+        except (OttavaError, OSError):
+            return False
+        now = [[row[i] for i in one.places] for one, row in zip(last, rows, strict=True)]
+        drift = Drift(random.Random(self._dice.random()), DOUBT)
+        drift.calibrate(calibration(reference, then))
+        drifted = False
+        for one, row in zip(last, now, strict=True):
+            pairs = zip(one.places, row, one.scorer, strict=True)
+            drifted |= drift.add([score(one.start + at, *pair) for at, *pair in pairs])
+        scorer, served = [one.scorer for one in last], [one.served for one in last]
+        return drifted and within_noise(scorer, served, now).why is None
 
     def _refuse(self, name: str, why: str, by: str) -> None:
         scored = self._records[name].tokens if name in self._records else 0
@@ -238,10 +288,9 @@ class Canary:
         return float(self._records[name].tokens) if name in self._records else 0.0
 
 
-def calibration(certificate: Certificate) -> list[Score]:
-    """The scores of a certificate's replies."""
-    reference = certificate.reference
-    rows = zip(reference.starts, certificate.scores, reference.scores, strict=False)
+def calibration(reference: Reference, scores: Scores) -> list[Score]:
+    """The scores of what a backend, or the control, said of the reference's replies."""
+    rows = zip(reference.starts, scores, reference.scores, strict=False)
     return [
         score(start + at, *pair)
         for start, mine, theirs in rows
@@ -252,7 +301,7 @@ def calibration(certificate: Certificate) -> list[Score]:
 async def _said_again(child: Child, reply: Reply, exact: bool) -> list[Token]:
     """What another says: exact: to the same question; else of the ids that were said. At most as many as were."""
     if not exact:
-        return await child.score([*reply.ids, *(token.id for token in reply.tokens)], len(reply.ids))
+        return await child.forced([*reply.ids, *(token.id for token in reply.tokens)], len(reply.ids))
     found: list[Token] = []
     async with aclosing(child.generate(reply.ids, reply.sampling, [], reply.forced)) as tokens:
         async for token in tokens:

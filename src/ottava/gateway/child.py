@@ -287,7 +287,7 @@ class Child:
                     yield wire.token_of(said)
         raise Lost("it hung up in mid-answer")
 
-    async def score(self, ids: Sequence[int], first: int = 1) -> list[Token]:
+    async def forced(self, ids: Sequence[int], first: int = 1) -> list[Token]:
         """The ids from `first` on with their log-probabilities and the likeliest id, by the path that serves.
 
         Raises Lost, or what the engine raises.
@@ -299,6 +299,10 @@ class Child:
                     return found[first + len(found) - len(ids) :] if len(found) > len(ids) - first else found
                 found.append(wire.token_of(said))
         raise Lost("it hung up in mid-answer")
+
+    async def score(self, ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of the ids after the first. Raises as `forced` does."""
+        return [token.logprob for token in await self.forced(ids)]
 
     def _paced(self, seconds: float) -> None:
         rate = 1.0 / max(seconds, 1e-6)

@@ -131,7 +131,7 @@ class Parity:
             texts, control = reference.texts[:count], None
         else:
             reference = await self.reference(reference.folder, TEXTS)
-            texts, control = reference.texts, await self._shared(("control", digest), self._control(reference))
+            texts, control = reference.texts, await self.floor(reference)
         scores = await _scores(child, texts, reference.starts, child.slots)
         if control is None:
             finding = parity.same_bits(reference.scores[: len(texts)], scores)
@@ -188,18 +188,24 @@ class Parity:
         finally:
             shutil.rmtree(sockets, ignore_errors=True)
 
-    async def _control(self, reference: Reference) -> parity.Scores:
-        command = (sys.executable, "-m", "ottava.verify.control", str(reference.folder))
+    async def floor(self, reference: Reference) -> parity.Scores:
+        """The control's scores of a reference's replies."""
+        asked = self.control(reference.folder, reference.texts, reference.starts)
+        return await self._shared(("control", reference.digest, len(reference.texts)), asked)
+
+    async def control(self, folder: Path, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
+        """What another implementation of a folder says of replies (`verify.control`). starts: where they begin."""
+        command = (sys.executable, "-m", "ottava.verify.control", str(folder))
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
         try:
-            said, _ = await process.communicate(json.dumps([list(text) for text in reference.texts]).encode())
+            said, _ = await process.communicate(json.dumps([list(text) for text in texts]).encode())
         finally:
             if process.returncode is None:
                 process.kill()
         if process.returncode != 0:
-            raise PlatformError("the control that measures the noise floor failed", where=reference.folder)
-        return [row[start - 1 :] for row, start in zip(json.loads(said), reference.starts, strict=True)]
+            raise PlatformError("the control that measures the noise floor failed", where=folder)
+        return [row[start - 1 :] for row, start in zip(json.loads(said), starts, strict=True)]
 
     async def _shared(self, key: tuple[Any, ...], work: Coroutine[Any, Any, T]) -> T:
         """One task for all who ask; what failed is tried again by the next."""
@@ -312,7 +318,7 @@ async def _scores(
 
     async def one(text: Sequence[int], start: int) -> list[float]:
         async with room:
-            return [token.logprob for token in await child.score(text, start)]
+            return [token.logprob for token in await child.forced(text, start)]
 
     return list(await asyncio.gather(*(one(*pair) for pair in zip(texts, starts, strict=False))))
 

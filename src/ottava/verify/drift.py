@@ -89,6 +89,10 @@ class Drift:
         self.tokens += len(scores)
         return self.evidence >= -math.log(self.alpha)
 
+    def begin_again(self) -> None:
+        """Drop the evidence. The scores stay, to be ranked among."""
+        self.replies, self._wealth = 0, [-math.inf] * len(BETS)
+
     @property
     def evidence(self) -> float:
         """ln M."""
