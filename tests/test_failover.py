@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from ottava.errors import DataError, ResourceError
 from ottava.gateway.app import Gateway
 from ottava.gateway.backend import Backend
 from ottava.gateway.child import Child, Lost, Patience
+from ottava.gateway.engines import Choice
 from ottava.gateway.keys import VARIABLE
 from ottava.gateway.pool import Item, Moved, Place, Policy, Pool, places
 from ottava.models.chat import Chat
@@ -338,9 +340,25 @@ def test_policies(policy: Policy, rates: dict[str, float], wanted: str) -> None:
         child.state, child.rate = "ready", rates.get(child.place.name)
 
     async def main() -> list[str]:
-        return [(await pool._place(False)).place.name for _ in wanted]
+        return [(await pool._place(Sampling(1), False)).place.name for _ in wanted]
 
     assert "".join(asyncio.run(main())) == wanted
+
+
+def test_a_reply_held_to_a_grammar_goes_only_to_engines_that_can_hold_it() -> None:
+    """By policy vLLM would come first; where there is nothing else, the request is refused."""
+    tiny, held, alien = TINY(), Sampling(1, grammar="{}"), Choice("vllm-cpu", sys.executable)
+    other = Place("a", tiny, "cpu", 1.0, alien)
+    pool = Pool([other, Place("b", tiny, "cpu", 2.0)], slots=2, policy="cheapest")
+    for child in pool.children:
+        child.state = "ready"
+
+    async def main() -> None:
+        assert [(await pool._place(how, False)).place.name for how in (held, Sampling(1), held)] == ["b", "a", "b"]
+        with pytest.raises(DataError, match="no backend here"):
+            Pool([other]).submit([1], held, lambda item: None)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("label", ["vendor", "price=x", "price=-1", "price=nan", "colour=red", "vendor=a/b"])

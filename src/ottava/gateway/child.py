@@ -56,6 +56,10 @@ class Place:
     price: float = 0.0
     engine: Choice = OURS
 
+    def takes(self, sampling: Sampling) -> bool:
+        """Whether its engine can do what is asked: only ours holds replies to a grammar."""
+        return sampling.grammar is None or self.engine.kind == EMBEDDED
+
 
 Check = Callable[["Child"], Awaitable[None]]
 

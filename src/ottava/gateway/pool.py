@@ -165,6 +165,11 @@ class Pool:
             raise DataError("the prompt is empty")
         if self.context and (wrong := lacking(1, self.context, len(ids))) is not None:
             raise DataError(wrong[0])
+        if not any(child.place.takes(sampling) for child in self.children):
+            raise DataError(
+                "no backend here can hold a reply to a schema or to calls",
+                fix="ask without, or serve with --engine embedded",
+            )
         if self.load_now >= self.capacity:
             raise QueueFull(f"{self.queue} requests are waiting already", fix="try again in a second")
         if sampling.seed is None:  # another backend must be able to go on with it
@@ -193,7 +198,7 @@ class Pool:
         again = False
         speaker: Child | None = None  # who said the last of them
         while lost < TRIES:
-            child = await self._place(again)
+            child = await self._place(sampling, again)
             deliver(Moved(child.place.name, len(emitted), speaker is None or child.alike(speaker)))
             before = len(emitted)
             try:
@@ -210,10 +215,10 @@ class Pool:
                 self.release(child)
         raise ResourceError(f"{TRIES} backends were lost over this request", fix="send it again")
 
-    async def _place(self, again: bool) -> Child:
+    async def _place(self, sampling: Sampling, again: bool) -> Child:
         """A backend with a slot for us, by the policy. Who was moved goes before who waits for the first time."""
         deadline = time.monotonic() + self.wait_s
-        while (child := self._choose(first=again or not self._lines)) is None:
+        while (child := self._choose(sampling, first=again or not self._lines)) is None:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._lines.insert(0 if again else len(self._lines), turn)
             try:
@@ -234,8 +239,8 @@ class Pool:
         child.busy -= 1
         self._wake()
 
-    def _choose(self, *, first: bool) -> Child | None:
-        able = [child for child in self.children if child.free] if first else []
+    def _choose(self, sampling: Sampling, *, first: bool) -> Child | None:
+        able = [child for child in self.children if child.free and child.place.takes(sampling)] if first else []
         return min(able, key=self._rank, default=None)
 
     def _rank(self, child: Child) -> tuple[float, ...]:
