@@ -236,6 +236,25 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.M
     assert "very-secret" not in error.value.render()
 
 
+def test_the_server_of_this_package_as_a_judge(tmp_path: Path, launcher: Any) -> None:
+    """A tiny model knows no word of the prompt: the server refuses it, and nothing is a vote."""
+    from .test_engine import random_model, write_folder
+    from .test_gateway import NAME, start
+
+    process, url = start(launcher, write_folder(tmp_path / "model", random_model()), tmp_path)
+    try:
+        judge = Endpoint(f"{url}/v1", NAME, max_tokens=8)
+        labels, counts = judges.right(judge, [Item("7 a +5 =", ("2",)), Item("1 a +1 =", ("3",))])
+        texts, tally = judge.ask(["7 a +5 b *3 ="])
+    finally:
+        process.terminate()
+    assert labels == [None, None]
+    assert sum(counts["null"].values()) == 2
+    assert isinstance(texts[0], str)  # this one it can read
+    assert judges.read(texts[0], ("right", "wrong")) is None
+    assert tally.prompt_tokens > 0
+
+
 # ---- what is read of an answer
 
 
