@@ -14,6 +14,7 @@ import pytest
 
 from ottava import stages, tasks
 from ottava.artifact import digest_of
+from ottava.console import claims, summary
 from ottava.errors import DataError, RecipeError
 from ottava.labels import bound, traces
 from ottava.labels.audit import clopper_pearson_upper
@@ -148,6 +149,21 @@ def test_stand_ins_err_at_their_rates_and_always_the_same() -> None:
     assert sum(votes[True]) / 4000 == pytest.approx(traces.ALARMS, abs=0.01)
     assert 1 - sum(votes[False]) / 4000 == pytest.approx(traces.MISSES, abs=0.015)
     assert votes[True] == [traces.vote(True, item, person, 1) for item, person in who]
+
+
+def test_the_report_says_how_the_certificate_was_come_by() -> None:
+    told: dict[str, Any] = {
+        "audited": 180, "errors": 1, "error_upper_95": 0.042, "annotator": "an oracle", "cold_start": 150,
+        "max_error": 0.1, "disjoint": None, "population": 247, "votes": 638,
+    }  # fmt: skip
+    content: dict[str, Any] = {"labels": told, "stages": [], "artifacts": {}, "run": {"folder": "runs/x"}}
+    (line,) = summary._labels(content)
+    assert line == "638 votes, 180 of 247 proposals audited, 1 agreed trace refuted: at most 4.2% wrong (95%)"
+    (line,) = summary._labels({"labels": {**told, "votes": None}})
+    assert line == "180 of 150 traces audited, 1 error: at most 4.2% wrong (95%)"
+    (claim, *_) = claims._labelled(content)
+    assert "638 blind votes" in claim["how"]
+    assert "martingale" in claim["how"]
 
 
 def test_people_who_guess_certify_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
