@@ -7,7 +7,6 @@ import json
 import random
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -312,17 +311,3 @@ def test_the_command(tmp_path: Path) -> None:
     again = subprocess.run(line, capture_output=True, text=True)
     assert (again.returncode, again.stdout) == (2, "")
     assert "something already" in again.stderr
-
-
-@pytest.mark.slow
-def test_a_hundred_thousand_lines_take_little_memory(tmp_path: Path) -> None:
-    rng = random.Random(1)
-    words = [f"{a}{b}" for a in "bdfgklmnprst" for b in ["abeiou", "aeg", "ion", "orm", "ulk", "irt"]]
-    rows = [{"question": " ".join(rng.choices(words, k=40)) + f" {n}?"} for n in range(100_000)]
-    path = write(tmp_path / "data.jsonl", rows)
-    test = write(tmp_path / "test.jsonl", rows[:1000])
-    tracemalloc.start()
-    report = clean.clean(path, [test], tmp_path / "out")
-    peak = tracemalloc.get_traced_memory()[1]
-    assert report["removed"] == 1000
-    assert peak < 6 << 30
