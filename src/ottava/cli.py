@@ -829,6 +829,90 @@ def label_replay(
     typer.echo(replay.told(done), err=True)
 
 
+@label_app.command("clean")
+def label_clean(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="JSON Lines: question, problem, prompt, text or messages.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make: data.jsonl, removed.jsonl, report.json.")],
+    against: Annotated[
+        list[Path] | None, typer.Option(help="A test set, JSON Lines, that must not be in the data; several times.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Take out what is there twice, and the test questions, however they are written (docs/labels.md)."""
+    from ottava.labels.clean import clean
+
+    _show(clean(data, against or [], out), as_json)
+
+
+class Judged(StrEnum):
+    """What is judged of a line."""
+
+    right = "right"
+    classes = "classes"
+    pair = "pair"
+
+
+@label_app.command("evidence")
+def label_evidence(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="JSON Lines: question, response (or two responses), answer.")
+    ],
+    out: Annotated[Path, typer.Option(help="The world.json to write.")],
+    annotator: Annotated[list[str], typer.Option(help="A person who can be asked; several times.")],
+    kind: Annotated[
+        Judged, typer.Option(help="right: right or wrong; classes: one of --class; pair: A or B.")
+    ] = Judged.right,
+    name: Annotated[
+        list[str] | None, typer.Option("--class", help="A class, with --kind classes; several times.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The task whose verifier is asked, such as maths:DATA.")] = None,
+    judge: Annotated[
+        list[str] | None, typer.Option(help="An OpenAI-compatible address, http://HOST/v1; several times.")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="The model of each judge, in order.")] = None,
+    key_from: Annotated[str | None, typer.Option(help="The environment variable with the judges' key.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="A folder that keeps answers, so that a stopped run goes on.")
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Questions under way at each judge.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Ask verifiers and machine judges about a data set, and write what they say for `ottava label replay`."""
+    from ottava.artifact import make_folder, write_json
+    from ottava.errors import DataError
+    from ottava.labels import gather
+    from ottava.labels.endpoint import Endpoint
+
+    urls, models = judge or [], model or []
+    if len(urls) != len(models):
+        raise DataError(
+            f"{len(urls)} judges and {len(models)} models", where="--model", fix="name the model of each judge"
+        )
+    ends = [Endpoint(url, its, key_from, at_once, cache=cache) for url, its in zip(urls, models, strict=True)]
+    world, counts = gather.world(data, kind.value, annotator, classes=name or (), task=task, judges=ends)
+    make_folder(out.parent)
+    write_json(out, world)
+    _show(counts, as_json)
+
+
+@label_app.command("require")
+def label_require(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A data set's folder, or a file in it.")],
+    max_error: Annotated[float, typer.Option(min=0.0, max=1.0, help="The bound that is allowed.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Refuse a data set whose certificate bounds the share of wrong labels above a limit, or that has none: exit 2.
+
+    Before any training command: ottava label require DATA --max-error 0.03 && ottava supervise -- ..."""
+    from ottava.labels import bound
+
+    found = bound.require(data, max_error)
+    assert found is not None
+    _show(vars(found), as_json)
+
+
 STOPPED = 130
 GO_ON = "stopped; the same command goes on where there is work to go on with"
 

@@ -58,12 +58,18 @@ def _labelled(content: Content) -> Iterator[dict[str, Any]]:
         return
     where = artifact(content, "label")
     stands_in = "oracle" in str(labels["annotator"])
+    how = (
+        f"blind random audit of {labels['audited']}, {plural(labels['errors'] or 0, 'error')} found, Clopper-Pearson "
+        "bound"
+        if labels.get("votes") is None
+        else f"{labels['votes']} blind votes where machines leave doubt, {labels['audited']} decisions audited, "
+        f"{plural(labels['errors'] or 0, 'trace')} refuted; a martingale of bets"
+    )
     yield row(
         "rehearsal" if stands_in else "measured",
         f"At most {percent(labels['error_upper_95'])} of the {labels['cold_start']:,} cold-start traces are wrong "
         "(95% confidence)",
-        f"blind random audit of {labels['audited']}, {plural(labels['errors'] or 0, 'error')} found, Clopper-Pearson "
-        f"bound; judged by: {labels['annotator']}",
+        f"{how}; judged by: {labels['annotator']}",
         None if labels["max_error"] is None else labels["error_upper_95"] <= labels["max_error"],
         f"cat {where}/certificate.json",
     )

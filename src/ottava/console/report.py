@@ -163,7 +163,7 @@ def _labels(source: Source) -> dict[str, Any] | None:
     summary = source.summary("label")
     certificate = source.file("label", "certificate.json") or {}
     keep = ("audited", "errors", "error_upper_95", "annotator", "teachers", "cold_start", "answers", "test", "disjoint")
-    more = ("rejected", "duplicates_removed", "contaminated_removed")
+    more = ("rejected", "duplicates_removed", "contaminated_removed", "votes")
     if summary is None:
         return None
     return {key: summary.get(key) for key in (*keep, *more)} | {

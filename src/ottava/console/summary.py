@@ -121,10 +121,11 @@ def _weights(content: Content) -> Iterator[str]:
 def _labels(content: Content) -> Iterator[str]:
     labels = content["labels"]
     if labels is not None:
-        yield (
-            f"{labels['audited']} of {labels['cold_start']} traces audited, {plural(labels['errors'], 'error')}: "
-            f"at most {percent(labels['error_upper_95'])} wrong (95%)"
-        )
+        judged = f"{labels['audited']} of {labels['cold_start']} traces audited, {plural(labels['errors'], 'error')}"
+        if labels.get("votes") is not None:
+            judged = f"{labels['votes']} votes, {labels['audited']} of {labels['population']} proposals audited, "
+            judged += f"{plural(labels['errors'], 'agreed trace')} refuted"
+        yield (f"{judged}: at most {percent(labels['error_upper_95'])} wrong (95%)")
 
 
 def _served(content: Content) -> Iterator[str]:

@@ -36,13 +36,15 @@ class Tally:
     """What became of every problem and proposal, counted.
 
     rejected: problems by reason. proposals: (teacher, grade). shared_mistakes: pairs of teachers
-    ("a+b") that gave the same trace to the same wrong answer, by which a shared bias shows.
+    ("a+b") that gave the same trace to the same wrong answer, by which a shared bias shows. shown: every problem with
+    all that was proposed.
     """
 
     accepted: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     proposals: Counter[tuple[str, str]] = field(default_factory=Counter)
     shared_mistakes: Counter[str] = field(default_factory=Counter)
+    shown: list[tuple[Problem, Sequence[Proposal]]] = field(default_factory=list)
 
     def by_teacher(self) -> dict[str, dict[str, int]]:
         """How many proposals of each teacher got each grade."""
@@ -92,7 +94,9 @@ def collect(
     for problem in problems:
         if len(labels) == wanted:
             break
-        label = fuse(task, problem, ask(problem), agree, tally)
+        proposals = ask(problem)
+        tally.shown.append((problem, proposals))
+        label = fuse(task, problem, proposals, agree, tally)
         if label is not None:
             labels.append(label)
     return labels

@@ -76,6 +76,7 @@ _NOT_BY_STARTS = {
     "harvest": "a cold start learns from the label artifact's traces; leave it out",
     "lora": "a cold start begins from random weights; say lora in reinforce, for adapters on what it made",
     "max_new": "replies are evaluated as long as their questions allow; leave it out",
+    "max_label_error": "it is the train stage's to refuse a data set; leave it out",
 }
 
 

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ottava import recipe, tasks
 from ottava.artifact import Artifact, write_json
 from ottava.errors import DataError, OttavaError
+from ottava.labels import traces
 from ottava.labels.audit import Audit, audit, clopper_pearson_upper, require
 from ottava.labels.fusion import Label, Tally, collect
 from ottava.labels.hygiene import Removed, decontaminate, deduplicate, normals, require_disjoint
@@ -39,6 +40,11 @@ INPUTS = ()
 LABEL = True
 
 ANNOTATOR = "oracle standing in for a person"
+PEOPLE = (
+    f"{traces.PEOPLE} programs standing in for people: an oracle that calls {traces.MISSES:.0%} of wrong traces "
+    f"right and "
+    f"{traces.ALARMS:.0%} of right ones wrong"
+)
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -62,6 +68,14 @@ class Spec(recipe.Spec):
     max_error: Annotated[
         float, Field(gt=0, le=1, description="the stage fails if the 95% bound of the share of wrong traces is above")
     ] = 0.10
+    policy: Annotated[
+        Literal["audit", "replay"],
+        Field(
+            description="audit: traces are drawn alike and judged once; replay: people are asked where teachers "
+            "disagree, and what they refute is not delivered",
+            exclude_if=lambda policy: policy == "audit",  # so that recipes of before keep their digests
+        ),
+    ] = "audit"
 
     @field_validator("task")
     @classmethod
@@ -99,6 +113,10 @@ class Spec(recipe.Spec):
             raise ValueError(f"{self.agree} teachers cannot agree where {len(self.teachers)} are asked")
         if self.audit > self.cold_start:
             raise ValueError(f"audit is {self.audit}, and there are only {self.cold_start} traces (cold_start)")
+        if self.policy == "replay":
+            if "audit" in self.model_fields_set:
+                raise ValueError("audit would be ignored: with policy: replay the policy says how many are judged")
+            return self
         best = clopper_pearson_upper(0, self.audit)
         if best > self.max_error:
             raise ValueError(
@@ -131,9 +149,9 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     removed, tally = Removed(), Tally()
     labels, answers = _training(spec, task, one_step_test + test, ctx, removed, tally)
     ctx.progress(0.8, "audit")
-    findings = _audit(spec, task, labels, ctx.seed)
+    labels, findings = _certify(spec, task, labels, tally, ctx.seed)
     _write(spec, task, ctx, labels, answers, test, one_step_test)
-    write_json(ctx.out / "certificate.json", findings.certificate(ANNOTATOR) | {"max_error": spec.max_error})
+    write_json(ctx.out / "certificate.json", findings | {"max_error": spec.max_error})
     write_json(ctx.out / "report.json", _report(spec, labels, answers, test, removed, tally))
     _prove_disjoint(task, ctx)
     return ctx.commit(
@@ -142,10 +160,8 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
             "answers": len(answers),
             "test": len(test),
             "test_one_step": len(one_step_test),
-            "audited": findings.audited,
-            "errors": findings.errors,
-            "error_upper_95": round(findings.error_upper_95, 6),
-            "annotator": ANNOTATOR,
+            **{key: findings[key] for key in ("audited", "errors", "error_upper_95", "annotator")},
+            **({"votes": findings["votes"]} if spec.policy == "replay" else {}),
             "teachers": "programs standing in for models",
             "rejected": dict(tally.rejected),
             "duplicates_removed": removed.exact + removed.near,
@@ -208,6 +224,26 @@ def _labels(
     return labels, seen
 
 
+def _certify(
+    spec: Spec, task: Traced, labels: list[Label], tally: Tally, seed: int
+) -> tuple[list[Label], dict[str, Any]]:
+    """The traces to deliver, and their certificate. Raises DataError where its bound is above `max_error`."""
+    if spec.policy == "audit":
+        return labels, _audit(spec, task, labels, seed).certificate(ANNOTATOR)
+
+    def oracle(problem: Problem, trace: str) -> bool:
+        return not task.check_trace(problem, trace)
+
+    found = traces.decide(task, labels, tally.shown, oracle, spec.max_error, seed)
+    if found.error_upper > spec.max_error:
+        raise DataError(
+            f"people found {len(found.labels)} of {len(labels)} traces right, of which at 95% confidence up to "
+            f"{found.error_upper:.1%} may be wrong, and {spec.max_error:.1%} is allowed ({found.done.votes} votes)",
+            fix="ask better or more independent teachers, require more of them to agree, or label more traces",
+        )
+    return list(found.labels), found.certificate(PEOPLE)
+
+
 def _audit(spec: Spec, task: Traced, labels: list[Label], seed: int) -> Audit:
     by_question = {label.problem.question: label.problem for label in labels}
 
@@ -253,7 +289,7 @@ def _report(
     sets = {"cold_start": [label.problem for label in labels], "answers": answers, "test": test}
     return {
         "teachers": "programs with documented error modes standing in for models (a rehearsal)",
-        "annotator": ANNOTATOR,
+        "annotator": ANNOTATOR if spec.policy == "audit" else PEOPLE,
         "agree": spec.agree,
         "by_steps": {name: dict(sorted(Counter(p.steps for p in problems).items())) for name, problems in sets.items()},
         "asked": tally.accepted + tally.rejected.total(),

@@ -14,7 +14,7 @@ from ottava.artifact import Artifact, write_json
 from ottava.checkpoint.layouts import read_config
 from ottava.checkpoint.source import OF_ITS_WEIGHTS
 from ottava.context import Context
-from ottava.labels import harvest
+from ottava.labels import bound, harvest
 from ottava.models.chat import write_tiny
 from ottava.supervisor import loop
 from ottava.supervisor import proof as proofs
@@ -32,6 +32,7 @@ Spec = TrainSpec
 def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     """Train, prove, evaluate, export."""
     label = inputs["label"]
+    certified = bound.require(label.path, spec.max_label_error)
     came = inputs.get("model" if spec.harvest is None else "start")  # on its own replies a model learns from the start
     model, content = ctx.out / "model", [label.digest]
     base = {"spec": spec.model_dump(mode="json"), "seed": ctx.seed, "data": str(label.path), "chat": str(model)}
@@ -70,6 +71,11 @@ def run(spec: TrainSpec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifa
         "parameters": exported["parameters"],
         "trained": exported["trained"],
         "accuracy": proofs.figures(last),
+        **(
+            {}
+            if certified is None
+            else {"labels": {"error_upper_95": certified.upper, "judged_by": certified.judged_by}}
+        ),
         **({} if harvested is None else {"traces": harvested}),
         **({} if before is None else {"gain": {**proofs.gain(before[spec.mode], last[spec.mode]), "mode": spec.mode}}),
     }

@@ -140,6 +140,9 @@ class Harvest(Frozen):
 REPLY = 48
 """Ids that a direct reply may have where the recipe does not say: as `rollout.max_new`."""
 
+GIVERS = frozenset({"label", "problems"})
+"""Stages that give problems."""
+
 MAKERS = frozenset({"start", "train", "reinforce"})
 """Stages that make a model, as recipes name them (a number after a dash is another round)."""
 
@@ -181,6 +184,15 @@ class TrainSpec(FineTuning):
         Harvest | None, Field(description="learn from the model so far's own right replies, not from the cold start")
     ] = None
     min_thinking: Annotated[Fraction, Field(description="the verdict is no below this accuracy in `mode`")] = 0.0
+    max_label_error: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1,
+            description="what the data set's certificate must bound the share of wrong labels by; else none is wanted",
+            exclude_if=lambda limit: limit is None,  # so that recipes of before keep their digests
+        ),
+    ] = None
 
     def unmet(self, name: str, stages: Mapping[str, Spec]) -> tuple[tuple[str, ...], str, str] | None:
         before = earlier(name, stages)
@@ -193,10 +205,26 @@ class TrainSpec(FineTuning):
             return ("lora",), "adapters need a model to begin from", "add a `start` stage, or leave lora out"
         config = coming.so_far(before) if came else self.shape.config(0)
         return (
-            (self._unknown(came) if "problems" in stages else None)
+            self._uncertain(before)
+            or (self._unknown(came) if "problems" in stages else None)
             or coming.unadaptable(self.lora, config)
             or coming.too_long(self.limit, config)
         )
+
+    def _uncertain(self, before: Mapping[str, Spec]) -> tuple[tuple[str, ...], str, str] | None:
+        """What no data set of this recipe could show of its labels."""
+        if self.max_label_error is None:
+            return None
+        given = [spec for name, spec in before.items() if name.partition("-")[0] in GIVERS]
+        audit = getattr(given[-1], "audit", None) if given else None
+        if not isinstance(audit, int):
+            what = "`problems` gives no certificate, so that nobody could say how wrong its answers are"
+            return ("max_label_error",), what, "let a `label` stage give the problems, or leave max_label_error out"
+        best = 1 - 0.05 ** (1 / audit)  # Clopper and Pearson's bound where none of them is wrong
+        if getattr(given[-1], "policy", "audit") == "audit" and best > self.max_label_error:
+            what = f"an audit of {audit} labels cannot show an error under {best:.1%}, even if all are right"
+            return ("max_label_error",), what, "raise label.audit, or allow more"
+        return None
 
     def _unknown(self, came: bool) -> tuple[tuple[str, ...], str, str] | None:
         """What is asked of the stage `problems`, which gives neither traces nor a vocabulary."""

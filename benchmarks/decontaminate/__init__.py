@@ -1,0 +1,1 @@
+"""Planted variants of test questions, and what finds them."""

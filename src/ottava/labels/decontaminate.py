@@ -1,0 +1,196 @@
+"""Test questions among training data, however they are written.
+
+A line is *contaminated* where it is a test question
+
+- in another writing: LaTeX, signs, case, white space, numbers as words, sentences or options in another order;
+- in other words, as long as the numbers are the same: names or a few words changed, courtesies around it;
+- with other numbers, where the words carry the problem: at least WORDY words, nearly all the same, and a template that
+  stands alone. Where the test set has the template several times with other numbers, or the data many times, then the
+  numbers *are* the problem (what is 3 + 4?), and other numbers are another problem.
+
+How near is near is taken from the data: a line must be twice as near to a test question as that is to the nearest
+*other* test question, and than to the CROWD-th of the lines. So thousands of puzzles from one generator, which share
+all but a few words, are not taken for each other. No word that turns a problem into another (left, altogether, most,
+not) may have been replaced by another such word, and the clause that asks must be alike.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ottava.labels import likeness, minhash
+from ottava.labels.likeness import Shape, apart
+
+BANDS = minhash.Bands(42, 3)
+SAME = (0.40, 0.40, 0.50, 0.65)
+"""The greatest distance, word by word, of a paraphrase with the same numbers, by how many different ones there are
+(from three on, the last)."""
+FORMULA = 0.30
+"""The same where there are fewer than WORDY words: then neighbours count too, for a formula is an order of signs."""
+OTHER = 0.12
+"""The greatest distance of the same problem with other numbers, numbers masked."""
+KIN = 0.70
+"""Test questions further apart than this are not of one generator."""
+WORDY = 7
+CROWD = 50
+MANY = 200
+"""Test questions with one set of numbers that a line is held against for its numbers alone."""
+ALIKE = 3
+"""Test questions with one template, from which on it is a generator's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Line and test question by place. why: writing, words or numbers. distance: 0 to 1."""
+
+    line: int
+    test: int
+    why: str
+    distance: float
+
+
+@dataclass
+class Tests:
+    """Test questions, ready to be looked for. radius: [tests], how near a line with the same numbers must be; generic:
+    [tests], whether other numbers make another problem."""
+
+    shapes: list[Shape]
+    radius: list[float] = field(init=False)
+    generic: list[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.by_words = _by_words(self.shapes)
+        self.distinct = list(self.by_words)
+        self.keys = minhash.keys(self.distinct, BANDS)
+        self.by_numbers: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for place, shape in enumerate(self.shapes):
+            if len(set(shape.numbers)) > 1:
+                self.by_numbers[shape.numbers].append(place)
+        self.radius = [1.0] * len(self.shapes)
+        self.generic = [shape.wordy < WORDY for shape in self.shapes]
+        templates: list[set[tuple[str, ...]]] = [{shape.numbers} for shape in self.shapes]
+        for a, b in minhash.similar(self.keys, self.keys):
+            for place in _all(self.by_words[self.distinct[a]]):
+                self._beside(place, self.by_words[self.distinct[b]], templates[place])
+        self.generic = [g or len(found) >= ALIKE for g, found in zip(self.generic, templates, strict=True)]
+
+    def _beside(self, place: int, others: _ByNumbers, template: set[tuple[str, ...]]) -> None:
+        """Look at test questions that are like the one at `place`: how near it may be come to, and whether it is one
+        of a generator's."""
+        ours = self.shapes[place]
+        for numbers, places in others.items():
+            if numbers == ours.numbers:
+                gaps = [apart(ours.full, self.shapes[other].full) for other in places]
+            else:
+                gaps = [apart(ours.masked, self.shapes[places[0]].masked)]
+                if gaps[0] <= 2 * OTHER and len(template) < ALIKE:
+                    template.add(numbers)
+            self.radius[place] = min([self.radius[place], *(gap / 2 for gap in gaps if 0 < gap <= KIN)])
+
+
+_ByNumbers = dict[tuple[str, ...], list[int]]
+
+
+def _by_words(shapes: Sequence[Shape]) -> dict[frozenset[str], _ByNumbers]:
+    """Places of shapes by words, then by numbers: a generator's thousands have a few sets of words."""
+    found: dict[frozenset[str], _ByNumbers] = defaultdict(lambda: defaultdict(list))
+    for place, shape in enumerate(shapes):
+        found[shape.words][shape.numbers].append(place)
+    return found
+
+
+def _all(by_numbers: _ByNumbers) -> list[int]:
+    return [place for places in by_numbers.values() for place in places]
+
+
+def tests(questions: Sequence[str]) -> Tests:
+    """Get test questions ready."""
+    return Tests([likeness.shape(question) for question in questions])
+
+
+def find(lines: Sequence[Shape], against: Tests) -> list[Match]:
+    """The nearest test question of every contaminated line, in the lines' order."""
+    same: dict[int, list[tuple[float, int]]] = defaultdict(list)  # test -> (distance, line)
+    other: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    for line, test in _candidates(lines, against):
+        ours, theirs = lines[line], against.shapes[test]
+        if likeness.contains(ours, theirs) and (not against.generic[test] or ours.numbers == theirs.numbers):
+            same[test].append((0.0, line))
+            continue
+        trimmed = likeness.trimmed(ours, theirs)
+        for seen in (ours,) if trimmed is ours else (ours, trimmed):
+            if seen.numbers == theirs.numbers:
+                gap = apart(seen.full, theirs.full)
+                if gap == 0 or _near(seen, theirs):
+                    same[test].append((gap, line))
+                    break
+            elif not against.generic[test] and len(seen.numbers) == len(theirs.numbers):
+                gap = apart(seen.masked, theirs.masked)
+                if gap <= OTHER:
+                    other[test].append((gap, line))
+                    break
+    return _nearest(lines, against, same, other)
+
+
+def _candidates(lines: Sequence[Shape], against: Tests) -> list[tuple[int, int]]:
+    """Pairs worth a look: alike in words, or with the very same numbers. Of a generator's questions only those with the
+    same numbers."""
+    by_words = _by_words(lines)
+    distinct = list(by_words)
+    pairs: set[tuple[int, int]] = set()
+    for at, place in minhash.similar(minhash.keys(distinct, BANDS), against.keys):
+        group = by_words[distinct[at]]
+        for numbers, found in against.by_words[against.distinct[place]].items():
+            for test in found:
+                near = group.get(numbers, ()) if against.generic[test] else _all(group)
+                pairs.update((line, test) for line in near)
+    for words, group in by_words.items():
+        if words in against.by_words:  # certain, however crowded a band is
+            for numbers, found in against.by_words[words].items():
+                pairs.update((line, test) for test in found for line in group.get(numbers, ()))
+    for line, shape in enumerate(lines):
+        pairs.update((line, test) for test in against.by_numbers.get(shape.numbers, ())[:MANY])
+    return sorted(pairs)
+
+
+def _near(ours: Shape, theirs: Shape) -> bool:
+    """Whether a line with the same numbers may be the test question in other words."""
+    if theirs.wordy < WORDY:
+        return apart(ours.full, theirs.full) <= FORMULA
+    return apart(ours.words, theirs.words) <= SAME[min(len(set(theirs.numbers)), len(SAME) - 1)]
+
+
+def _nearest(
+    lines: Sequence[Shape],
+    against: Tests,
+    same: dict[int, list[tuple[float, int]]],
+    other: dict[int, list[tuple[float, int]]],
+) -> list[Match]:
+    best: dict[int, Match] = {}
+
+    def offer(match: Match) -> None:
+        if match.line not in best or match.distance < best[match.line].distance:
+            best[match.line] = match
+
+    for test, near in same.items():
+        radius, theirs = against.radius[test], against.shapes[test]
+        gaps = sorted(gap for gap, _ in near if gap > 0)
+        if len(gaps) >= CROWD:
+            radius = min(radius, gaps[CROWD - 1] / 2)
+        for gap, line in near:
+            if gap == 0 or (gap <= radius and _asks_the_same(lines[line], theirs)):
+                offer(Match(line, test, "writing" if gap == 0 else "words", gap))
+    for test, near in other.items():
+        if len({lines[line].numbers for _, line in near}) >= CROWD:
+            continue
+        for gap, line in near:
+            if _asks_the_same(lines[line], against.shapes[test]):
+                offer(Match(line, test, "numbers", gap))
+    return [best[line] for line in sorted(best)]
+
+
+def _asks_the_same(ours: Shape, theirs: Shape) -> bool:
+    seen = likeness.trimmed(ours, theirs)
+    return not likeness.turned(seen, theirs) and likeness.asks_for(seen, theirs)

@@ -1,0 +1,152 @@
+"""How far two questions are apart once both are in one writing (`normal`): the measures that `dedup` and
+`decontaminate` share.
+
+A question is the set of its tokens and of the pairs of neighbours within a clause: sentences, clauses and options may
+change places, and what stands inside a formula may not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ottava.labels import normal
+
+_TURNS = (  # words that turn one problem into another, in groups that ask the same
+    "total altogether sum combin overall both entir entirely", "more additional extra further exceed greater",
+    "less fewer lower below under", "left remain remaind leftover still", "difference differ", "product", "ratio",
+    "average mean", "median", "mode", "maximum most largest greatest highest maximal max biggest", "percent %",
+    "minimum least smallest lowest minimal min fewest", "not no never without except", "neither nor", "even", "odd",
+    "before ago earlier previously", "after later next", "increas rise ris grow grew grown", "decreas drop discount",
+    "area", "perimeter circumferenc", "volum", "surfac", "prime", "divisor factor", "multipl", "ascend increasing",
+    "descend", "union", "intersection", "true", "false", "positiv", "negativ", "inver revers", "profit", "loss",
+    "first", "second", "third", "last", "integral integrat", "derivativ differentiat", "sin", "cos", "tan",
+    "mean", "radius", "diameter", "deep depth", "weekly week",
+    "daily day", "monthly month", "yearly year annual annually", "add", "subtract", "give", "get", "lose lost", "sell",
+    "purchas",
+)  # fmt: skip
+_TURNING = frozenset(normal.stem(words.split()[0]) for words in _TURNS)
+_ASKED = _TURNING - {"get"}  # how much does he get, how much is he given
+TURNS = {normal.stem(word): normal.stem(words.split()[0]) for words in _TURNS for word in words.split()}
+
+
+LEAST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of one question. clauses: of tokens, words that mean the same turn being one; asks: those of them that ask;
+    line: all
+    tokens; words: all but numbers; full: tokens and neighbours; masked: the same with every number as #; numbers: all
+    but
+    1, sorted; turns: what kinds of words turn it; wordy: how many words it has."""
+
+    clauses: tuple[normal.Clause, ...]
+    asks: tuple[normal.Clause, ...]
+    line: str
+    words: frozenset[str]
+    full: frozenset[str]
+    masked: frozenset[str]
+    numbers: tuple[str, ...]
+    turns: frozenset[str]
+    wordy: int
+
+
+def shape(text: str) -> Shape:
+    """What is compared of a text."""
+    read = normal.read(text)
+    clauses, asks = (tuple(tuple(TURNS.get(t, t) for t in c) for c in some) for some in (read.clauses, read.asks))
+    return of(clauses, asks)
+
+
+def of(clauses: tuple[normal.Clause, ...], asks: tuple[normal.Clause, ...] = ()) -> Shape:
+    """What is compared of some clauses."""
+    tokens = [token for clause in clauses for token in clause]
+    words = frozenset(token for token in tokens if not normal.is_number(token))
+    return Shape(
+        clauses,
+        asks,
+        " ".join(tokens),
+        words,
+        _features(clauses),
+        _features(tuple(_masked(clause) for clause in clauses)),
+        tuple(sorted(token for token in tokens if normal.is_number(token) and token != "1")),
+        words & _TURNING,
+        sum(len(word) > 1 and not normal.is_operator(word) for word in words),
+    )
+
+
+def _masked(clause: normal.Clause) -> normal.Clause:
+    return tuple("#" if normal.is_number(token) else token for token in clause)
+
+
+def _features(clauses: tuple[normal.Clause, ...]) -> frozenset[str]:
+    found = {token for clause in clauses for token in clause}
+    found.update(f"{a} {b}" for clause in clauses for a, b in pairwise(clause))
+    return frozenset(found)
+
+
+def apart(ours: frozenset[str], theirs: frozenset[str]) -> float:
+    """Jaccard's distance, 0 (equal) to 1 (nothing in common)."""
+    if ours == theirs:
+        return 0.0
+    shared = len(ours & theirs)
+    return 1 - shared / (len(ours) + len(theirs) - shared)
+
+
+def trimmed(ours: Shape, theirs: Shape) -> Shape:
+    """`ours` without what somebody wrote around a question: clauses at either end that have no number and almost
+    nothing
+    of `theirs`, and such in between that have no turning word either."""
+    alien = [_alien(clause, theirs) for clause in ours.clauses]
+    inner = [place for place, is_alien in enumerate(alien) if not is_alien]
+    if not inner:
+        return ours
+    kept = tuple(
+        clause
+        for place, clause in enumerate(ours.clauses)
+        if not alien[place] or (inner[0] < place < inner[-1] and not _TURNING.isdisjoint(clause))
+    )
+    return ours if len(kept) == len(ours.clauses) else of(kept, tuple(clause for clause in ours.asks if clause in kept))
+
+
+def _alien(clause: normal.Clause, theirs: Shape) -> bool:
+    if any(normal.is_number(token) or normal.is_operator(token) for token in clause):
+        return False
+    return sum(token not in theirs.words for token in clause) > 0.7 * len(clause)
+
+
+def contains(ours: Shape, theirs: Shape) -> bool:
+    """Whether the tokens of `theirs` stand in `ours` one after the other, and no formula or list of numbers goes on
+    before
+    or after them. A question of under LEAST tokens is found in too many texts to say anything."""
+    wanted, text = f" {theirs.line} ", f" {ours.line} "
+    place = text.find(wanted) if theirs.line.count(" ") + 1 >= LEAST else -1
+    if place < 0:
+        return False
+    before, after = text[:place].split()[-1:], text[place + len(wanted) :].split()[:1]
+    return not any(normal.is_number(token) or normal.is_operator(token) for token in before + after)
+
+
+def asks_for(ours: Shape, theirs: Shape) -> bool:
+    """Whether the line asks for what the test question asks for: one of its clauses has most of what both texts know of
+    the clause that asks, and turns it the same way. Where it names another thing that both texts know, it does not."""
+    if not theirs.asks or not ours.clauses:
+        return True
+    asked = frozenset(_masked(theirs.asks[-1]))
+    known = asked & (ours.words | {"#"})
+    clauses = [frozenset(_masked(clause)) for clause in ours.asks or ours.clauses]
+    best = max(reversed(clauses), key=lambda clause: (len(clause & known), -len(clause)))
+    if 2 * len(best & known) < min(len(known), len(best & (theirs.words | {"#"}))):
+        return False
+    if len(best) > 2 * len(asked):  # nobody wrote punctuation: it holds more than the question
+        return True
+    rest = frozenset(token for clause in theirs.clauses if clause != theirs.asks[-1] for token in clause)
+    switched = bool((best - asked) & rest) and bool(asked - best)
+    return best & _ASKED <= asked and not switched
+
+
+def turned(ours: Shape, theirs: Shape) -> bool:
+    """Whether a word that turns a problem was replaced by another. Where only one of them has such a word, it may be a
+    way of speaking."""
+    return bool(ours.turns - theirs.turns) and bool(theirs.turns - ours.turns)
