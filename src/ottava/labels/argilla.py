@@ -127,7 +127,8 @@ def _entry(record: dict[str, Any], own: dict[str, Any], seen: dict[str, list[str
 
 def _vote(item: Item, who: str, answers: dict[str, Any], own: dict[str, Any], where: str) -> Vote:
     kept = (own.get("votes") or {}).get(who)
-    discarded = any(answer.get("status") == "discarded" for answer in answers.values())
+    # Argilla's own files do not say the status: a response without a value is one that was discarded
+    discarded = any(answer.get("status") == "discarded" or answer["value"] is None for answer in answers.values())
     answer = None if discarded else _answer(item, answers, where)
     kept = kept or {
         "uid": exchange.uid_of("argilla", item.id, item.digest, who, answers), "annotator": f"argilla-{who}",
