@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from ottava.labels.questions import Item
-from ottava.labels.store import Store
+from ottava.labels.store import Store, Vote
 
 KEYS = {"ann": "a-key-of-ann-0123456789", "bob": "a-key-of-bob-0123456789", "lea": "a-key-of-lea-0123456789"}
 ITEMS = (
@@ -50,6 +50,17 @@ def make(path: Path, items: Sequence[Item] = ITEMS) -> Path:
         for name, key in KEYS.items():
             store.add_annotator(name, key, lead=name == "lea")
         store.add_items(items, "test")
+    return path
+
+
+def divided(path: Path) -> Path:
+    """Forty items on which four people agree, half of them wrong, but for q7, where they are two against two."""
+    make(path, many(40))
+    with Store.write(path) as store, store.together():
+        for who in ("p1", "p2", "p3", "p4"):
+            for k in range(40):
+                wrong = who > "p2" if k == 7 else k % 2
+                store.add_vote(Vote(f"{who}-{k}", f"q{k}", who, "wrong" if wrong else "right"))
     return path
 
 

@@ -86,6 +86,7 @@ class Queue:
             del self._leases[item]
         if kind == "undo":
             self.done.setdefault(who, set()).discard(item)
+            self._cursor.pop(who, None)  # it may have gone past this one
             return
         if kind == "decide":
             self.settled.add(item)

@@ -60,6 +60,7 @@ class Live:
 
     item: int
     person: int
+    said: str
     place: int | None
     ms: int | None
 
@@ -142,7 +143,7 @@ class Ranker:
             group = self._group_of.get(item)
             if group is not None:
                 place = questions.fused_class(self._known[item], json.loads(answer))
-                found.setdefault(id(group), []).append(Live(item, person - 1, place, ms))
+                found.setdefault(id(group), []).append(Live(item, person - 1, answer, place, ms))
         return found, people
 
     def _group(
@@ -151,11 +152,12 @@ class Ranker:
         """(score of each item, gold, conflicts, votes left, believed error, what is found of people)."""
         votes = live.get(id(group), [])
         done = np.array([row in decided for row in group.rows], bool)
+        differ = _differ(votes)
         if len(group.classes) < 2:
             counts = np.bincount([group.where[vote.item] for vote in votes], minlength=len(group.rows))
             need = np.where(done, 0, np.maximum(self.votes - counts, 0))
             score = np.where(need > 0, 1e-3 * need - 1e-9 * np.arange(len(need)), 0.0)
-            return score, [], [], int(need.sum()), None, []
+            return score, [], sorted(differ - decided), int(need.sum()), None, []
         evidence = group.evidence = self._evidence(group, votes, people, fresh)
         found = screens.people(evidence) if votes else []
         for one in found:
@@ -164,7 +166,8 @@ class Ranker:
         if found:
             evidence.refit()
         score, left = self._worth(evidence, done)
-        conflicts = [group.rows[k] for k in screens.conflicts(evidence) if not done[k]]
+        unsure = screens.conflicts(evidence) if group.kind != "steps" else [group.where[row] for row in sorted(differ)]
+        conflicts = [group.rows[k] for k in unsure if not done[k] and group.rows[k] in differ]
         gold = [group.rows[k] for k in np.flatnonzero((evidence.counts >= 2) & (evidence.risks() <= 0.005))[:200]]
         why = [f"{people[one.person]}: {one.why}" for one in found]
         return score, gold, conflicts, left, float(evidence.risks()[~done].mean()) if (~done).any() else 0.0, why
@@ -204,6 +207,12 @@ class Ranker:
         gain *= 1 + 1e-6 * np.random.default_rng(self.seed).random(count)
         left = votes_left(evidence.believed, matrix, goal, done) + int((2 - counts)[first].clip(0).sum())
         return np.where(first, 10.0 + np.where(counts > 0, 1.0, 0.0), gain), left
+
+
+def _differ(votes: list[Live]) -> set[int]:
+    """Items on which people said different things."""
+    first: dict[int, str] = {}
+    return {vote.item for vote in votes if first.setdefault(vote.item, vote.said) != vote.said}
 
 
 def votes_left(believed: Floats, matrix: Floats, goal: float, done: NDArray[np.bool_]) -> int:
