@@ -92,7 +92,7 @@ class Server:
         """The exit code."""
         if self.process.poll() is None:
             os.kill(self.process.pid, how)
-        self.process.communicate()
+            self.process.communicate()
         return self.process.returncode
 
     def post(self, who: str, path: str, body: Any) -> dict[str, Any]:

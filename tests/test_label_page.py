@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
 )
 SWITCHES = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1200,820",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--window-size=1200,820",
 )  # fmt: skip
 PATIENCE = 60.0
 """Seconds until a test gives up on something that must happen."""

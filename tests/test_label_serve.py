@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -299,19 +300,19 @@ def test_a_server_killed_under_load_loses_no_acknowledged_vote(tmp_path: Path) -
                     assert answer.json()["acks"][0]["status"] in ("stored", "known")
                     acknowledged[row["uid"]] = (row["item"], who)
 
-        for _ in range(3):
+        for _ in range(2):
             with ThreadPoolExecutor(3) as people:
                 futures = [people.submit(work, who, 2000) for who in KEYS]
                 goal = len(acknowledged) + rng.randrange(20, 60)
                 while len(acknowledged) < goal and not all(future.done() for future in futures):
-                    pass
+                    time.sleep(0.005)
                 server.stop(signal.SIGKILL)
                 for future in futures:
                     future.result()
             stored = {(item, who) for item, who, _ in live(path)}
             assert set(acknowledged.values()) <= stored
             server.start()
-        assert len(acknowledged) >= 60
+        assert len(acknowledged) >= 40
         before = len(live(path))
         for uid, (item, who) in list(acknowledged.items())[:20]:
             assert server.vote(who, item, "right", uid)["status"] == "known"
