@@ -376,3 +376,46 @@ def test_their_own_parsers(item: Item, tmp_path: Path) -> None:
     assert sum(status == "discarded" for _, _, status in out["responses"]) == 1
     assert (tmp_path / "tasks.config.xml").read_text() == studio.config(item)
     assert plain(exchange.read(tmp_path / "theirs.json", "argilla"), False) == plain(content, False)
+
+
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As typed: items in, a key, everything out, in again elsewhere; and a user's mistakes end with 2."""
+    from ottava import cli
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["ottava", "label", *words])
+        return cli.outcome(), capsys.readouterr().out
+
+    store, lines, guide = str(tmp_path / "a.db"), tmp_path / "items.jsonl", tmp_path / "guide.txt"
+    lines.write_text("\n".join(json.dumps(exchange.to_plain(Entry(item))) for item in ITEMS))
+    guide.write_text("Be fair.")
+    code, said = run("import", store, str(lines), "--guideline", str(guide), "--json")
+    assert (code, json.loads(said)["items in all"]) == (0, 5)
+    code, key = run("key", store, "ann", "--lead")
+    with Store.read(Path(store)) as opened:
+        assert [(known.name, known.lead) for known in opened.known()] == [("ann", True)]
+        assert opened.guideline() == (1, "Be fair.")
+    assert (code, len(key.strip())) == (0, 32)
+    certificate = tmp_path / "certificate.json"
+    certificate.write_text('{"error_upper_95": 0.03}')
+    code, said = run("export", store, str(tmp_path / "x.parquet"), "--certificate", str(certificate), "--json")
+    assert (code, json.loads(said)["items"]) == (0, 5)
+    code, said = run("import", str(tmp_path / "b.db"), str(tmp_path / "x.parquet"), "--json")
+    assert (code, json.loads(said)["items"]) == (0, 5)
+    with Store.read(tmp_path / "b.db") as opened:
+        assert exchange.dump(opened).certificates == ({"error_upper_95": 0.03},)
+        assert opened.known() == [], "keys do not travel"
+    assert run("key", store, "ann", "--end")[0] == 0
+    assert run("decide", store, "--json")[0] == 0
+    assert "sums.jsonl:1" in run("trace", store, "r")[1]
+    for words in (
+        ("import", store, str(tmp_path / "nothing.jsonl")),
+        ("import", store, str(guide)),
+        ("export", str(tmp_path / "nowhere.db"), str(tmp_path / "y.jsonl")),
+        ("export", store, str(tmp_path / "y.jsonl"), "--format", "excel"),
+        ("key", store, "nobody", "--end"),
+        ("trace", store, "nothing"),
+        ("decide", str(tmp_path / "nowhere.db")),
+    ):
+        assert run(*words)[0] == 2, words
+    assert not (tmp_path / "y.jsonl").exists()
