@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/tiny
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-vllm test-ray test-harness test-locust test-npu test-npu-some test-npu-all test-hivm test-all check bench nightly clean
+.PHONY: install demo test test-vllm test-ray test-harness test-locust test-exchange test-npu test-npu-some test-npu-all test-hivm test-all check bench nightly clean
 
 install: .venv/installed
 
@@ -47,6 +47,15 @@ test-ray: install .venv/ray
 	$(PYTHON) -m venv .venv-harness
 	.venv-harness/bin/pip install --quiet --disable-pip-version-check "lm-eval==0.4.13" requests aiohttp tenacity tqdm
 	touch $@
+
+# Label Studio's and Argilla's own parsers, which want libraries of their own, judge what we write for them.
+.venv-exchange/installed:
+	$(PYTHON) -m venv .venv-exchange
+	.venv-exchange/bin/pip install --quiet --disable-pip-version-check argilla==2.8.0 label-studio-sdk==2.1.2
+	touch $@
+
+test-exchange: install .venv-exchange/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_label_exchange.py
 
 test-harness: install .venv-harness/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_harness.py
@@ -109,7 +118,7 @@ test-hivm: .venv-hivm/installed
 	.venv-hivm/bin/python -m pytest -p tests.npu.record tests/hivm
 	.venv-hivm/bin/python -m tests.npu.record $(OTTAVA_OUTCOMES) src/ottava/platforms/ascend/evidence.json --lowering
 
-test-all: install .venv/ray .venv-vllm/installed .venv-harness/installed .venv-locust/installed test-npu test-hivm
+test-all: install .venv/ray .venv-vllm/installed .venv-harness/installed .venv-locust/installed .venv-exchange/installed test-npu test-hivm
 	$(BIN)/pytest -n 2
 
 check: install

@@ -913,6 +913,93 @@ def label_require(
     _show(vars(found), as_json)
 
 
+_STORE = _folder("STORE", "The file that holds all: items, votes, decisions.")
+_FORM = "jsonl, parquet, hf, labelstudio, argilla; by default what the name says."
+
+
+@label_app.command("import")
+def label_import(
+    store: Annotated[Path, _STORE],
+    file: Annotated[Path, _folder("FILE", "Items, with or without votes (docs/labels.md).")],
+    form: Annotated[str | None, typer.Option("--format", help=_FORM)] = None,
+    guideline: Annotated[Path | None, typer.Option(help="A text file: from now on people answer by it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Add what is new in a file to a store (made if need be), all of it or nothing."""
+    from ottava.labels import commands
+
+    _show(commands.take(store, file, form, guideline), as_json)
+
+
+@label_app.command("export")
+def label_export(
+    store: Annotated[Path, _STORE],
+    out: Annotated[Path, _folder("OUT", "The file (for hf the folder) to write.")],
+    form: Annotated[str | None, typer.Option("--format", help=_FORM)] = None,
+    certificate: Annotated[Path | None, typer.Option(help="A certificate's JSON; it goes into store and card.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write all that a store holds, also while it is served."""
+    from ottava.labels import commands
+
+    _show(commands.give(store, out, form, certificate), as_json)
+
+
+@label_app.command("key")
+def label_key(
+    store: Annotated[Path, _STORE],
+    name: Annotated[str, typer.Argument(help="Whose.")],
+    lead: Annotated[bool, typer.Option("--lead", help="May adjudicate conflicts.")] = False,
+    end: Annotated[bool, typer.Option("--end", help="End this person's key; what they said stays.")] = False,
+) -> None:
+    """Print a new key for a person, once: the store keeps only its SHA-256. The old one ends."""
+    from ottava.labels import commands
+
+    typer.echo(commands.key(store, name, lead, end))
+
+
+@label_app.command("decide")
+def label_decide(store: Annotated[Path, _STORE], as_json: Json = False) -> None:
+    """Fuse all evidence to labels, and write down which votes each rests on."""
+    from ottava.labels import commands
+
+    _show(commands.decide(store), as_json)
+
+
+@label_app.command("trace")
+def label_trace(
+    store: Annotated[Path, _STORE],
+    item: Annotated[str, typer.Argument(help="An item's id.")],
+    as_json: Json = False,
+) -> None:
+    """Everything that made one label: source, opinions, votes, undos, decisions."""
+    from ottava.labels import commands
+
+    found = commands.trace(store, item)
+    if as_json:
+        _print(found)
+    else:
+        typer.echo(commands.told(found))
+
+
+@label_app.command("serve")
+def label_serve(
+    store: Annotated[Path, _STORE],
+    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8010,
+    host: Annotated[str, typer.Option(help="Loopback by default.")] = "127.0.0.1",
+    target_error: Annotated[float, typer.Option(help="Ask until so few labels are believed wrong.")] = 0.03,
+    votes: Annotated[int, typer.Option(min=1, help="Answers to each question in free text.")] = 1,
+    suggestions: Annotated[
+        bool, typer.Option("--suggestions", help="Show what machines say; such votes are not blind.")
+    ] = False,
+) -> None:
+    """Serve the page on which people answer, by keyboard; Ctrl-C stops it."""
+    from ottava.labels.serve import serve as serve_store
+
+    args = {"store": str(store), "port": port, "host": host, "target": target_error, "votes": votes}
+    serve_store(args | {"suggestions": suggestions})
+
+
 STOPPED = 130
 GO_ON = "stopped; the same command goes on where there is work to go on with"
 
