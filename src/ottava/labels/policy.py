@@ -104,6 +104,7 @@ class Policy:
     _nulls: int = 0
     _scale: float = 1.0
     _needs: float = 0.0
+    _each: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
@@ -175,7 +176,7 @@ class Policy:
         self.phase, evidence = "audit", self.evidence
         risks = np.minimum(evidence.risks() * self._scale, 0.9)
         frozen = evidence.decisions()
-        self._frozen, self._upper, self._audited = frozen, 1.0, 0
+        self._frozen, self._upper, self._audited, self._each = frozen, 1.0, 0, 0.0
         self._judged = np.zeros(len(self.world), bool)
         self._risks, self._found, self._expected = risks, 0.0, 0.0
         self._needs, begun, weights = self._reserve(), len(evidence), certificate.weights(risks)
@@ -195,7 +196,8 @@ class Policy:
             self._upper = min(bound.upper() / missed, 1.0)
             if self._upper <= self.target and self._upper - self._estimate() <= TIGHT * self.target:
                 return True
-            self._needs = max(self._draws(self._estimate(), alpha) - number, 20) * spent / number
+            self._each = spent / number
+            self._needs = max(self._draws(self._estimate(), alpha) - number, 20) * self._each
             if self._left() <= 0 or (number >= 120 and self._futile()):
                 break
         return self._upper <= self.target
@@ -332,6 +334,11 @@ class Policy:
         if len(later) >= 2 and later[-1][0] > later[0][0]:
             pace = max(math.log(later[0][1] / later[-1][1]) / (later[-1][0] - later[0][0]), 0.0)
         needs = self._needs if self.phase == "audit" else self._reserve()
+        if self.phase == "audit" and self._each:
+            rate = self._estimate()
+            goal = min(self.target, rate + TIGHT * self.target)
+            wide = (self._upper - rate) / max(goal - rate, 1e-9)  # between 1 / draws and 1 / root of draws
+            needs = max(self._audited * (max(wide, 1.0) ** 1.5 - 1), 20) * self._each
         return Progress(self.phase, len(self.evidence), self._cap, self._claim(), self._goal, pace, needs)
 
     _epoch = 1
