@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/tiny
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-vllm test-ray test-harness test-locust test-exchange test-npu test-npu-some test-npu-all test-hivm test-all check bench nightly clean
+.PHONY: install demo test test-vllm test-ray test-harness test-locust test-exchange test-crowd test-npu test-npu-some test-npu-all test-hivm test-all check bench nightly clean
 
 install: .venv/installed
 
@@ -131,6 +131,16 @@ check: install
 .venv-bench/installed:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv-bench torchao==0.18.0
 	touch $@
+
+# crowd-kit wants 45 other packages: it gets a folder of its own, with only those that its import needs.
+.venv-crowd/installed: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv-crowd crowd-kit==1.4.2 scikit-learn \
+		joblib threadpoolctl cloudpickle narwhals nltk regex click defusedxml attrs
+	touch $@
+
+test-crowd: install .venv-crowd/installed
+	$(BIN)/pytest tests/test_label_policy.py -k crowd_kit
+	$(BIN)/python -m benchmarks.labels --fusion --json
 
 bench: install .venv-bench/installed
 	$(BIN)/python -m benchmarks.startup --json

@@ -162,3 +162,89 @@ def test_a_replay_at_full_size_over_pipes(tmp_path: Path) -> None:
     lines, code = converse(write(tmp_path, document(truth)), truth)
     assert code == 0
     assert len(lines) < 1.0 * len(truth.world)
+
+
+def test_forecasts_go_to_standard_error_and_change_nothing(tmp_path: Path) -> None:
+    """Oracle: the same run without anybody to listen to them."""
+    from ottava.labels.replay import replay
+
+    kind = Kind(items=700, verifiable=0.0)
+    outs: list[list[str]] = []
+    asides: list[str] = []
+    for aside in (None, asides.append):
+        truth, out = Truth(kind, 5), []
+        items = {name: i for i, name in enumerate(truth.world.ids)}
+        people = {name: i for i, name in enumerate(truth.world.annotators)}
+
+        def hear(limit: int, truth: Truth = truth, out: list[str] = out) -> bytes:
+            ask = json.loads(out[-1])["ask"]
+            vote = truth.vote(items[ask["item"]], people[ask["annotator"]], True)  # noqa: B023
+            return json.dumps({"vote": truth.world.classes[vote or 0]}).encode()
+
+        replay(truth.world, 0.05, hear, out.append, aside=aside)
+        outs.append(out)
+    assert outs[0] == outs[1]
+    found = [json.loads(line)["forecast"] for line in asides]
+    assert found
+    assert {one["phase"] for one in found} >= {"label", "audit"}
+    for one in found:
+        assert sorted(one["votes"]) == one["votes"]
+        assert sorted(one["hours"]) == one["hours"]
+        assert sorted(one["date"]) == one["date"]
+
+
+def test_null_votes_for_ever_end_the_run(small: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, str(small), "--target-error", "0.05"], input=b'{"vote": null}\n' * 1000, capture_output=True
+    )
+    assert done.returncode == 0
+    last = json.loads(done.stdout.splitlines()[-1])["done"]
+    assert last["error_upper_95"] == 1
+    assert last["asked"] <= 48
+    assert b"everybody is away" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "message"),
+    [
+        ([1.0], "seconds is an object"),
+        ({}, "seconds is an object"),
+        ({"nobody": 3}, "seconds is an object"),
+        ({"x": 0}, "a number above 0 is wanted, not 0"),
+        ({"x": "3"}, "a number above 0 is wanted"),
+        ({"x": True}, "a number above 0 is wanted"),
+    ],
+)
+def test_seconds_that_are_none(seconds: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        worlds.parse({**GOOD, "seconds": seconds})
+    assert message in caught.value.what
+    assert str(caught.value.where).startswith("seconds")
+
+
+def test_seconds_of_who_is_not_named_are_those_of_the_others() -> None:
+    world = worlds.parse({**GOOD, "annotators": ["x", 2, "z"], "seconds": {"x": 10, "2": 20}})
+    assert world.seconds is not None
+    assert world.seconds.tolist() == [10, 20, 15]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_items_fit_in_half_a_gigabyte() -> None:
+    """Everything that the policy does at this size: calibration, labelling, audit. Memory is NumPy's own."""
+    import tracemalloc
+
+    from ottava.labels.policy import Policy
+
+    truth = Truth(Kind(items=100_000), 0)
+    tracemalloc.start()
+    run = Policy(truth.world, 0.03).run()
+    question = next(run)
+    try:
+        while True:
+            question = run.send(truth.vote(question.item, question.person, True))
+    except StopIteration as end:
+        done = end.value
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 512 << 20
+    assert truth.error(done.decisions) <= done.upper <= 0.03

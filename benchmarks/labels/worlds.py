@@ -33,8 +33,12 @@ class Kind:
     anchored: float = 0.0  # votes that repeat the judges' majority, where the question is not blind
     bots: int = 0  # people who guess
     copies: int = 0  # people who repeat the first one's votes
+    lazy: int = 0  # people, the last ones, who say the first class to everything
+    drifters: int = 0  # people, those before them, who after DRIFT votes are right on DRIFTED only
     away: float = 0.0
 
+
+DRIFT, DRIFTED = 150, 0.7
 
 KINDS: dict[str, Kind] = {
     "notes": Kind(),
@@ -51,10 +55,23 @@ KINDS: dict[str, Kind] = {
     "hard items and misses": Kind(right=0.94, hard=0.08, hard_right=0.62, missed=0.38),
     "anchored people": Kind(anchored=0.7),
     "two bots and two copies": Kind(bots=2, copies=2),
+    "two who say one label": Kind(lazy=2),
+    "guideline drift": Kind(drifters=2),
     "rare class": Kind(skew=0.9),
     "no judges": Kind(judges=0),
     "people come and go": Kind(away=0.2),
 }
+
+
+def planted(kind: Kind) -> dict[str, set[int]]:
+    """Who is no honest person, by what they should be found to do. Of who copy each other, all but one should be
+    found."""
+    end = kind.people - kind.lazy
+    return {
+        "guesses": {*range(kind.bots), *range(end, kind.people)},
+        "copies": set(range(kind.bots, kind.bots + kind.copies + 1)) if kind.copies else set(),
+        "drifts": set(range(end - kind.drifters, end)),
+    }
 
 
 class Truth:
@@ -87,6 +104,7 @@ class Truth:
             judges.astype(np.int64),
         )
         self.asked = 0
+        self.given = np.zeros(kind.people, np.int64)
 
     def _judges(self) -> np.ndarray:
         kind, rng = self.kind, self.rng
@@ -109,6 +127,7 @@ class Truth:
         if kind.away and rng.random() < kind.away:
             return None
         self.asked += 1
+        self.given[person] += 1
         return self._say(item, person, blind, rng, k)
 
     def _say(self, item: int, person: int, blind: bool, rng: np.random.Generator, k: int) -> int:
@@ -119,9 +138,13 @@ class Truth:
             person, rng = kind.bots, np.random.default_rng([item, kind.bots])
         elif kind.copies and person == kind.bots:
             rng = np.random.default_rng([item, kind.bots])
+        if person >= kind.people - kind.lazy:
+            return 0
         if not blind and rng.random() < kind.anchored:
             return int(self.suggestion[item])
         right = self.right[person] if not self.hard[item] else kind.hard_right
+        if kind.people - kind.lazy - kind.drifters <= person < kind.people - kind.lazy and self.given[person] > DRIFT:
+            right = DRIFTED
         if rng.random() < right:
             return int(self.truth[item])
         return int((self.truth[item] + rng.integers(1, k)) % k)

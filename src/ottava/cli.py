@@ -809,6 +809,10 @@ label_app = typer.Typer(
 app.add_typer(label_app, name="label")
 
 
+def _aside(line: str) -> None:
+    typer.echo(line, err=True)
+
+
 @label_app.command("replay")
 def label_replay(
     world: Annotated[Path, typer.Argument(metavar="WORLD", help="A world.json: classes, annotators, items.")],
@@ -825,7 +829,7 @@ def label_replay(
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
-    done = replay.replay(worlds.read(world), target_error, sys.stdin.buffer.readline, say, seed)
+    done = replay.replay(worlds.read(world), target_error, sys.stdin.buffer.readline, say, seed, _aside)
     typer.echo(replay.told(done), err=True)
 
 

@@ -25,24 +25,25 @@ def gains(states: Floats, matrix: Floats) -> Floats:
     answers]."""
     puzzled = (1 - GUESS) * matrix + GUESS / matrix.shape[-1]
     joint = states[:, :, 0, None] * matrix + states[:, :, 1, None] * puzzled  # P(class, answer)
-    own, said = states.sum(2), joint.sum(1)
+    own, said = states[:, :, 0] + states[:, :, 1], sum(joint[:, k] for k in range(joint.shape[1]))
     out: Floats = _entropy(own) + _entropy(said) - _entropy(joint.reshape(len(joint), -1))
     return np.maximum(out, 0.0)
 
 
-def best_people(gain: Floats, seconds: Floats, given: Ints, allowed: NDArray[np.bool_], share: float) -> Ints:
-    """People in the order in which to ask: most information per second first.
+def best_person(gain: Floats, seconds: Floats, given: Ints, allowed: NDArray[np.bool_], share: float) -> int:
+    """Whom to ask: most information per second first; where that is equal, who has given fewer votes.
 
-    gain: what an answer of each is worth on a typical item; seconds: how long each takes; given: votes so far. Nobody
-    is given more than `share` times an equal part of the votes while others who may be asked have less.
+    gain: what an answer of each is worth on a typical item; seconds: how long each takes; given: votes so far; allowed:
+    at least one. Nobody is given more than `share` times an equal part of the votes while others who may be asked have
+    less.
     """
-    people = np.flatnonzero(allowed)
-    fair = (given[people].sum() + 1) / max(len(people), 1)
-    tired = given[people] > share * fair
-    worth = gain[people] / np.maximum(seconds[people], 1e-9)
-    return people[np.lexsort((given[people], -worth, tired))]
+    people = allowed.nonzero()[0]
+    had, worth = given[people], gain[people] / seconds[people]
+    worth[had * len(people) > share * (np.add.reduce(had) + 1)] -= 1e9  # tired: after everybody else
+    best = (worth == np.maximum.reduce(worth)).nonzero()[0]
+    return int(people[best[had[best].argmin()]])
 
 
 def _entropy(p: Floats) -> Floats:
-    out: Floats = -(p * np.log(np.maximum(p, 1e-300))).sum(1)
+    out: Floats = (p * np.log(np.maximum(p, 1e-300))) @ np.full(p.shape[1], -1.0)
     return out

@@ -76,8 +76,8 @@ class Bound:
             raise DataError(f"alpha is a probability between 0 and 1: {self.alpha}")
         self._left, self._lowest = float(self.weights.sum()), float(self.weights.min())
 
-    def tell(self, item: int, refuted: bool) -> None:
-        """The next item drawn, and what the panel says of its label."""
+    def tell(self, item: int, refuted: float) -> None:
+        """The next item drawn, and how far a panel refutes its label: 0 to 1."""
         count, r = len(self.weights), float(self.weights[item])
         self._y.append(float(refuted) * self._left / (count * r))
         self._top.append(max(self._left / (count * self._lowest), 1e-12))

@@ -22,6 +22,8 @@ import numpy as np
 from ottava.errors import DataError
 from ottava.labels import ask, certificate, panel, screens
 from ottava.labels.evidence import Evidence
+from ottava.labels.forecast import Phase, Progress
+from ottava.labels.screens import Finding
 from ottava.labels.world import World
 
 if TYPE_CHECKING:
@@ -31,19 +33,23 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 ALPHA = 0.05
-PARTS = (0.7, 0.2, 0.1)
+PARTS = (0.65, 0.25, 0.1)
 """How alpha is divided among audits: there are at most as many."""
 GOAL = 0.4
 """The believed error at which an audit begins, as a share of the target: labelling and audit together cost least
 there."""
 BETTER = 0.6
 """The same as a share of the error that the usual rule (two votes, a third on disagreement) would leave."""
-TIGHT = 0.42
+PATIENCE = 1.5
+"""An audit is given up for more labelling where it would still take this many times the votes of a new one."""
+TIGHT = 0.41
 """The bound is to lie within this share of the target above the estimate."""
 SHARE = 1.6
 """Nobody answers more than this many times an equal share while others could."""
 LONGEST = 6
 """Votes on one item before its audit."""
+KNOCKS = 3
+"""How often a panel asks one person who is away."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Done:
     audited: int
     reached: bool
     notes: tuple[str, ...] = ()
+    found: tuple[Finding, ...] = ()
+    """People whose votes were no evidence, or who drifted."""
 
 
 Questions = Generator[Ask, int | None, Any]
@@ -87,12 +95,16 @@ class Policy:
     world: World
     target: float
     seed: int = 0
-    most: float = 0.97
+    most: float = 0.95
     evidence: Evidence = field(init=False)
     notes: list[str] = field(default_factory=list)
     asked: int = 0
+    found: dict[int, Finding] = field(default_factory=dict)
+    phase: Phase = "calibrate"
     _nulls: int = 0
     _scale: float = 1.0
+    _needs: float = 0.0
+    _each: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
@@ -105,9 +117,12 @@ class Policy:
         self._patience = np.full(count, 25)
         self._worth: Floats = np.ones(count)
         self._weight: Floats = np.full(count, panel.weight(0.85))
+        self._useful = np.ones(count, bool)
+        self._seconds = np.ones(count) if self.world.seconds is None else self.world.seconds
         self._jitter = self._rng.random(len(self.world))
         self._upper, self._audited = 1.0, 0
         self._frozen: Ints | None = None
+        self._claims: list[tuple[int, float]] = []
         self._learn()
 
     # ---- the story
@@ -137,9 +152,11 @@ class Policy:
     def _label(self) -> Questions:
         """Vote by vote where most is learnt; ends at the goal, or where the votes that an audit needs are all that
         is left."""
+        self.phase, self._claims = "label", []
         evidence, due = self.evidence, len(self.evidence) * 1.3 + 50
         batch = min(max(len(self.world) // 100, 4), 100, len(self.world))
-        while self._claim() > self._goal and self._left() > self._reserve():
+        claim = self._claim()
+        while claim > self._goal and self._left() > self._reserve():
             gain = ask.gains(evidence.states, self._matrix) * (evidence.counts < LONGEST + self._epoch)
             gain *= 1 + 1e-6 * self._jitter
             best = np.argpartition(-gain, batch - 1)[:batch]
@@ -148,21 +165,21 @@ class Policy:
                 yield from self._vote(int(item))
             if len(evidence) == before:
                 break
-            if len(evidence) >= due:
+            claim = self._claim()
+            if len(evidence) >= due or claim <= self._goal:  # the claim must hold with the best fit there is
                 self._learn()
-                due = len(evidence) * 1.15 + 200
-            elif self._claim() <= self._goal:
-                self._learn()  # the claim must hold with the best fit there is
+                claim, due = self._claim(), max(due, len(evidence) * 1.15 + 200)
+            self._claims.append((len(evidence), claim))
 
     def _audit(self, alpha: float) -> Generator[Ask, int | None, bool]:
         """Freeze the decisions, draw, let panels judge. True: the certificate is reached."""
-        evidence = self.evidence
+        self.phase, evidence = "audit", self.evidence
         risks = np.minimum(evidence.risks() * self._scale, 0.9)
         frozen = evidence.decisions()
-        self._frozen, self._upper, self._audited = frozen, 1.0, 0
+        self._frozen, self._upper, self._audited, self._each = frozen, 1.0, 0, 0.0
         self._judged = np.zeros(len(self.world), bool)
         self._risks, self._found, self._expected = risks, 0.0, 0.0
-        weights = certificate.weights(risks)
+        self._needs, begun, weights = self._reserve(), len(evidence), certificate.weights(risks)
         bound = certificate.Bound(weights, alpha)
         missed = 1 - panel.misses(float(np.clip(self._good_accuracy(), 0.61, 0.999)))
         for number, item in enumerate(certificate.order(weights, self._rng), 1):
@@ -170,22 +187,28 @@ class Policy:
             self._judged[item] = True
             bound.tell(int(item), refuted)
             self._audited = number
-            self._found += refuted / weights[item]
+            wrong = 1 - float(evidence.believed_of(int(item))[frozen[item]])
+            self._found += (refuted + wrong) / 2 / weights[item]
+            spent = len(evidence) - begun
             self._expected += risks[item] / weights[item]
             if number % 20 and number < len(self.world):
                 continue
             self._upper = min(bound.upper() / missed, 1.0)
             if self._upper <= self.target and self._upper - self._estimate() <= TIGHT * self.target:
                 return True
+            self._each = spent / number
+            self._needs = max(self._draws(self._estimate(), alpha) - number, 20) * self._each
             if self._left() <= 0 or (number >= 120 and self._futile()):
                 break
         return self._upper <= self.target
 
     def _futile(self) -> bool:
-        """More labelling helps more than more of this audit."""
-        return self._epoch < len(PARTS) and self._estimate() > 0.75 * self.target and self._left() > 2 * self._reserve()
+        """More labelling and a new audit help more than more of this one."""
+        if self._epoch >= len(PARTS) or self._left() < 2 * self._reserve():
+            return False
+        return self._needs > PATIENCE * self._reserve()
 
-    def _panel(self, item: int, label: int) -> Generator[Ask, int | None, bool]:
+    def _panel(self, item: int, label: int) -> Generator[Ask, int | None, float]:
         odds, answers = 0.0, 0
         while True:
             got = yield from self._vote(item, audit=True)
@@ -200,18 +223,26 @@ class Policy:
     # ---- people
 
     def _vote(self, item: int, audit: bool = False) -> Generator[Ask, int | None, tuple[int, int] | None]:
-        """One more vote on an item by somebody who has not voted on it: (person, label), or None if nobody can."""
+        """One more vote on an item by somebody who has not voted on it: (person, label), or None if nobody can.
+
+        While labelling, an item whose people are away is left for later. A panel waits: who is away is knocked at, so
+        that nobody's absence counts against a label.
+        """
         evidence = self.evidence
-        able = ~evidence.asked[item] & (self._weight > 0)
+        able = self._useful & ~evidence.asked[item]
+        knocks = np.zeros(len(able), np.int64)
         while True:
-            here = able & (self._back_at <= self.asked)
+            there = self._back_at <= self.asked
+            here = able & there
             if not here.any():
-                if able.any() and not (self._back_at <= self.asked).any():
-                    here = able & (self._back_at == self._back_at[able].min())  # all are away: knock again
-                else:
+                if audit:
+                    here = able & (knocks < KNOCKS)
+                elif not there.any():
+                    here = able
+                if not here.any():
                     return None
-            worth = np.where(self._weight > 0, self._weight, 0.0) if audit else self._worth
-            person = int(ask.best_people(worth, np.ones(len(worth)), self._given, here, SHARE)[0])
+                here = here & (self._back_at == self._back_at[here].min())
+            person = ask.best_person(self._weight if audit else self._worth, self._seconds, self._given, here, SHARE)
             self.asked += 1
             label = yield Ask(item, person)
             if label is not None:
@@ -220,6 +251,7 @@ class Policy:
                 evidence.add(item, person, label)
                 return person, label
             self._nulls += 1
+            knocks[person] += 1
             self._back_at[person] = self.asked + self._patience[person]
             self._patience[person] = min(2 * self._patience[person], 2000)
             if self._nulls >= max(4 * len(self.world.annotators), 20):
@@ -233,16 +265,20 @@ class Policy:
         if len(evidence):
             evidence.refit()
             for found in screens.people(evidence):
-                if found.ignore and found.person not in evidence.ignored:
+                if found.person in self.found:
+                    continue
+                self.found[found.person] = found
+                self.notes.append(f"{self.world.annotators[found.person]}: {found.why}")
+                if found.ignore:
                     evidence.ignored.add(found.person)
-                    self.notes.append(f"{self.world.annotators[found.person]}: {found.why}")
                     evidence.refit()
         people, classes = evidence.people, evidence.classes()
         accuracy = people.accuracy(classes)
-        usable = np.array([p not in evidence.ignored for p in range(len(accuracy))])
+        usable = np.array([p not in self.found for p in range(len(accuracy))])
         # where nobody seems of use, everybody is asked: an honest bound will say what came of it
         weight = np.array([panel.weight(a) for a in accuracy]) * usable
         self._weight = weight if weight.any() else np.full(len(weight), panel.WEIGHTS[0])
+        self._useful = self._weight > 0
         uniform = np.repeat(np.stack([classes, 0 * classes], 1)[None], len(accuracy), 0)
         self._worth = np.array([ask.gains(uniform[:1], matrix)[0] for matrix in people.matrices]) * usable
         good = self._worth >= np.median(self._worth[usable]) if usable.any() else usable
@@ -262,27 +298,54 @@ class Policy:
     def _claim(self) -> float:
         return self._scale * float(self.evidence.risks().mean())
 
+    def _off(self) -> float:
+        """How much more was found than was believed (few finds prove little)."""
+        return (self._found + 4) / (self._expected + 4)
+
     def _estimate(self) -> float:
-        """The error of the frozen decisions: what was believed, corrected by what the audit found (few finds prove
-        little)."""
-        return (self._found + 4) / (self._expected + 4) * float(self._risks.mean())
+        """The error of the frozen decisions: what was believed, corrected by what the audit found.
+
+        Of what panels refute some is false alarm; what the votes then make believe leans on the model. The truth of
+        hard items lies between them, and the mean is taken."""
+        return self._off() * float(self._risks.mean())
+
+    def _final(self) -> float:
+        """The error of what is delivered: drawn labels follow all votes, the others stay as they were frozen."""
+        return float(np.where(self._judged, self.evidence.risks(), self._off() * self._risks).mean())
 
     def _left(self) -> int:
         return self._cap - len(self.evidence)
 
     def _reserve(self) -> float:
-        """Votes that the audit will need, at most a third of all."""
-        rate = min(max(self._goal, 1e-4), 0.9 * self.target)
-        goal = min(self.target, rate + TIGHT * self.target)
-        draws = certificate.draws_needed(rate, goal, ALPHA * PARTS[min(self._epoch, len(PARTS)) - 1])
+        """Votes that the next audit will need, at most a third of all."""
+        draws = self._draws(max(self._goal, 1e-4), ALPHA * PARTS[min(self._epoch, len(PARTS)) - 1])
         each = panel.cost(min(max(self._good_accuracy(), 0.62), 0.99)) if len(self.evidence) else 3.0
-        return min(min(draws, len(self.world)) * each, self._cap / 3)
+        return min(draws * each, self._cap / 3)
+
+    def _draws(self, rate: float, alpha: float) -> float:
+        """Draws until the bound is low and tight enough, where a share `rate` is wrong."""
+        goal = min(self.target, rate + TIGHT * self.target)
+        return min(certificate.draws_needed(rate, goal, alpha), len(self.world))
+
+    def progress(self) -> Progress:
+        """Where the run stands, for `forecast`."""
+        later = self._claims[len(self._claims) // 2 :]
+        pace = 0.0
+        if len(later) >= 2 and later[-1][0] > later[0][0]:
+            pace = max(math.log(later[0][1] / later[-1][1]) / (later[-1][0] - later[0][0]), 0.0)
+        needs = self._needs if self.phase == "audit" else self._reserve()
+        if self.phase == "audit" and self._each:
+            rate = self._estimate()
+            goal = min(self.target, rate + TIGHT * self.target)
+            wide = (self._upper - rate) / max(goal - rate, 1e-9)  # between 1 / draws and 1 / root of draws
+            needs = max(self._audited * (max(wide, 1.0) ** 1.5 - 1), 20) * self._each
+        return Progress(self.phase, len(self.evidence), self._cap, self._claim(), self._goal, pace, needs)
 
     _epoch = 1
 
     def _learn_from_audit(self) -> None:
         """The audit's votes teach; how far the claim was off goes on to the next."""
-        scale = self._scale * (self._found + 4) / (self._expected + 4)
+        scale = self._scale * self._off()
         rest = ~self._judged
         before = float(self.evidence.risks()[rest].mean()) if rest.any() else 0.0
         self._learn()
@@ -290,19 +353,34 @@ class Policy:
         self._scale = max(scale * before / max(after, 1e-9), 1.0) if before else 1.0
         self._epoch += 1
 
+    def _shut_out(self) -> list[Finding]:
+        """Who at the end is right too seldom to be asked, and was not found before."""
+        accuracy, votes = self.evidence.people.accuracy(self.evidence.classes()), self.evidence.people.votes
+        out = []
+        for person in np.flatnonzero((self._weight <= 0) & (votes >= screens.FEWEST)).tolist():
+            if person not in self.found:
+                out.append(
+                    Finding(person, "guesses", False, f"right on {accuracy[person]:.0%}: too seldom to be asked")
+                )
+        self.notes.extend(f"{self.world.annotators[one.person]}: {one.why}" for one in out)
+        return out
+
     def _done(self, reached: bool) -> Done:
-        evidence = self.evidence
+        evidence, found = self.evidence, (*self.found.values(), *self._shut_out())
+        disputed = screens.conflicts(evidence)
+        if len(disputed):
+            names = ", ".join(str(self.world.ids[item]) for item in disputed[:5])
+            self.notes.append(f"{len(disputed)} items are disputed and want people together, first of all {names}")
         if self._frozen is None:  # people left before an audit could begin
             error = self._claim() if len(evidence) else 1 - 1 / len(self.world.classes)
-            return Done(evidence.decisions(), error, 1.0, self.asked, len(evidence), 0, False, tuple(self.notes))
+            return Done(evidence.decisions(), error, 1.0, self.asked, len(evidence), 0, False, tuple(self.notes), found)
         # what was not audited stays as it was when the bound was come by; of the rest more is known now
         decisions = np.where(self._judged, evidence.decisions(), self._frozen)
-        scale = (self._found + 4) / (self._expected + 4)
-        error = float(np.where(self._judged, evidence.risks(), scale * self._risks).mean())
+        error = self._final()
         if not reached:
             self.notes.append(f"{self.target:.3g} is not certified at a sensible cost: the bound is {self._upper:.4f}")
         return Done(
-            decisions, error, self._upper, self.asked, len(evidence), self._audited, reached, tuple(self.notes)
+            decisions, error, self._upper, self.asked, len(evidence), self._audited, reached, tuple(self.notes), found
         )  # fmt: skip
 
 

@@ -1,42 +1,64 @@
 """`ottava label replay`: the policy against whoever holds the truth, one line a question.
 
 Out: {"ask": {"item", "annotator", "blind"}}; in: {"vote": label}, or {"vote": null} where that person is away. At the
-end {"done": {"decisions": {item: label}, "error_upper_95", "error", "asked"}}.
+end {"done": {"decisions": {item: label}, "error_upper_95", "error", "asked"}}. Aside: {"forecast": ...}, how many votes
+and hours there are to come, and until when.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from ottava.errors import DataError
+from ottava.labels.forecast import told as told_ahead
 from ottava.labels.policy import Ask, Done, Policy
 from ottava.labels.world import Label, World
 
 LONGEST = 1 << 16
 """Bytes of one answer."""
+LEAST = 200
+"""Votes between two forecasts."""
 
 
 def replay(
-    world: World, target: float, hear: Callable[[int], bytes], say: Callable[[str], None], seed: int = 0
+    world: World,
+    target: float,
+    hear: Callable[[int], bytes],
+    say: Callable[[str], None],
+    seed: int = 0,
+    aside: Callable[[str], None] | None = None,
 ) -> Done:
-    """Ask until done. say: gets each line without its end; hear: reads a line of at most so many bytes, b"" at the end.
+    """Ask until done. say: gets each line without its end; hear: reads a line of at most so many bytes, b"" at the end;
+    aside: gets a forecast when a phase begins and after every tenth of the votes, without any part in what is asked.
 
     Raises DataError for an answer that is none; nothing is decided then.
     """
     places = {label: k for k, label in enumerate(world.classes)}
     policy = Policy(world, target, seed)
     run = policy.run()
-    answer: int | None = None
-    number = 0
+    number, begun = 0, time.monotonic()
+    waited, due, phase = 0.0, float(LEAST), policy.phase
     try:
         question = next(run)
         while True:
             say(_line(world, question))
             number += 1
+            before = time.monotonic()
             answer = _vote(hear(LONGEST), places, number, world, question)
+            after = time.monotonic()
+            waited += after - before
             question = run.send(answer)
+            votes = len(policy.evidence)
+            if aside and votes and (votes >= due or policy.phase != phase):
+                each = waited / votes if world.seconds is None else float(world.seconds.mean())
+                a_day = votes * 86400 / max(after - begun, 1e-6)
+                line = told_ahead(policy.progress(), each, datetime.now().astimezone(), a_day)
+                aside(json.dumps({"forecast": line}))
+                due, phase = max(votes * 1.1, votes + LEAST), policy.phase
     except StopIteration as end:
         done: Done = end.value
     say(json.dumps({"done": summary(world, done)}))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ottava.labels.people import SHRINK
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 ALARM = 1e-3
+FEWEST = 30
+"""Votes before anybody is judged."""
 SURE = 0.9
 """A class is taken for known where the votes and machines without the person in question give it this probability."""
 
@@ -44,20 +48,21 @@ def people(evidence: Evidence) -> list[Finding]:
 def guessing(evidence: Evidence) -> list[Finding]:
     """Votes that do not depend on the item's class: a bot, a person who clicks, one label for all.
 
-    The information in a person's matrix against the likelihood ratio of independence (G-test); who has as little as
-    chance gives is named. Nobody is judged before 30 votes.
+    How often each was right (what the fit took over from everybody else's votes is taken off again) against what
+    guessing gives: named is who is within chance of it, one-sided, 95%. Nobody is judged before FEWEST votes.
     """
     out = []
-    classes = evidence.classes()
-    for a, matrix in enumerate(evidence.people.matrices):
-        count = float(evidence.people.votes[a])
-        if count < 30 or a in evidence.ignored:
+    people, classes = evidence.people, evidence.classes()
+    accuracy, borrowed = people.accuracy(classes), SHRINK * len(classes)
+    usual = float(np.average(accuracy, weights=people.votes + 1e-9))
+    for a, matrix in enumerate(people.matrices):
+        count = float(people.votes[a])
+        if count < FEWEST or a in evidence.ignored:
             continue
-        accuracy = float(classes @ np.diagonal(matrix))
+        right = float(accuracy[a] * (count + borrowed) - usual * borrowed) / count
         chance = float(classes @ matrix @ classes)
-        margin = 2.0 * np.sqrt(max(chance * (1 - chance), 0.01) / count)
-        if accuracy < chance + max(margin, 0.1):
-            why = f"right on {accuracy:.0%} of {count:.0f} items where guessing gives {chance:.0%}: not asked again"
+        if right < chance + max(1.65 * np.sqrt(max(chance * (1 - chance), 0.01) / count), 0.1):
+            why = f"right on {right:.0%} of {count:.0f} items where guessing gives {chance:.0%}: not asked again"
             out.append(Finding(a, "guesses", True, why))
     return out
 
@@ -132,14 +137,15 @@ def drifting(evidence: Evidence) -> list[Finding]:
         own = (votes.people == a) & settled[votes.items]
         right = (votes.labels[own] == decisions[votes.items[own]]).astype(np.float64)
         half = len(right) // 2
-        if half < 30:
+        if half < FEWEST:
             continue
         first, last = right[:half].mean(), right[half:].mean()
         pooled = right.mean()
         error = np.sqrt(max(pooled * (1 - pooled), 1e-4) * 2 / half)
         if (first - last) / error > limit:
             why = (
-                f"right on {first:.0%} of the earlier items and {last:.0%} of the later: look at the guideline together"
+                f"right on {first:.0%} of the earlier items and {last:.0%} of the later: "
+                "not asked until the guideline is looked at together"
             )
             out.append(Finding(a, "drifts", False, why))
     return out
@@ -150,13 +156,11 @@ def gold(evidence: Evidence, person: int, count: int, sure: float = 0.995) -> In
     classes."""
     risks = evidence.risks()
     known = np.flatnonzero(~evidence.asked[:, person] & (evidence.counts >= 2) & (risks <= 1 - sure))
-    decided = evidence.decisions()[known]
     ranked = known[np.argsort(risks[known], kind="stable")]
-    turn = np.empty(len(known), np.int64)
+    decided, turn = evidence.decisions()[ranked], np.empty(len(known), np.int64)
     for k in range(len(evidence.world.classes)):
-        here = np.flatnonzero(evidence.decisions()[ranked] == k)
+        here = np.flatnonzero(decided == k)
         turn[here] = np.arange(len(here))
-    del decided
     return ranked[np.argsort(turn, kind="stable")][:count]
 
 

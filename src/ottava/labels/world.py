@@ -1,12 +1,14 @@
 """What is to be labelled, and what machines already say about it.
 
 A world is the JSON file of `ottava label replay`: {"classes": [label...], "annotators": [name...], "items": [{"id",
-"verifier": label|null, "judges": [label|null...]}]}. It holds no truth and no votes: those are asked for.
+"verifier": label|null, "judges": [label|null...]}]}, and, where known, "seconds": {annotator: how long an answer takes
+them}. It holds no truth and no votes: those are asked for.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,13 +29,15 @@ NOTHING = -1
 
 @dataclass(frozen=True)
 class World:
-    """verifier: [items], judges: [items, judges]; both hold places in `classes`, or NOTHING."""
+    """verifier: [items], judges: [items, judges]; both hold places in `classes`, or NOTHING. seconds: [annotators], how
+    long each takes for an answer, where that is known."""
 
     classes: tuple[Label, ...]
     annotators: tuple[Label, ...]
     ids: tuple[Label, ...]
     verifier: Ints
     judges: Ints
+    seconds: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -89,7 +93,25 @@ def parse(document: Any) -> World:
                 fix="write null where a judge said nothing",
             )
     judges = np.asarray(said, np.int64).reshape(len(items), count)
-    return World(classes, annotators, tuple(item["id"] for item in items), verifier, judges)
+    seconds = _seconds(document.get("seconds"), annotators)
+    return World(classes, annotators, tuple(item["id"] for item in items), verifier, judges, seconds)
+
+
+def _seconds(given: Any, annotators: tuple[Label, ...]) -> Floats | None:
+    """How long each takes, [annotators]; who is not named takes as long as the others on average."""
+    import numpy as np
+
+    if given is None:
+        return None
+    names = {str(name): a for a, name in enumerate(annotators)}
+    if not isinstance(given, dict) or not given or set(given) - set(names):
+        raise DataError("seconds is an object with a number for annotators that there are", where="seconds")
+    out = np.full(len(annotators), np.nan)
+    for name, value in given.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise DataError(f"a number above 0 is wanted, not {value!r}", where=f"seconds.{name}")
+        out[names[name]] = value
+    return np.where(np.isnan(out), np.nanmean(out), out)
 
 
 def _name(value: Any) -> bool:
