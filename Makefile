@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/tiny
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test test-vllm test-ray test-harness test-locust test-exchange test-crowd test-npu test-npu-some test-npu-all test-hivm test-all check bench nightly clean
+.PHONY: install demo test test-vllm test-ray test-harness test-locust test-exchange test-crowd release test-npu test-npu-some test-npu-all test-hivm test-all check bench nightly clean
 
 install: .venv/installed
 
@@ -150,13 +150,32 @@ bench: install .venv-bench/installed
 	$(BIN)/python -m benchmarks.grpo --json
 	$(BIN)/python -m benchmarks.plan --json
 	$(BIN)/python -m benchmarks.serving --json
+	$(BIN)/python -m benchmarks.gateway --json
 
-# The long campaigns: twenty drills of each class of fault, and 10 seeds on each instruction set (docs/training.md).
+# A wheel, a source archive, and in CycloneDX's form what a base install brings along: the environment that is described
+# holds nothing else. The tools that describe it are no part of it.
+.venv-sbom/installed:
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/pip install --quiet --disable-pip-version-check "build>=1.2" "cyclonedx-bom>=7,<8"
+	touch $@
+
+release: .venv-sbom/installed
+	rm -rf dist build .venv-release
+	$(PYTHON) -m venv --without-pip .venv-release
+	.venv-sbom/bin/python -m build
+	.venv-sbom/bin/pip --python .venv-release install --quiet --disable-pip-version-check "$(TORCH)"
+	.venv-sbom/bin/pip --python .venv-release install --quiet --disable-pip-version-check dist/*.whl
+	.venv-sbom/bin/cyclonedx-py environment .venv-release/bin/python --pyproject pyproject.toml \
+		--output-reproducible --validate --of JSON --output-file dist/sbom.cdx.json
+
+# The long campaigns: twenty drills of each class of fault, and 10 seeds on each instruction set (docs/training.md),
+# and ten thousand requests while backends are killed (docs/serving.md).
 nightly: install test-all test-npu-all
 	$(BIN)/ottava drill recipes/tiny.yaml --seeds 0:240 --faults all --json
 	$(BIN)/ottava drill recipes/tiny.yaml --stage reinforce --seeds 0:260 --faults all --json
 	$(BIN)/python -m benchmarks.accuracy --seeds 10 --json
 	$(BIN)/python -m benchmarks.reasoning --seeds 10 --json
+	$(BIN)/python -m benchmarks.gateway --only storm --json
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
