@@ -39,7 +39,6 @@ LINES = 30
 """Of vLLM's log, where it fails; otherwise nobody sees it."""
 HEALTH = 5.0
 """Seconds that its answer on its health may take."""
-URL = "http://vllm"
 
 
 def main() -> int:
@@ -101,13 +100,13 @@ class Remote:
 
     def __init__(self, chat: Chat, socket: Path, key: str, slots: int):
         self.chat, self.slots, self.context = chat, slots, 0
-        self._socket = str(socket)
-        self._headers = {"Authorization": f"Bearer {key}"}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=slots)
-        self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=self._socket, limits=limits),
-            base_url=URL, headers=self._headers, timeout=None, trust_env=False,
-        )  # fmt: skip
+        self._socket = socket
+        # a connection each: one that is kept may be closed just as it is used, which would look like a death
+        how: dict[str, Any] = {"uds": str(socket), "verify": False, "limits": httpx.Limits(max_keepalive_connections=0)}
+        more: dict[str, Any] = {"base_url": "http://vllm", "trust_env": False}
+        more["headers"] = {"Authorization": f"Bearer {key}"}
+        self._client = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(**how), timeout=None, **more)
+        self._probe = httpx.Client(transport=httpx.HTTPTransport(**how), timeout=HEALTH, **more)
         self._runs: set[asyncio.Task[None]] = set()
 
     async def ready(self, what: str) -> None:
@@ -118,7 +117,7 @@ class Remote:
             if time.monotonic() > told + TELL:
                 told = time.monotonic()
                 print(f"{what} is loading: {told - began:.0f} s", file=sys.stderr, flush=True)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.5)
         self.context = int((await self._client.get("/v1/models")).json()["data"][0]["max_model_len"])
         async with aclosing(self._tokens([0], Sampling(4, temperature=1.0, top_p=0.9, seed=0, top=1), [0])) as tokens:
             async for _ in tokens:
@@ -128,10 +127,7 @@ class Remote:
     def alive(self) -> bool:
         """Whether vLLM says that it can answer."""
         try:
-            with httpx.Client(
-                transport=httpx.HTTPTransport(uds=self._socket), trust_env=False, timeout=HEALTH
-            ) as client:
-                return client.get(f"{URL}/health").status_code == 200
+            return self._socket.exists() and self._probe.get("/health").status_code == 200
         except httpx.HTTPError:
             return False
 
