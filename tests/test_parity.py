@@ -94,6 +94,17 @@ def test_bands_are_tested_apart(first: int, last: int, named: str) -> None:
     assert all(f" {band} " not in why for band, *_ in parity.BANDS if band != named)
 
 
+def test_replies_that_end_early_leave_their_band_to_the_others() -> None:
+    dice = np.random.default_rng(5)
+    for long, banded in ((2, False), (6, True)):
+        base = [row[: 120 if number < long else 30] for number, row in enumerate(rows(dice, 1.0))]
+        control, other = ([[x + float(dice.normal(0, 0.05)) for x in row] for row in base] for _ in range(2))
+        found = parity.within_noise(base, other, control)
+        assert found.why is None
+        assert ("late" in found.bands) is banded
+        assert found.bands["all"]["tokens"] == sum(map(len, base))
+
+
 def test_no_number_never_passes() -> None:
     base = rows(np.random.default_rng(3), 1.0)
     for wrong in (math.nan, math.inf, -math.inf):

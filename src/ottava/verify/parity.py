@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 LIMIT = 1.5
 LEVEL = 0.99
 DRAWS = 2000
+ENOUGH = 4
+"""Replies that must reach into a band for it to be tested apart; fewer count in the whole alone."""
 BANDS: tuple[tuple[str, int, int | None], ...] = (("first", 0, 16), ("middle", 16, 64), ("late", 64, None))
 """Names, first and last place in the reply: a fault of positions or of the cache may show in one alone."""
 
@@ -93,8 +95,8 @@ def within_noise(reference: Scores, other: Scores, control: Scores) -> Finding:
     mine, floor = _apart(reference, other), _apart(reference, control)
     bands: dict[str, dict[str, float]] = {}
     for name, first, last in (("all", 0, None), *BANDS):
-        a, b = ([row[first:last] for row in rows] for rows in (mine, floor))
-        if sum(map(len, a)):
+        a, b = ([row[first:last] for row in rows if len(row) > first] for rows in (mine, floor))
+        if len(a) >= min(ENOUGH, len(mine)):
             bands[name] = _ratio(a, b)
     wrong = ", ".join(
         f"{name} {band['ratio']:.3g} (99% bound {band['upper']:.3g}, 99th percentiles {band['p99']:.3g})"
