@@ -403,6 +403,7 @@ def test_the_server_with_two_backends_over_http(launcher: LocalLauncher, folder:
     assert text == plain["choices"][0]["message"]["content"]
     assert last["choices"][0]["finish_reason"] == "length"
     assert last["ottava"]["failovers"] >= 1
+    assert last["ottava"]["exact"] is True
     assert last["ottava"]["path"][0]["from"] == 0
     assert last["ottava"]["path"][-1]["from"] > 5
     metrics = httpx.get(f"{url}/metrics", trust_env=False).text

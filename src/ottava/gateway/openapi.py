@@ -54,6 +54,13 @@ class Health(TypedDict):
     status: Literal["ok", "draining", "dead"]
 
 
+class Checked(TypedDict):
+    """Which backends were held against the reference, one object each, and what the canary has seen since."""
+
+    backends: list[dict[str, Any]]
+    canary: dict[str, Any] | None
+
+
 def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
     types = [
@@ -61,6 +68,7 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
         Model,
         Models,
         Health,
+        Checked,
         *(kind for one in endpoints for kind in (one.request, one.answer, one.event)),
     ]
     paths = {one.path: {"post": _operation(one)} for one in endpoints}
@@ -98,6 +106,7 @@ def _reading() -> dict[str, Any]:
             "get": {"responses": {"200": _answer("A name", Model), **refused, "404": _refusal(404)}},
         },
         "/health": {"get": {"security": [{}], "responses": health}},
+        "/parity": {"get": {"responses": {"200": _answer("The backends' certificates", Checked), **refused}}},
         "/metrics": {
             "get": {
                 "responses": {

@@ -8,7 +8,6 @@ that was certified before, whose folder has not changed since, is asked a shorte
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import shutil
 import sys
@@ -253,13 +252,11 @@ def conversations(chat: Chat) -> dict[str, Case]:
     turns["a system message"] = [[{"role": "system", "content": asked[2]}, user[0]]]
     turns["several turns"] = [[user[0], said, user[2]]]
     turns["a tool's answer"] = [[user[0], called, {"role": "tool", "tool_call_id": "call_1", "content": asked[3]}]]
-    tools = [[TOOL]] if "tools" in inspect.signature(chat.render).parameters else []
     cases = {}
     for mode, thinking in (("direct", False), ("thinking", True)):
         for name, (messages,) in turns.items():
             cases[f"{mode}, {name}"] = [messages, thinking]
-        for definitions in tools:
-            cases[f"{mode}, tools"] = [[user[0]], thinking, definitions]
+        cases[f"{mode}, tools"] = [[user[0]], thinking, [TOOL]]
     return cases
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -197,7 +198,8 @@ class Reply:
                 step: Step = {"backend": move.backend, "from": move.at}
                 path.append({**step, "choice": number} if len(self.choices) > 1 else step)
         begun = sum(bool(choice.moves) for choice in self.choices)
-        return {"failovers": len(path) - begun, "path": path} if path else None
+        exact = all(move.exact for choice in self.choices for move in choice.moves)
+        return {"failovers": len(path) - begun, "exact": exact, "path": path} if path else None
 
 
 class Shape(Protocol):
@@ -287,10 +289,13 @@ async def plain(reply: Reply, shape: Shape, request: Request) -> Response:
 
 def _into(arrived: asyncio.Queue[tuple[int, Item]], number: int) -> Callable[[Item], None]:
     """What puts an engine's items into a queue, from whatever thread."""
-    loop = asyncio.get_running_loop()
+    loop, home = asyncio.get_running_loop(), threading.get_ident()
 
     def deliver(item: Item) -> None:
-        loop.call_soon_threadsafe(arrived.put_nowait, (number, item))
+        if threading.get_ident() == home:
+            arrived.put_nowait((number, item))
+        else:
+            loop.call_soon_threadsafe(arrived.put_nowait, (number, item))
 
     return deliver
 

@@ -132,9 +132,13 @@ Step = TypedDict("Step", {"backend": str, "from": int, "choice": NotRequired[int
 
 
 class Trailer(TypedDict):
-    """Who said the ids from which on, where there are several backends; of which choice, where there are several."""
+    """Who said the ids from which on, where there are several backends; of which choice, where there are several.
+
+    exact: what was taken over is what would have followed anyway, to the bit; false: nobody promises it.
+    """
 
     failovers: int
+    exact: bool
     path: list[Step]
 
 
