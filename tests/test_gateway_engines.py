@@ -157,6 +157,16 @@ def test_blocks_on_a_processor_without_amx(folders: dict[str, Path], monkeypatch
         engines.loadable(Choice("vllm", "p"), folders[layout])
 
 
+def test_a_router_that_vllm_would_not_know(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As save_pretrained leaves it, vLLM ends with a KeyError while it loads; as the converter writes it, not."""
+    for kind in KINDS:
+        with pytest.raises(CheckpointError, match="topk_method"):
+            engines.loadable(Choice(kind, "p"), folders["deepseek_v3"])
+    engines.loadable(OURS, folders["deepseek_v3"])
+    convert({"source": str(folders["deepseek_v3"]), "out": str(tmp_path / "out"), "layout": "bf16"})
+    engines.loadable(Choice("vllm-cpu", "p"), tmp_path / "out")
+
+
 def test_the_tensor_parallel_group_counts(folders: dict[str, Path]) -> None:
     engines.loadable(choice("vllm"), folders["deepseek"])
     with pytest.raises(CheckpointError, match="inside a block"):

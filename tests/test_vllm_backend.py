@@ -63,6 +63,9 @@ def model(folder: Path, architecture: str, template: str) -> Path:
     """A random model that ends its thinking, and its reply, by itself: as our engine computes it, after THOUGHT ids,
     and SAID ids later. The rows of </think> and the end in its head are those of the ids that it would say there."""
     models.build(folder, architecture, max_position_embeddings=1024)
+    if architecture == "deepseek_v3":  # as the converter writes it; save_pretrained leaves these out
+        config = models.config_of(folder) | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+        (folder / "config.json").write_text(json.dumps(config))
     byte_folder(folder, template, eos_token_id=[END])
     for special, at in ((ETHINK, THOUGHT), (END, THOUGHT + 1 + SAID)):
         engine = Engine.load(folder)

@@ -115,6 +115,9 @@ class Choice:
 
 OURS = Choice()
 
+BIAS = "e_score_correction_bias"
+"""What vLLM 0.32.0 fails on (KeyError) where DeepSeek-V3's configuration is as save_pretrained leaves it."""
+
 
 def choices(said: Sequence[str], folders: Sequence[Path], python: str | None = None) -> list[Choice]:
     """The engine of each folder: one for all, one of each in their order, or none said: ours.
@@ -189,7 +192,12 @@ def loadable(choice: Choice, folder: Path) -> None:
     """Raise OttavaError where the engine refuses or corrupts a folder, as far as headers tell (docs/engines.md)."""
     if choice.kind == EMBEDDED:
         return
-    found = {name: weight for name, weight in weights(folder).items() if weight.scale is not None}
+    every = weights(folder)
+    if any(name.endswith(BIAS) for name in every) and read_config(folder).get("topk_method") != "noaux_tc":
+        what = f"{choice.kind} has no place for the router's {BIAS} where config.json lacks topk_method: noaux_tc"
+        fix = "ottava convert DIR OUT --layout bf16 writes what vLLM needs: serve OUT"
+        raise CheckpointError(what, where=folder / "config.json", fix=fix, cause="a key that vLLM needs")
+    found = {name: weight for name, weight in every.items() if weight.scale is not None}
     described = (folder / ascend.DESCRIPTION).is_file()
     if described and choice.kind != ascend.ENGINE:
         what, fix = (
