@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 
 from ottava.artifact import write_json
+from ottava.checkpoint import layouts
 from ottava.checkpoint.stream import default_workers
 from ottava.engine.session import Engine
 from ottava.errors import DataError, from_os_error
@@ -86,6 +87,7 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     chosen = engines.choices(args.get("engines") or (), folders, args.get("vllm_python"))
     ours = all(choice.kind == engines.EMBEDDED for choice in chosen)
     if replicas is None and len(folders) == 1 and not args.get("labels") and ours:
+        layouts.read_config(folders[0])  # what is no model is said before anything is announced
         with loading(folders[0].name) if args.get("announce") else nullcontext():
             return Engine.load(folders[0], **bounds)
     if args.get("announce"):
