@@ -156,6 +156,8 @@ class Gateway:
         """Check a request and queue it. Raises ApiError."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry=1)
+        if self.engine.load_now >= self.engine.capacity:  # before it is read: under overload most are sent away
+            raise _full(QueueFull(f"{self.engine.queue} requests are waiting already"))
         asked = schema.parse(endpoint.request, await _body(request, self.max_body))
         if asked.model is not None:
             self._require_model(asked.model)
@@ -168,7 +170,7 @@ class Gateway:
         except modes.Conflict as error:
             raise ApiError(400, str(error), code="thinking_conflict") from None
         except QueueFull as error:
-            raise ApiError(503, error.what, code="queue_full", retry=1) from None
+            raise _full(error) from None
         except DataError as error:
             message = "\n".join(filter(None, (error.what, error.fix)))
             raise ApiError(400, message, param=endpoint.param) from None
@@ -190,6 +192,10 @@ class Gateway:
         if model not in served:
             message = f"no model {model!r}; served: {', '.join(served)}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _full(error: QueueFull) -> ApiError:
+    return ApiError(503, error.what, code="queue_full", retry=1)
 
 
 async def _body(request: Request, cap: int) -> bytes:
