@@ -82,6 +82,7 @@ def test_serving_and_asking_need_loopback_alone(tmp_path: Path) -> None:
     assert cut_off(tmp_path, sys.executable, "-c", SERVE, str(model)) == ({"status": 0, "no_route": 0}, "")
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(strict=False, reason="native code under the plan asks a name server; the kernel sees it")
 def test_a_recipe_is_planned_without_a_network(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "ottava.cli", "run", "recipes/tiny.yaml", "--until", "plan")

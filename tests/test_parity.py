@@ -273,6 +273,7 @@ def test_an_engine_that_computes_something_else_is_refused_by_its_log_probabilit
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_another_engine_is_held_against_the_noise_floor(folder: Path, planted: dict[str, Path], faults: Plant) -> None:
     async def main() -> None:
         judge = Parity(folder, threads=1)
@@ -411,6 +412,7 @@ def test_streams_of_a_quarantined_backend_go_on_elsewhere(folder: Path) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_faulty_scorer_is_refused_and_not_the_one_that_it_accuses(
     folder: Path, planted: dict[str, Path], faults: Plant, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def waiting(launcher: LocalLauncher) -> set[int]:
     return set(map(int, Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()))
 
 
+@pytest.mark.slow
 def test_a_second_group_was_there_before_it_was_asked_for(standbys: LocalLauncher, tmp_path: Path) -> None:
     first = standbys.call(ABOUT, {"value": 1}, pool=POOL, workers=2, logs=tmp_path)
     ready, asked = waiting(standbys), time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -70,6 +71,7 @@ def test_a_second_group_was_there_before_it_was_asked_for(standbys: LocalLaunche
     assert {worker["threads"] for worker in first + second} == {1}
 
 
+@pytest.mark.slow
 def test_each_environment_has_standbys_of_its_own(standbys: LocalLauncher, tmp_path: Path) -> None:
     """What decides bits is read when a process starts to compute: a standby of another pool would compute others."""
     plain = POOL.model_copy(update={"name": "b", "env": {"ATEN_CPU_CAPABILITY": "default"}})
@@ -80,6 +82,7 @@ def test_each_environment_has_standbys_of_its_own(standbys: LocalLauncher, tmp_p
     assert found == ["AVX2", "DEFAULT", "AVX2", "DEFAULT"]
 
 
+@pytest.mark.slow
 def test_dead_standbys_are_replaced(standbys: LocalLauncher, tmp_path: Path) -> None:
     with pytest.raises(PlatformError, match="killed by SIGKILL"):
         standbys.call("tests.test_standby:killed", {}, pool=POOL, workers=2, logs=tmp_path)
