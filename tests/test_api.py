@@ -114,7 +114,8 @@ def test_a_seed_of_a_choice_is_one_that_may_be_sent() -> None:
 
 def test_without_a_seed_choices_are_fresh(random: Gateway) -> None:
     answer = good(random, CHAT, {"messages": USER, "temperature": 2, "n": 8, "max_tokens": 12})
-    assert len({choice["message"]["content"] for choice in answer["choices"]}) == 8
+    said = {choice["message"]["content"] for choice in answer["choices"]}
+    assert len(said) > 2  # one seed for all would be one answer; two empty ones may meet by chance
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -65,6 +66,7 @@ class Terminal:
         command = [sys.executable, "-m", "ottava.cli", "chat", *args]
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever started the tests may have it ignored
             os.execve(sys.executable, command, {**os.environ, "TERM": "xterm", "PYTHONUNBUFFERED": "1"})
         self.text = ""
         self._read = 0
