@@ -221,15 +221,15 @@ def test_killed_and_stopped_at_random_tokens_the_stream_is_the_undisturbed_one(f
     async def main() -> None:
         async with pool_of(folder, 2) as pool:
             for (how, ids), whole in zip(cases, wanted, strict=True):
-                number, path = signal.SIGKILL if how.think is None else signal.SIGSTOP, list[Moved]()
-                while not path[1:]:  # a backend may be done before it is killed
+                number, path, cut = signal.SIGKILL if how.think is None else signal.SIGSTOP, list[Moved](), 0
+                while not any(move.at >= cut for move in path[1:]):  # done before it is killed, its death is seen late
                     cut = dice.randrange(1, 80)
                     found = await items(pool, ids, how, {cut: lambda child, number=number: kill(child, number)})
                     assert tokens(found) == whole, (how, cut)
                     path = moves(found)
                     await all_ready(pool)
                 assert path[0].at == 0
-                assert all(cut <= move.at <= 400 for move in path[1:])  # 400: all was said but that it was all
+                assert all(move.at <= 400 for move in path)  # 400: all was said but that it was all
             assert pool.load_now == 0
 
     asyncio.run(main())
