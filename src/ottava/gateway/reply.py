@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+from typing_extensions import TypedDict
 
 from ottava.engine.generate import ThinkBudget
 from ottava.engine.session import Engine, Job, Offer, Piece, Reader, Sampling, Token
@@ -271,6 +272,32 @@ def text_of(chat: Chat, token: int) -> str:
 def finite(logprob: float) -> float:
     """JSON has no infinity: what is impossible is -9999, as in OpenAI's API."""
     return max(logprob, -9999.0)
+
+
+class Logprob(TypedDict):
+    """A token and its log-probability at temperature 1. bytes: the token's own, which need not be whole characters."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(Logprob):
+    """A token of the content, and the likeliest ones in its place."""
+
+    top_logprobs: list[Logprob]
+
+
+def told(chat: Chat, token: Token) -> TokenLogprob:
+    """What an answer says of a token where log-probabilities were asked for."""
+    top = [_logprob(chat, *other) for other in token.top]
+    return {**_logprob(chat, token.id, token.logprob), "top_logprobs": top}
+
+
+def _logprob(chat: Chat, token: int, value: float) -> Logprob:
+    text, pieces = text_of(chat, token), chat.pieces
+    spelt = pieces[token] if pieces is not None and token < len(pieces) else text.encode()
+    return {"token": text, "logprob": finite(value), "bytes": list(spelt)}
 
 
 async def plain(reply: Reply, shape: Shape, request: Request) -> Response:
