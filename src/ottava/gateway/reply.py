@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import TypedDict
 
 from ottava.engine.generate import ThinkBudget
-from ottava.engine.session import Engine, Job, Offer, Piece, Reader, Sampling, Token
+from ottava.engine.session import Engine, Job, Offer, Overdue, Piece, Reader, Sampling, Token
 from ottava.errors import DataError, OttavaError
 from ottava.gateway.metrics import Metrics
 from ottava.gateway.pool import Item, Moved, Pool, Run
@@ -300,6 +300,13 @@ def _logprob(chat: Chat, token: int, value: float) -> Logprob:
     return {"token": text, "logprob": finite(value), "bytes": list(spelt)}
 
 
+def refusal(error: OttavaError) -> ApiError:
+    """What a client is told of a fault after its request was admitted."""
+    if isinstance(error, DataError):  # what no check could foresee: a schema that became too much in the middle
+        return ApiError(400, error.what)
+    return ApiError(503, error.what, code="queue_timeout" if isinstance(error, Overdue) else None, retry=1)
+
+
 async def plain(reply: Reply, shape: Shape, request: Request) -> Response:
     """The plain answer; the reply is closed. Raises ClientDisconnect when nobody is there to take it."""
     work = asyncio.create_task(_collect(reply))
@@ -360,8 +367,7 @@ async def _events(reply: Reply, shape: Shape) -> AsyncIterator[str]:
             for event in shape.finish(number) if piece is None else shape.piece(number, piece):
                 yield event
     except (OttavaError, ApiError) as error:
-        status = 400 if isinstance(error, DataError) else 503
-        for event in shape.failed(error if isinstance(error, ApiError) else ApiError(status, error.what)):
+        for event in shape.failed(error if isinstance(error, ApiError) else refusal(error)):
             yield event
         return
     for event in shape.end():
