@@ -387,16 +387,28 @@ def test_a_response_can_be_sent_back_as_input(taught: Gateway) -> None:
 
 @FRESH
 @given(
-    st.booleans(), st.sampled_from([None, 0, 4]), st.sampled_from([0.0, 1.4]), st.integers(1, 24), st.integers(0, 99)
+    st.booleans(),
+    st.sampled_from([None, 0, 4]),
+    st.sampled_from([0.0, 1.4]),
+    st.integers(1, 24),
+    st.integers(0, 99),
+    st.sampled_from([None, 0, 3]),
 )
 def test_the_events_of_a_response_build_the_plain_answer(
-    random: Gateway, thinking: bool, budget: int | None, temperature: float, limit: int, seed: int
+    random: Gateway, thinking: bool, budget: int | None, temperature: float, limit: int, seed: int, top: int | None
 ) -> None:
     switch = {"type": "enabled" if thinking else "disabled", "budget_tokens": budget if thinking else None}
     body = {"input": QUESTION, "thinking": switch, "temperature": temperature, "seed": seed, "stop": [" *3"]}
     body |= {"max_output_tokens": limit}
-    plain = good(random, RESPONSES, body)
-    response = send(random, RESPONSES, {**body, "stream": True})
+    if top is not None:
+        body |= {"include": ["message.output_text.logprobs"], "top_logprobs": top}
+    streamed_as_it_is_plain(random, body)
+
+
+def streamed_as_it_is_plain(gateway: Gateway, body: dict[str, Any]) -> dict[str, Any]:
+    """The plain answer to a body, once its stream has been put together to the same."""
+    plain = good(gateway, RESPONSES, body)
+    response = send(gateway, RESPONSES, {**body, "stream": True})
     assert "[DONE]" not in response.text
     names = [line.removeprefix("event: ") for line in response.text.splitlines() if line.startswith("event: ")]
     events = data_of(response.text)
@@ -407,8 +419,12 @@ def test_the_events_of_a_response_build_the_plain_answer(
     last = events[-1]["response"]
     changing = ("id", "created_at", "output")
     assert {k: v for k, v in last.items() if k not in changing} == {k: v for k, v in plain.items() if k not in changing}
-    assert unnamed(built(events)) == unnamed(last["output"]) == unnamed(plain["output"])
+    assert unnamed(last["output"]) == unnamed(plain["output"])
+    assert unnamed(built(events)) == unnamed([*map(bare, plain["output"])])
     assert names[-1] == f"response.{plain['status']}"
+    assert len({item["id"] for item in last["output"]}) == len(last["output"])
+    Response.model_validate(plain)
+    return plain
 
 
 def built(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -428,18 +444,31 @@ def built(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             stage = "part"
         elif kind.endswith("text.delta"):
             assert stage == "part"
-            assert output[-1]["content"][0]["type"] == kind.removesuffix(".delta")
-            output[-1]["content"][0]["text"] += event["delta"]
+            part = output[-1]["content"][0]
+            assert part["type"] == kind.removesuffix(".delta")
+            part["text"] += event["delta"]
+            if part["type"] == "output_text":
+                part["logprobs"] += event["logprobs"]
         elif kind.endswith("text.done"):
-            assert (stage, event["text"]) == ("part", output[-1]["content"][0]["text"])
+            part = output[-1]["content"][0]
+            assert (stage, event["text"], event.get("logprobs")) == ("part", part["text"], part.get("logprobs"))
             stage = "said"
         elif kind == "content_part.done":
-            assert (stage, event["part"]) == ("said", output[-1]["content"][0])
+            part = output[-1]["content"][0]
+            assert (stage, bare({"content": [event["part"]]})) == ("said", {"content": [part]})
+            stage = "whole"
+        elif kind == "function_call_arguments.delta":
+            assert stage in ("item", "called")
+            output[-1]["arguments"] += event["delta"]
+            stage = "called"
+        elif kind == "function_call_arguments.done":
+            told = (event["name"], event["arguments"])
+            assert (stage, *told) == ("called", output[-1]["name"], output[-1]["arguments"])
             stage = "whole"
         else:
             assert (kind, stage) == ("output_item.done", "whole")
             output[-1]["status"] = event["item"]["status"]
-            assert event["item"] == output[-1]
+            assert bare(event["item"]) == output[-1]
             stage = "closed"
         if kind != "output_item.added" and kind != "output_item.done":
             assert (event["item_id"], event["output_index"]) == (output[-1]["id"], len(output) - 1)
@@ -447,8 +476,17 @@ def built(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return output
 
 
+def bare(item: dict[str, Any]) -> dict[str, Any]:
+    """An item without the tokens' bytes, which events do not tell."""
+    return cast(dict[str, Any], json.loads(json.dumps(item), object_hook=lambda said: _without(said, "bytes")))
+
+
+def _without(said: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in said.items() if name != key}
+
+
 def unnamed(output: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in item.items() if key != "id"} for item in output]
+    return [{key: value for key, value in item.items() if key not in ("id", "call_id")} for item in output]
 
 
 @pytest.mark.parametrize(
@@ -459,7 +497,9 @@ def unnamed(output: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ({"background": True}, "keeps nothing"),
         ({"conversation": "c"}, "keeps nothing"),
         ({"prompt": {"id": "p"}}, "prompt: is not supported"),
-        ({"tools": [{"type": "web_search"}]}, "tools: is not supported"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type: Input should be 'function'"),
+        ({"top_logprobs": 2}, 'top_logprobs needs include: ["message.output_text.logprobs"]'),
+        ({"top_logprobs": 21, "include": ["message.output_text.logprobs"]}, "top_logprobs"),
         ({"text": {"format": {"type": "json_object"}}}, "text.format: structured output"),
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["file_search_call.results"]}, "include"),

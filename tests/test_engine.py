@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from ottava.checkpoint import safetensors
 from ottava.engine.evaluate import answer, evaluate, evaluate_folder, well_formed
 from ottava.engine.generate import ThinkBudget, choose, generate, uniform
-from ottava.engine.session import Engine, QueueFull, Reader, Sampling, Token
+from ottava.engine.session import Engine, Overdue, QueueFull, Reader, Sampling, Token
 from ottava.errors import CheckpointError, DataError, ResourceError
 from ottava.models.build import from_config
 from ottava.models.chat import Chat, write_tiny
@@ -485,6 +486,23 @@ def test_admission_is_bounded_and_room_is_given_back() -> None:
         time.sleep(0.01)
     engine.close()
     assert [item.id for item in done if isinstance(item, Token)] == [9, END] * 3
+
+
+def test_who_waits_too_long_is_sent_away() -> None:
+    """The reply that holds the slot goes on until the test ends it, so nothing depends on how fast that is."""
+    engine = Engine(Scripted(lambda _: [9] * 9, context=1 << 40), tiny_chat(), slots=1, queue=2, queue_s=0.05)
+    held = engine.submit([8], Sampling(1 << 40), lambda _: None)
+    arrived: SimpleQueue[Token | Exception | None] = SimpleQueue()
+    for _ in range(2):
+        engine.submit([8], Sampling(1), arrived.put)
+    assert [type(arrived.get(timeout=120)) for _ in range(2)] == [Overdue] * 2
+    assert engine.load_now == 1
+    held.cancel()
+    while engine.load_now:
+        time.sleep(0.01)
+    engine.queue_s = 0.0  # who need not wait never waits too long
+    assert len(list(engine.stream([8], Sampling(2)))) == 2
+    engine.close()
 
 
 def test_prompts_must_fit_the_context() -> None:

@@ -25,7 +25,7 @@ from benchmarks.gateway.bed import serving
 
 from ottava.engine import session
 from ottava.engine.generate import ThinkBudget
-from ottava.engine.session import Engine, Job, QueueFull, Sampling, Token
+from ottava.engine.session import Engine, Job, Overdue, QueueFull, Sampling, Token
 from ottava.errors import DataError, ResourceError
 from ottava.gateway.app import Gateway
 from ottava.gateway.backend import Backend
@@ -282,6 +282,25 @@ def test_admission_of_the_pool_is_bounded(folder: Path) -> None:
             async with asyncio.timeout(60):
                 while (await pool.children[0].ask(op="health"))["load"]:  # hanging up ended them there too
                     await asyncio.sleep(0.02)
+            assert len(tokens(await items(pool, ids, Sampling(3)))) == 3
+
+    asyncio.run(main())
+
+
+def test_who_waits_too_long_for_a_slot_is_sent_away(folder: Path) -> None:
+    ids = Chat.load(folder).render(USER, False)
+
+    async def main() -> None:
+        async with pool_of(folder, 1, slots=1, queue=2, queue_s=0.1) as pool:
+            child = pool.children[0]
+            child.busy += 1  # the slot is taken until the test gives it back
+            with pytest.raises(Overdue, match="no slot came free"):
+                await items(pool, ids, Sampling(1))
+            speakers = await asyncio.gather(*(items(pool, ids, Sampling(1)) for _ in range(2)), return_exceptions=True)
+            assert [type(one) for one in speakers] == [Overdue] * 2
+            assert (pool.load_now, pool.waiting) == (0, False)
+            pool.release(child)
+            pool.queue_s = 0.0  # who need not wait never waits too long
             assert len(tokens(await items(pool, ids, Sampling(3)))) == 3
 
     asyncio.run(main())

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from ottava.artifact import Artifact, file_digest
 from ottava.context import Context
-from ottava.engine.session import Engine
+from ottava.engine.session import Engine, Sampling
 from ottava.errors import DataError, PlatformError, ResourceError
 from ottava.gateway import modes, schema
 from ottava.gateway.app import Gateway
@@ -376,6 +376,20 @@ def test_other_paths_methods_and_types(taught: Gateway) -> None:
     assert (method.status_code, path.status_code, kind.status_code) == (405, 404, 415)
     for response in (method, path, kind):
         assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_who_waits_too_long_is_told_so() -> None:
+    engine = Engine(Scripted(lambda _: [9] * 9, context=1 << 40), tiny_chat(), slots=1, queue=3, queue_s=0.05)
+    held = engine.submit([8], Sampling(1 << 40), lambda _: None)
+    gateway = Gateway(engine, NAME)
+    refused = post(gateway, {"messages": USER})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert refused.json()["error"]["code"] == "queue_timeout"
+    said = post(gateway, {"messages": USER, "stream": True}).text  # its header was sent before
+    assert json.loads(said.splitlines()[-2].removeprefix("data: "))["error"]["code"] == "queue_timeout"
+    assert gateway.running == 0
+    held.cancel()
+    engine.close()
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:

@@ -16,14 +16,17 @@ import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import torch
+import uvicorn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -37,6 +40,8 @@ from ottava.gateway.child import Child, Patience
 from ottava.gateway.pool import Pool, places
 from tests.engines import models, survey
 
+from . import conform
+from . import test_mode_matrix as matrix
 from .test_chat import QWEN, byte_folder
 from .test_failover import items, moves, tokens
 from .test_gateway import NAME, URL
@@ -57,6 +62,7 @@ USER = [{"role": "user", "content": "the cat"}]
 END, ETHINK = 1, 3
 THOUGHT, SAID = 7, 9
 """The models below think for so many ids and then say so many, where nothing else is asked."""
+LIMIT = 40
 T = TypeVar("T")
 
 
@@ -86,8 +92,11 @@ class Loop:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
+    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(1500)
+        return self.begin(work).result(1500)
 
 
 @dataclass
@@ -226,33 +235,60 @@ def test_vllm_would_render_the_same_prompts(stage: Stage) -> None:
     assert stage.pool.chat.render(turns, True) != stage.pool.chat.render(turns, False)
 
 
-FORMS: dict[bool, list[dict[str, Any]]] = {
-    True: [{"thinking": {"type": "enabled"}}, {"reasoning_effort": "high"}, {"model": f"{NAME}-thinking"},
-           {"chat_template_kwargs": {"thinking": True}}, {"chat_template_kwargs": {"enable_thinking": True}}],
-    False: [{"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"}, {"model": f"{NAME}-direct"},
-            {"chat_template_kwargs": {"thinking": False}}, {"chat_template_kwargs": {"enable_thinking": False}}, {}],
-}  # fmt: skip
+@pytest.fixture(scope="module")
+def client(stage: Stage) -> Iterator[openai.OpenAI]:
+    """The official client of a gateway over a socket, on the loop on which the pool was started."""
+    server = uvicorn.Server(uvicorn.Config(Gateway(stage.pool, NAME).app(), port=0, log_level="error", lifespan="off"))
+    serving = stage.loop.begin(server.serve())
+    while not server.started:
+        assert not serving.done()
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    http = openai.DefaultHttpxClient(trust_env=False, event_hooks={"response": [conform.plain_hook]})
+    yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http, timeout=600)
+    server.should_exit = True
+    serving.result(60)
+
+
+def right(stage: Stage, thinking: bool) -> matrix.Said:
+    """The answer by way of ids: vLLM's own reply to the prompt of a mode, parted at </think> by hand."""
+    chat, ids = stage.pool.chat, stage.prompt(thinking)
+    said = [token.id for token in stage.say(ids, Sampling(LIMIT))]
+    reasoning, content = chat.split([i for i in said if i not in chat.stop_ids], thinking)
+    return matrix.Said(reasoning, content, len(ids), len(said), said.index(ETHINK) if thinking else 0)
+
+
+@pytest.mark.parametrize("endpoint", matrix.ENDPOINTS)
+def test_the_mode_matrix(stage: Stage, client: openai.OpenAI, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every form of the switch, both modes, asked as `tests/test_mode_matrix.py` asks our engines."""
+    for name, value in {"USER": USER, "QUESTION": USER[0]["content"], "LIMIT": LIMIT}.items():
+        monkeypatch.setattr(matrix, name, value)
+    stage.ready()
+    stage.prefer(stage.theirs)
+    wanted = {thinking: right(stage, thinking) for thinking in (True, False)}
+    assert wanted[True].reasoning
+    assert 0 < wanted[True].thought < wanted[True].total
+    assert wanted[True].content != wanted[False].content
+    monkeypatch.setattr(stage.ours, "generate", None)  # whatever reached it would fail
+    for form, on, more in matrix.CELLS:
+        assert matrix.ENDPOINTS[endpoint](client, more) == wanted[on], (form, more)
+    assert len(matrix.CELLS) == 22
+    if not endpoint.startswith("completions"):  # which are no turns where nobody asks
+        assert matrix.ENDPOINTS[endpoint](client, {}) == wanted[False]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("thinking", [True, False])
-def test_every_form_of_the_switch_in_both_modes(stage: Stage, thinking: bool, stream: bool) -> None:
-    """The oracle is vLLM's own reply to the ids of that mode, parted at </think> by hand."""
+def test_an_answer_says_why_it_ended_and_who_said_it(stage: Stage, thinking: bool, stream: bool) -> None:
     stage.prefer(stage.theirs)
     chat = stage.pool.chat
-    said = [token.id for token in stage.say(stage.prompt(thinking), Sampling(40))]
-    reasoning, content = chat.split([i for i in said if i not in chat.stop_ids], thinking)
+    said = [token.id for token in stage.say(stage.prompt(thinking), Sampling(LIMIT))]
     more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-    for form in FORMS[thinking]:
-        found = stage.loop.run(ask(stage.pool, max_tokens=40, **form, **more))
-        message = found["choices"][0]["message"]
-        assert (message["reasoning"], message["content"]) == (reasoning, content), form
-        assert found["usage"]["completion_tokens"] == len(said)
-        assert found["choices"][0]["finish_reason"] == ("stop" if said[-1] in chat.stop_ids else "length")
-        assert [one["backend"] for one in found["ottava"]["path"]] == [stage.theirs.place.name]
-    if thinking:
-        assert ETHINK in said  # or nothing was parted
-        assert reasoning
+    switch = {"type": "enabled" if thinking else "disabled"}
+    found = stage.loop.run(ask(stage.pool, max_tokens=LIMIT, thinking=switch, **more))
+    assert found["usage"]["completion_tokens"] == len(said)
+    assert found["choices"][0]["finish_reason"] == ("stop" if said[-1] in chat.stop_ids else "length")
+    assert [one["backend"] for one in found["ottava"]["path"]] == [stage.theirs.place.name]
 
 
 def test_a_budget_is_exact_in_ids(stage: Stage) -> None:

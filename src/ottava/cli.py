@@ -584,6 +584,15 @@ def serve(
     allow_other_values: AllowOther = False,
     slots: Annotated[int, typer.Option(min=1, help="Requests at a time of each backend.")] = 4,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; the next gets 503.")] = 16,
+    queue_wait: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Seconds that a request may wait for a slot, then it gets 503; by default --deadline."
+        ),
+    ] = None,
+    backend_wait: Annotated[
+        float, typer.Option(min=0, help="Seconds that a request waits for a backend while none runs, then it gets 503.")
+    ] = 60.0,
     keys: Annotated[Path | None, typer.Option(help="A file of NAME SHA256 lines: who may ask.")] = None,
     at_once: Annotated[int, typer.Option(min=0, help="Requests at a time of one key; 0: no limit.")] = 0,
     a_minute: Annotated[int, typer.Option(min=0, help="Requests a minute of one key; 0: no limit.")] = 0,
@@ -606,6 +615,7 @@ def serve(
 
     args = {"models": [str(model) for model in models], "port": port, "host": host, "name": name, "announce": True}
     args |= {"replicas": replicas, "labels": label or [], "policy": policy, "slots": slots, "queue": queue}
+    args |= {"queue_s": queue_wait, "wait_s": backend_wait}
     args |= {"reference": reference and str(reference), "canary": canary, "other_values": allow_other_values}
     args |= {"engines": engine or [], "vllm_python": vllm_python}
     args |= {"keys": keys and str(keys), "at_once": at_once, "a_minute": a_minute, "deadline_s": deadline}

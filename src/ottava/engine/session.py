@@ -9,8 +9,10 @@ refused at once, not kept waiting for ever.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -191,6 +193,13 @@ class QueueFull(ResourceError):
     """As many requests are waiting as may wait."""
 
 
+class Overdue(ResourceError):
+    """The request has waited as long as one may."""
+
+    def __init__(self, seconds: float):
+        super().__init__(f"no slot came free within {seconds:g} seconds", fix="try again in a second")
+
+
 Deliver = Callable[[Token | Exception | None], None]
 
 
@@ -200,6 +209,7 @@ class Job:
 
     pending: ids that the model has not read yet. forced: those with which the reply goes on, whatever would be chosen.
     produced: the reply's ids, those said before included. compiling: its grammar, which is made on a thread of its own.
+    until: how long it may wait for a slot, by the monotonic clock.
     """
 
     ids: Sequence[int]
@@ -214,6 +224,7 @@ class Job:
     cancelled: bool = False
     compiling: Future[Constraint] | None = None
     constraint: Constraint | None = None
+    until: float = math.inf
 
     def cancel(self) -> None:
         """Stop generating; what was not yet generated never is."""
@@ -221,15 +232,25 @@ class Job:
 
 
 class Engine:
-    """A model, its chat, and the one thread that runs it. slots: requests that advance together; queue: that may wait.
+    """A model, its chat, and the one thread that runs it. slots: requests that advance together; queue: that may wait;
+    queue_s: for so many seconds, then they get Overdue.
 
     invariant: whether the bits of an answer depend on its own ids alone (see `batched`); else requests take turns.
     """
 
-    def __init__(self, model: nn.Module, chat: Chat, *, slots: int = 4, queue: int = 16, consume: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        chat: Chat,
+        *,
+        slots: int = 4,
+        queue: int = 16,
+        queue_s: float = math.inf,
+        consume: bool = False,
+    ):
         """consume: the engine may take the model's weights apart; the model is of no use afterwards."""
         config: Any = model.config
-        self.chat, self.slots, self.queue = chat, slots, queue
+        self.chat, self.slots, self.queue, self.queue_s = chat, slots, queue, queue_s
         self.context = int(config.max_position_embeddings)
         self._runner: Runner = runner(model.eval(), consume=consume)
         self.invariant = self._runner.invariant
@@ -242,7 +263,15 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path | str, *, slots: int = 4, queue: int = 16, dtype: torch.dtype | None = None) -> Engine:
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        slots: int = 4,
+        queue: int = 16,
+        queue_s: float = math.inf,
+        dtype: torch.dtype | None = None,
+    ) -> Engine:
         """Load a Hugging Face folder; weights that it holds in FP8 stay so.
 
         dtype: of activations and cache. None: bfloat16 where `batched` knows the model, which otherwise is computed by
@@ -255,7 +284,7 @@ class Engine:
         if dtype is None:
             dtype = torch.bfloat16 if batched else torch.float32
         model = load(folder, dtype, "fp8" if batched else "exact")
-        return cls(model, Chat.load(folder), slots=slots, queue=queue, consume=True)
+        return cls(model, Chat.load(folder), slots=slots, queue=queue, queue_s=queue_s, consume=True)
 
     def submit(self, ids: Sequence[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int] = ()) -> Job:
         """Queue a request. `deliver` gets every Token on the engine's thread, then None, or the exception.
@@ -274,7 +303,8 @@ class Engine:
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         said = list(ids[len(ids) - sampling.said :])
         thinking = sampling.think is not None and sampling.think.end not in said
-        job = Job(ids, sampling, deliver, seed, list(ids), forced, produced=said, thinking=thinking)
+        until = time.monotonic() + self.queue_s
+        job = Job(ids, sampling, deliver, seed, list(ids), forced, produced=said, thinking=thinking, until=until)
         with self._changed:
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
             if self._closed:
@@ -351,13 +381,18 @@ class Engine:
             _give(job, ResourceError("the engine was closed"))
 
     def _admit(self) -> bool:
-        """Fill free slots in order of arrival; sleeps while there is nothing to do. False: closed."""
+        """Fill free slots in order of arrival and send away who waits too long; sleeps while there is nothing to do.
+        False: closed."""
         with self._changed:
             while not (self._active or self._closed or any(map(_ready, self._waiting))):
                 self._changed.wait()
             for job in [job for job in self._waiting if _ready(job)][: self.slots - len(self._active)]:
                 self._waiting.remove(job)
                 self._active.append(job)
+            now = time.monotonic()
+            for job in [job for job in self._waiting if _ready(job) and now > job.until]:
+                self._waiting.remove(job)
+                _give(job, Overdue(self.queue_s))
             return not self._closed
 
     def _advance(self, jobs: list[Job]) -> list[Job]:

@@ -28,7 +28,7 @@ from ottava.gateway import chat, completions, modes, openapi, responses, schema
 from ottava.gateway.keys import Keys, Turnstile
 from ottava.gateway.metrics import Metrics
 from ottava.gateway.pool import Pool
-from ottava.gateway.reply import Endpoint, Events, Reply, plain
+from ottava.gateway.reply import Endpoint, Events, Reply, plain, refusal
 from ottava.gateway.schema import ApiError, Asked
 
 ENDPOINTS = (chat.ENDPOINT, completions.ENDPOINT, responses.ENDPOINT)
@@ -129,12 +129,10 @@ class Gateway:
         except ApiError as error:
             status = error.status
             raise
-        except DataError as error:  # what no check could foresee: a schema that became too much in the middle
-            status = 400
-            raise ApiError(400, error.what) from None
         except OttavaError as error:
-            status = 503
-            raise ApiError(503, error.what, retry=1) from None
+            told = refusal(error)
+            status = told.status
+            raise told from None
         except ClientDisconnect:
             status = 499
             return Response(status_code=499)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
 from ottava.engine.session import Piece, Reader, Token
-from ottava.gateway.reply import Endpoint, Reply, Terms, event, finite, sampling, text_of
+from ottava.gateway.reply import Endpoint, Reply, Terms, TokenLogprob, event, sampling, told
 from ottava.gateway.schema import (
     MOST,
     ApiError,
@@ -36,6 +36,7 @@ from ottava.gateway.tools import (
     FormatObject,
     FormatSchema,
     MessageCall,
+    Named,
     Tools,
     wanted,
 )
@@ -121,20 +122,6 @@ class ChatRequest(Asked):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
-
-
-class Logprob(TypedDict):
-    """A token and its log-probability at temperature 1. bytes: null, as a token need not be whole characters."""
-
-    token: str
-    logprob: float
-    bytes: None
-
-
-class TokenLogprob(Logprob):
-    """A token of the content, and the likeliest ones in its place."""
-
-    top_logprobs: list[Logprob]
 
 
 class Logprobs(TypedDict):
@@ -228,11 +215,15 @@ def terms(request: ChatRequest, chat: Chat, thinking: bool | None) -> Terms:
     messages = [message.plain() for message in request.messages]
     limit = request.max_completion_tokens or request.max_tokens
     thinks = bool(thinking) and chat.think_end is not None
+    tools = [tool.function for tool in request.tools or ()]
+    choice = request.tool_choice.function if isinstance(request.tool_choice, Named) else request.tool_choice
     many = request.parallel_tool_calls is not False
     schema = _schema(request.response_format)
-    want = wanted(chat, thinks, schema, "response_format", request.tools or (), request.tool_choice, many)
+    want = wanted(chat, thinks, schema, "response_format", tools, choice, many, "tools.{}.function")
     how = sampling(request, chat, bool(thinking), limit, request.top_logprobs or 0)
     how = replace(how, grammar=want.grammar)
+    if request.logprobs:
+        _ = chat.pieces  # made here, on a thread, as it takes a while the first time
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     ids = chat.render(messages, bool(thinking), want.rendered)
     return Terms([ids], bool(thinking), how, stop, request.n or 1, offer=want.offer)
@@ -348,23 +339,11 @@ class ChatShape:
     def _told(self, tokens: Sequence[Token]) -> Logprobs | None:
         if not self._logprobs:
             return None
-        chat = self._reply.chat
-        content: list[TokenLogprob] = [
-            {
-                **_logprob(chat, token.id, token.logprob),
-                "top_logprobs": [_logprob(chat, *other) for other in token.top],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": [told(self._reply.chat, token) for token in tokens], "refusal": None}
 
 
 def _finish(reader: Reader) -> ChatFinish:
     return "tool_calls" if reader.called and reader.finish == "stop" else reader.finish
-
-
-def _logprob(chat: Chat, token: int, value: float) -> Logprob:
-    return {"token": text_of(chat, token), "logprob": finite(value), "bytes": None}
 
 
 ENDPOINT = Endpoint(

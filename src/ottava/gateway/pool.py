@@ -9,6 +9,7 @@ client has is what is sent.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ottava.engine.room import lacking
-from ottava.engine.session import QueueFull, Sampling, Token
+from ottava.engine.session import Overdue, QueueFull, Sampling, Token
 from ottava.errors import DataError, ResourceError, Verdict, check_folder
 from ottava.gateway.child import Check, Child, Lost, Patience, Place, unavailable
 from ottava.gateway.engines import EMBEDDED, KINDS, OURS, Choice
@@ -70,7 +71,8 @@ class Run:
 class Pool:
     """Backends that all hold one model. places: what to start; slots: requests at a time of each; queue: that wait.
 
-    wait_s: how long a request waits for a backend while none runs. check: raises an OttavaError where a backend may
+    queue_s: how many seconds they may wait for their first slot; wait_s: how long a request waits for a backend while
+    none runs. check: raises an OttavaError where a backend may
     not serve. chat: renders prompts, by default that of the first place. canary, to be set before the start: looks at
     what backends say; parity: what `check` found, to be told. To be used on the event loop on which it was started.
     """
@@ -81,6 +83,7 @@ class Pool:
         *,
         slots: int = 4,
         queue: int = 16,
+        queue_s: float = math.inf,
         wait_s: float = 60.0,
         policy: Policy = "balanced",
         patience: Patience | None = None,
@@ -93,7 +96,7 @@ class Pool:
         self.chat = chat or Chat.load(places[0].folder)
         self.canary: Canary | None = None
         self.parity: Parity | None = None
-        self.queue, self.wait_s, self.policy = queue, wait_s, policy
+        self.queue, self.queue_s, self.wait_s, self.policy = queue, queue_s, wait_s, policy
         self.failovers = 0
         self._sockets = Path(tempfile.mkdtemp(prefix="ottava-"))  # open to this user alone
         threads = threads or max(1, (os.cpu_count() or 1) // len(places))
@@ -218,12 +221,13 @@ class Pool:
     async def _place(self, sampling: Sampling, again: bool) -> Child:
         """A backend with a slot for us, by the policy. Who was moved goes before who waits for the first time."""
         deadline = time.monotonic() + self.wait_s
+        patience = math.inf if again else time.monotonic() + self.queue_s
         while (child := self._choose(sampling, first=again or not self._lines)) is None:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._lines.insert(0 if again else len(self._lines), turn)
             try:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(turn, 1.0)
+                    await asyncio.wait_for(turn, max(0.0, min(1.0, patience - time.monotonic())))
             finally:
                 self._lines.remove(turn)
             again = True  # having waited, it goes before who comes now
@@ -231,6 +235,8 @@ class Pool:
                 deadline = time.monotonic() + self.wait_s
             elif time.monotonic() > deadline:
                 raise unavailable(self.children)
+            if time.monotonic() > patience and self._choose(sampling, first=True) is None:
+                raise Overdue(self.queue_s)
         child.busy += 1
         return child
 

@@ -20,9 +20,10 @@ from typing import Any, Protocol
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+from typing_extensions import TypedDict
 
 from ottava.engine.generate import ThinkBudget
-from ottava.engine.session import Engine, Job, Offer, Piece, Reader, Sampling, Token
+from ottava.engine.session import Engine, Job, Offer, Overdue, Piece, Reader, Sampling, Token
 from ottava.errors import DataError, OttavaError
 from ottava.gateway.metrics import Metrics
 from ottava.gateway.pool import Item, Moved, Pool, Run
@@ -273,6 +274,39 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
+class Logprob(TypedDict):
+    """A token and its log-probability at temperature 1. bytes: the token's own, which need not be whole characters."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(Logprob):
+    """A token of the content, and the likeliest ones in its place."""
+
+    top_logprobs: list[Logprob]
+
+
+def told(chat: Chat, token: Token) -> TokenLogprob:
+    """What an answer says of a token where log-probabilities were asked for."""
+    top = [_logprob(chat, *other) for other in token.top]
+    return {**_logprob(chat, token.id, token.logprob), "top_logprobs": top}
+
+
+def _logprob(chat: Chat, token: int, value: float) -> Logprob:
+    text, pieces = text_of(chat, token), chat.pieces
+    spelt = pieces[token] if pieces is not None and token < len(pieces) else text.encode()
+    return {"token": text, "logprob": finite(value), "bytes": list(spelt)}
+
+
+def refusal(error: OttavaError) -> ApiError:
+    """What a client is told of a fault after its request was admitted."""
+    if isinstance(error, DataError):  # what no check could foresee: a schema that became too much in the middle
+        return ApiError(400, error.what)
+    return ApiError(503, error.what, code="queue_timeout" if isinstance(error, Overdue) else None, retry=1)
+
+
 async def plain(reply: Reply, shape: Shape, request: Request) -> Response:
     """The plain answer; the reply is closed. Raises ClientDisconnect when nobody is there to take it."""
     work = asyncio.create_task(_collect(reply))
@@ -333,8 +367,7 @@ async def _events(reply: Reply, shape: Shape) -> AsyncIterator[str]:
             for event in shape.finish(number) if piece is None else shape.piece(number, piece):
                 yield event
     except (OttavaError, ApiError) as error:
-        status = 400 if isinstance(error, DataError) else 503
-        for event in shape.failed(error if isinstance(error, ApiError) else ApiError(status, error.what)):
+        for event in shape.failed(error if isinstance(error, ApiError) else refusal(error)):
             yield event
         return
     for event in shape.end():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import socket
@@ -45,7 +46,7 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
     default the first): what backends are held against; other_values: one of other values may serve too; canary: the
     share of replies that is scored again (default `canary.SHARE`);
     name (default: the first folder's name); port (default 8000; 0 picks a free one);
-    host (default loopback); slots, queue (see Engine); max_body (bytes); deadline_s (of an answer);
+    host (default loopback); slots, queue, queue_s (see Engine); max_body (bytes); deadline_s (of an answer);
     keys: a file (see `keys`); at_once, a_minute: requests of one key (0: no limit); drain_s (default 60: what
     still runs then is cut off); ready: a file that gets {"port", "pid"} once the server listens;
     announce: say the address on stderr then; certificate (file) and trust (public keys): serve only a
@@ -82,7 +83,9 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     """One engine in this process, or backends in processes of their own."""
+    limit = args.get("queue_s")
     bounds = {"slots": args.get("slots", 4), "queue": args.get("queue", 16)}
+    bounds["queue_s"] = math.inf if limit is None else limit
     replicas = args.get("replicas")
     chosen = engines.choices(args.get("engines") or (), folders, args.get("vllm_python"))
     ours = all(choice.kind == engines.EMBEDDED for choice in chosen)

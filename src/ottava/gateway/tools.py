@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ottava.engine.session import Offer
 from ottava.errors import DataError
-from ottava.gateway.schema import ApiError, Ignored, Strict
+from ottava.gateway.schema import ApiError, Ignored, Strict, Unsupported
 from ottava.models import constrain
 from ottava.models.chat import NO_TOOLS, Chat
 
@@ -38,10 +38,23 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    """A tool; functions are the only ones."""
+    """A tool of a chat; functions are the only ones."""
 
     type: Literal["function"]
     function: Function
+
+
+class _OfType(Strict):
+    type: Literal["function"]  # looked at first: of another type, all else is of no interest
+
+
+class FlatTool(Function, _OfType):
+    """The same as responses write it. There a function is strict unless that is denied, as in OpenAI's API."""
+
+    strict: Annotated[bool | None, AfterValidator(lambda said: said is not False)] = True
+    defer_loading: Unsupported = None
+    allowed_callers: Ignored = None
+    output_schema: Ignored = None
 
 
 class NamedFunction(Strict):
@@ -57,8 +70,17 @@ class Named(Strict):
     function: NamedFunction
 
 
+class FlatNamed(NamedFunction):
+    """The same as responses write it."""
+
+    type: Literal["function"]
+
+
 Tools = Annotated[list[Tool], Field(max_length=MOST_TOOLS)]
-Choice = Literal["none", "auto", "required"] | Named
+FlatTools = Annotated[list[FlatTool], Field(max_length=MOST_TOOLS)]
+HowMany = Literal["none", "auto", "required"]
+Choice = HowMany | Named
+FlatChoice = HowMany | FlatNamed
 
 
 class MessageFunction(Strict):
@@ -128,17 +150,19 @@ def wanted(
     thinking: bool,
     schema: Schema | None,
     where: str,
-    tools: Sequence[Tool] = (),
-    choice: Choice | None = None,
+    tools: Sequence[Function] = (),
+    choice: HowMany | NamedFunction | None = None,
     many: bool = True,
+    place: str = "tools.{}",
 ) -> Wanted:
-    """schema: of the content, which the field `where` asks for; many: several calls may follow each other.
+    """schema: of the content, which the field `where` asks for; many: several calls may follow each other; place: the
+    field of a tool's function, by the tool's number.
 
     Raises ApiError.
     """
     after = chat.think_end if thinking else None
     if choice == "none":
-        _check_tools(tools)
+        _check_tools(tools, place)
         tools = ()
     elif not tools and choice not in (None, "auto"):
         raise ApiError(400, "tool_choice: there are no tools to choose from", param="tool_choice")
@@ -153,24 +177,29 @@ def wanted(
         return Wanted(grammar=_checked(chat, spec, where))
     if not tools:
         return Wanted()
-    _check_tools(tools)
+    _check_tools(tools, place)
     if chat.calls is None:
         raise ApiError(400, f"tools: {NO_TOOLS}", param="tools")
     form = chat.calls[0]
-    rendered = [tool.model_dump(exclude_unset=True, exclude={"function": {"strict"}}) for tool in tools]
-    offer = Offer(form, frozenset(tool.function.name for tool in tools))
+    rendered = [{"type": "function", "function": _rendered(tool)} for tool in tools]
+    offer = Offer(form, frozenset(tool.name for tool in tools))
     called = tools
-    if isinstance(choice, Named):
-        called, many = [tool for tool in tools if tool.function.name == choice.function.name], False
+    if isinstance(choice, NamedFunction):
+        called, many = [tool for tool in tools if tool.name == choice.name], False
         if not called:
-            what = f"tool_choice: no tool has the name {choice.function.name!r}"
-            raise ApiError(400, what, param="tool_choice")
+            raise ApiError(400, f"tool_choice: no tool has the name {choice.name!r}", param="tool_choice")
     free = choice in (None, "auto")
-    if free and many and not any(tool.function.strict for tool in tools):
+    if free and many and not any(tool.strict for tool in tools):
         return Wanted(rendered, offer)
-    arguments = {tool.function.name: _held_to(tool.function, free) for tool in called}
+    arguments = {tool.name: _held_to(tool, free) for tool in called}
     spec = constrain.spec_of_calls(form, arguments, many=many, free=free, after=after)
     return Wanted(rendered, offer, _checked(chat, spec, "tools"))
+
+
+def _rendered(function: Function) -> dict[str, Any]:
+    """As templates take it: what is null was not said."""
+    said = {"name": function.name, "description": function.description, "parameters": function.parameters}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _held_to(function: Function, free: bool) -> Schema:
@@ -188,20 +217,20 @@ def _checked(chat: Chat, spec: str, param: str) -> str:
     return spec
 
 
-def _check_tools(tools: Sequence[Tool]) -> None:
+def _check_tools(tools: Sequence[Function], place: str) -> None:
     names: set[str] = set()
     size = 0
     for number, tool in enumerate(tools):
-        where = f"tools.{number}.function"
-        if tool.function.name in names:
-            raise ApiError(400, f"{where}.name: {tool.function.name!r} is there twice", param="tools")
-        names.add(tool.function.name)
-        if tool.function.parameters is None:
+        where = place.format(number)
+        if tool.name in names:
+            raise ApiError(400, f"{where}.name: {tool.name!r} is there twice", param="tools")
+        names.add(tool.name)
+        if tool.parameters is None:
             continue
-        size += check_schema(tool.function.parameters, f"{where}.parameters")
+        size += check_schema(tool.parameters, f"{where}.parameters")
         if size > constrain.LARGEST:
             raise ApiError(400, f"tools: their schemas have more than {constrain.LARGEST} characters", param="tools")
-        if tool.function.parameters and tool.function.parameters.get("type") != "object":
+        if tool.parameters and tool.parameters.get("type") != "object":
             raise ApiError(400, f'{where}.parameters: the type has to be "object"', param="tools")
 
 

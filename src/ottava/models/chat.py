@@ -124,6 +124,13 @@ class Chat:
 
         return vocabulary(self)
 
+    @functools.cached_property
+    def pieces(self) -> list[bytes] | None:
+        """What each id adds to a text, in bytes; None where that depends on the ids around it."""
+        from ottava.models.constrain import pieces
+
+        return pieces(self.tokenizer)
+
     def text(
         self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> str:

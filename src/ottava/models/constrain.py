@@ -22,6 +22,8 @@ from ottava.errors import DataError
 from ottava.models.tools import FORMS, Form
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from ottava.models.chat import Chat
 
 LARGEST = 1 << 16
@@ -232,15 +234,22 @@ class _Vocabulary:
 
 
 def token_bytes(chat: Chat) -> list[bytes]:
-    """What each id adds to a text. Raises DataError where that depends on the ids around it."""
-    decoder = json.loads(chat.tokenizer.to_str())["decoder"] or {}
-    kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part}
-    if not kinds or kinds - {"ByteLevel", "Fuse", "ByteFallback", "Replace", "Strip", "Metaspace"}:
+    """`chat.pieces`. Raises DataError where there are none."""
+    if chat.pieces is None:
         raise DataError(
             "structured output is not possible with this model's tokenizer: its tokens are not pieces of text"
         )
-    words = chat.tokenizer.get_vocab(with_added_tokens=True)
-    added = {token.content for token in chat.tokenizer.get_added_tokens_decoder().values()}
+    return chat.pieces
+
+
+def pieces(tokenizer: Tokenizer) -> list[bytes] | None:
+    """What each id adds to a text; None where that depends on the ids around it. To be kept: see `Chat.pieces`."""
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part}
+    if not kinds or kinds - {"ByteLevel", "Fuse", "ByteFallback", "Replace", "Strip", "Metaspace"}:
+        return None
+    words = tokenizer.get_vocab(with_added_tokens=True)
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     found = [b""] * (max(words.values()) + 1)
     for word, number in words.items():
         if "ByteLevel" in kinds:
