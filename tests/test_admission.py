@@ -19,7 +19,7 @@ from ottava.gateway import patience
 from ottava.gateway.app import Gateway
 from ottava.gateway.keys import VARIABLE, Keys, Turnstile
 from ottava.gateway.schema import ApiError
-from ottava.gateway.server import _Server
+from ottava.gateway.server import _Server, serve
 
 from .test_engine import tiny_chat
 from .test_gateway import NAME, URL, USER, post, session, student
@@ -223,3 +223,22 @@ def test_slow_and_silent_clients_are_let_go(monkeypatch: pytest.MonkeyPatch) -> 
     assert b" 408 " in results[3][1]
     assert b" 200 " in results[4][1]
     engine.close()
+
+
+def test_white_space_around_the_environments_keys_is_no_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, f"{'x' * 16}, {'y' * 20}\n")
+    keys = Keys.read(None)
+    assert {keys.owner(f"Bearer {key}") for key in ("x" * 16, "y" * 20)} == {"environment-1", "environment-2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [({"host": ""}, "--host"), ({"policy": "nearest"}, "--policy"), ({"reference": "other"}, "--reference")],
+)
+def test_an_option_is_refused_also_where_one_engine_would_not_use_it(
+    change: dict[str, Any], where: str, tmp_path: Path
+) -> None:
+    """An empty host would be every address of the machine; a misspelt policy was taken without a word."""
+    with pytest.raises(DataError) as caught:
+        serve({"model": str(tmp_path), "port": 0, **change})
+    assert caught.value.where == where

@@ -30,7 +30,7 @@ from ottava.errors import DataError, PlatformError, ResourceError
 from ottava.gateway import modes, schema
 from ottava.gateway.app import Gateway
 from ottava.gateway.chat import ChatRequest
-from ottava.gateway.client import ask
+from ottava.gateway.client import KEY, ask
 from ottava.gateway.schema import ApiError
 from ottava.gateway.server import serve
 from ottava.journal import Journal
@@ -734,3 +734,29 @@ def test_the_stage_says_no_when_the_stream_differs_or_the_drain_fails(
     done = stage.run(spec, {"convert": artifact_of(folder.parent, "convert")}, context_of(tmp_path, launcher))
     assert (done.summary["streamed"], done.summary["drained"]) == (broken != "_stream", broken != "_drained")
     assert done.manifest["verdict"] is False
+
+
+def test_the_command_asks_with_the_key_of_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused without it; the address may be OpenAI's base. The key is in no message."""
+    seen: list[tuple[str, str | None]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append((request.url.path, request.headers.get("authorization")))
+        if seen[-1][1] != "Bearer right-key":
+            return httpx.Response(401, json=ApiError(401, "no valid key").body())
+        return httpx.Response(200, text='data: {"choices": [{"delta": {"content": "6"}}]}\n\ndata: [DONE]\n\n')
+
+    whole = httpx.Client
+    monkeypatch.setattr(httpx, "Client", lambda **how: whole(transport=httpx.MockTransport(answer), **how))
+    monkeypatch.delenv(KEY, raising=False)
+    with pytest.raises(DataError, match="without a key") as caught:
+        list(ask("http://here", QUESTION))
+    assert KEY in (caught.value.fix or "")
+    for wrong in ("wrong-kéy", "wrong\nkey"):
+        monkeypatch.setenv(KEY, wrong)
+        with pytest.raises(DataError, match="ASCII") as caught:
+            list(ask("http://here", QUESTION))
+        assert "wrong" not in caught.value.render()
+    monkeypatch.setenv(KEY, " right-key\n")
+    assert list(ask("http://here/v1/", QUESTION)) == [("content", "6")]
+    assert seen == [("/v1/chat/completions", None), ("/v1/chat/completions", "Bearer right-key")]

@@ -652,7 +652,10 @@ def chat(
     url: Annotated[str, typer.Option(help="A server started with ottava serve.")] = "http://127.0.0.1:8000",
     thinking: Annotated[bool | None, typer.Option("--thinking/--direct", help="Reason first or not.")] = None,
 ) -> None:
-    """Ask a server and print the answer as it comes, reasoning first; without a QUESTION, talk with it."""
+    """Ask a server and print the answer as it comes, reasoning first; without a QUESTION, talk with it.
+
+    The server's key, where it wants one, is read from the environment variable OTTAVA_API_KEY.
+    """
     from ottava.errors import DataError
     from ottava.gateway.client import ask
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -12,25 +13,32 @@ from ottava.errors import DataError, ResourceError
 
 Part = Literal["reasoning", "content"]
 
+KEY = "OTTAVA_API_KEY"
+"""The environment variable with the key, where the server wants one; on a command line everybody could read it."""
+
 
 def ask(
     url: str, text: str, thinking: bool | None = None, *, earlier: Sequence[dict[str, Any]] = ()
 ) -> Iterator[tuple[Part, str]]:
     """Ask a server and yield (part, text) as the answer comes.
 
-    url: the server's root, as http://127.0.0.1:8000. thinking None: the server's default. earlier: the
-    turns before this one. Raises DataError where the address is none or the request is refused,
-    ResourceError where nobody answers.
+    url: the server's root, as http://127.0.0.1:8000, with or without /v1. The key is that of KEY.
+    thinking None: the server's default. earlier: the turns before this one. Raises DataError where the
+    address is none or the request is refused, ResourceError where nobody answers.
     """
     body: dict[str, Any] = {"messages": [*earlier, {"role": "user", "content": text}], "stream": True}
     if thinking is not None:
         body["thinking"] = {"type": "enabled" if thinking else "disabled"}
     _require_address(url)
-    where = f"{url.rstrip('/')}/v1/chat/completions"
+    where = f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):  # the client's own message would hold the key
+        raise DataError("a key is printable ASCII", where=KEY, fix="put the key into it that the server knows")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         with (
             httpx.Client(trust_env=False, timeout=httpx.Timeout(10.0, read=None)) as client,
-            client.stream("POST", where, json=body) as response,
+            client.stream("POST", where, json=body, headers=headers) as response,
         ):
             if response.status_code != 200:
                 response.read()
@@ -72,5 +80,9 @@ def _refusal(response: httpx.Response, where: str) -> DataError | ResourceError:
     except (ValueError, KeyError, TypeError):
         message = f"the server answered {response.status_code}"
     kind = ResourceError if response.status_code >= 500 else DataError
+    if response.status_code == 401:
+        return DataError(
+            "the server takes no question without a key that it knows", where=where, fix=f"put it into {KEY}"
+        )
     what, _, fix = str(message).partition("\n")  # as `Gateway` puts a mend below what happened
     return kind(what, where=where, fix=fix or None)

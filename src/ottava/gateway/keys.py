@@ -30,7 +30,7 @@ class Keys:
     def read(cls, path: Path | None) -> Keys:
         """The keys of a file (lines of a name and 64 hexadecimal digits) and of the environment. Raises DataError."""
         found = {} if path is None else _lines(path)
-        for number, key in enumerate(filter(None, os.environ.pop(VARIABLE, "").split(",")), 1):
+        for number, key in enumerate(filter(None, map(str.strip, os.environ.pop(VARIABLE, "").split(","))), 1):
             if len(key) < SHORTEST:
                 raise DataError(
                     f"key {number} is shorter than {SHORTEST} characters", where=VARIABLE, fix="longer keys"

@@ -91,8 +91,7 @@ class Pool:
         threads: int | None = None,
         chat: Chat | None = None,
     ):
-        if policy not in POLICIES:
-            raise DataError(f"no such policy: {policy}", where="--policy", fix=", ".join(POLICIES))
+        require_policy(policy)
         self.chat = chat or Chat.load(places[0].folder)
         self.canary: Canary | None = None
         self.parity: Parity | None = None
@@ -265,6 +264,12 @@ class Pool:
         for turn in self._lines[:free]:
             if not turn.done():
                 turn.set_result(None)
+
+
+def require_policy(policy: str) -> None:
+    """Raise DataError where it is none of `POLICIES`."""
+    if policy not in POLICIES:
+        raise DataError(f"no such policy: {policy}", where="--policy", fix=", ".join(POLICIES))
 
 
 def places(

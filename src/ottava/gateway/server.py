@@ -29,7 +29,7 @@ from ottava.gateway.child import Patience
 from ottava.gateway.keys import Keys, Turnstile
 from ottava.gateway.parity import Parity
 from ottava.gateway.patience import PatientProtocol
-from ottava.gateway.pool import Pool, places
+from ottava.gateway.pool import Pool, places, require_policy
 from ottava.gateway.progress import loading
 from ottava.models.chat import Chat
 from ottava.verify.certificate import check
@@ -86,10 +86,14 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     limit = args.get("queue_s")
     bounds = {"slots": args.get("slots", 4), "queue": args.get("queue", 16)}
     bounds["queue_s"] = math.inf if limit is None else limit
-    replicas = args.get("replicas")
+    replicas, policy = args.get("replicas"), args.get("policy", "balanced")
+    require_policy(policy)
     chosen = engines.choices(args.get("engines") or (), folders, args.get("vllm_python"))
     ours = all(choice.kind == engines.EMBEDDED for choice in chosen)
     if replicas is None and len(folders) == 1 and not args.get("labels") and ours:
+        if args.get("reference"):
+            fix = "add --replicas 1, or ask ottava verify, which compares two folders"
+            raise DataError("one engine in this process is held against nothing", where="--reference", fix=fix)
         layouts.read_config(folders[0])  # what is no model is said before anything is announced
         with loading(folders[0].name) if args.get("announce") else nullcontext():
             return Engine.load(folders[0], **bounds)
@@ -99,7 +103,7 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     patience = Patience(**args.get("patience") or {})
     reference = Path(args.get("reference") or folders[0])
     check = Parity(reference, args.get("other_values", False), patience)
-    policy, wait_s = args.get("policy", "balanced"), args.get("wait_s", 60.0)
+    wait_s = args.get("wait_s", 60.0)
     chat = Chat.load(reference)
     pool = Pool(found, **bounds, policy=policy, patience=patience, wait_s=wait_s, check=check, chat=chat)
     pool.parity = check
@@ -136,6 +140,8 @@ def _key(given: str) -> str:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket; clients that come early wait in its backlog."""
+    if not host.strip():  # the system would take it for every address of the machine
+        raise DataError("an empty name is no address", where="--host", fix=f"name one, such as {LOOPBACK}")
     # The protocol is named, or asyncio leaves Nagle's algorithm on: 40 ms between a header and its body.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
