@@ -261,7 +261,17 @@ BROKEN = [
     ("jsonl", json.dumps(BARE | {"votes": [{"answer": "x"}]}), "names its annotator"),
     ("jsonl", json.dumps(BARE | {"votes": [{"when": 1}]}), "unknown field"),
     ("jsonl", json.dumps(BARE | {"votes": [{"annotator": "x", "ms": True}]}), "ms cannot be"),
+    ("jsonl", json.dumps(BARE | {"source": "\ud800"}), "source must be a text"),
+    ("jsonl", json.dumps(BARE | {"decisions": [{}]}), "a decision has its answer"),
+    ("jsonl", json.dumps(BARE | {"decisions": [{"answer": "x"}]}), "a decision has its method"),
+    ("jsonl", json.dumps(BARE | {"decisions": [{"answer": "x", "method": "m", "error": float("nan")}]}), "a share"),
+    ("jsonl", json.dumps(BARE | {"decisions": [{"answer": "x", "method": "m", "error": 10**400}]}), "a share"),
+    ("jsonl", json.dumps(BARE | {"decisions": [{"answer": "x", "method": "m", "votes": ["\ud800"]}]}), "by their ids"),
+    ("jsonl", json.dumps({"ottava_labels": 1, "guidelines": {"9" * 5000: "x"}}), "texts by version"),
     ("labelstudio", "{}", "no list of tasks"),
+    ("labelstudio", '[{"id": 1, "data": {"text": "x"}, "annotations": 3}]', "not Label Studio"),
+    ("labelstudio", '[{"id": 1, "data": {"text": "x"}, "annotations": [{"result": 3}]}]', "not Label Studio"),
+    ("argilla", '[{"id": "a", "fields": {"text": "x"}, "responses": 3}]', "not Argilla"),
     ("labelstudio", "nonsense", "not JSON"),
     ("labelstudio", '[{"id": 1}]', "a task is an object with data"),
     ("labelstudio", '[{"id": 1, "data": {"image": "x"}}]', "no field holds a question"),
@@ -282,6 +292,82 @@ def test_broken_files_are_refused_and_leave_nothing(form: str, text: str, said: 
         commands.take(store, path, form, None)
     assert str(path) in (refusal.value.where or "")
     assert {file.name for file in tmp_path.iterdir()} <= {path.name, "labels.db.lock"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(BARE | {"votes": [{"annotator": "\ud800", "answer": "x"}]}),
+        json.dumps(BARE | {"decisions": [{"answer": "x", "method": "\ud800"}]}),
+        json.dumps({"ottava_labels": 1, "guidelines": {"1": "\ud800"}}) + "\n" + json.dumps(BARE),
+        json.dumps({"ottava_labels": 1, "certificates": [{"by": "\ud800"}]}) + "\n" + json.dumps(BARE),
+    ],
+)
+def test_half_a_letter_is_refused_and_leaves_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(Refusal, match="nothing was taken"):
+        commands.take(tmp_path / "labels.db", tmp_path / "x.jsonl", None, None)
+    assert not (tmp_path / "labels.db").exists()
+
+
+def test_a_refused_file_leaves_no_guideline_behind(full: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({"id": "r", "kind": "text", "content": {"question": "another"}}))
+    (tmp_path / "guide.txt").write_text("Another guideline.")
+    with Store.read(full) as store:
+        before = store.guideline()
+    with pytest.raises(Refusal):
+        commands.take(full, tmp_path / "x.jsonl", None, tmp_path / "guide.txt")
+    with Store.read(full) as store:
+        assert store.guideline() == before
+
+
+def test_what_another_process_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two first imports at once: the one that is refused does not take the other's store with it."""
+    store, mine = tmp_path / "labels.db", tmp_path / "mine.jsonl"
+    mine.write_text(json.dumps({"id": "r", "kind": "text", "content": {"question": "another"}}))
+    write = Store.write
+
+    def late(path: Path, create: bool = False) -> Store:
+        monkeypatch.setattr(Store, "write", write)
+        make(path)  # between the look whether there is a store, and the lock
+        return write(path, create)
+
+    monkeypatch.setattr(Store, "write", late)
+    with pytest.raises(Refusal, match="another one"):
+        commands.take(store, mine, None, None)
+    with Store.read(store) as opened:
+        assert opened.count("items") == len(ITEMS)
+
+
+def test_votes_without_ids_are_told_apart_by_their_items(tmp_path: Path) -> None:
+    """Two files with the same answer in the same line are two votes; the same item in another line is the same one."""
+    one, two = (json.dumps(BARE | {"id": k, "votes": [{"annotator": "ann", "answer": "x"}]}) for k in "ab")
+    found = []
+    for text in (one, two, f"{two}\n{one}"):
+        (tmp_path / "x.jsonl").write_text(text)
+        found.append(commands.take(tmp_path / "labels.db", tmp_path / "x.jsonl", None, None))
+    assert [said["votes"] for said in found] == [1, 1, 0]
+    assert found[2]["known votes"] == 2
+
+
+def test_an_export_never_replaces_a_store(full: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(full)
+    for out in (full, tmp_path / "link.jsonl"):
+        with pytest.raises(DataError, match="would lose every vote"):
+            commands.give(full, out, "jsonl", None)
+    assert commands.give(full, tmp_path / "x.jsonl", None, None)["votes"] == len(ANSWERS)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a":' * 100_000])
+def test_a_certificate_that_is_none_is_refused(text: str, full: Path, tmp_path: Path) -> None:
+    (tmp_path / "certificate.json").write_text(text)
+    with pytest.raises(DataError, match="JSON"):
+        commands.give(full, tmp_path / "x.jsonl", None, tmp_path / "certificate.json")
+    (tmp_path / "certificate.json").write_text('{"error_upper_95": 0.01}')
+    with pytest.raises(DataError, match="no format"):
+        commands.give(full, tmp_path / "x.jsonl", "excel", tmp_path / "certificate.json")
+    with Store.read(full) as store:
+        assert store.count("certificates") == 1
 
 
 def test_a_torn_parquet_file(full: Path, tmp_path: Path) -> None:

@@ -564,3 +564,17 @@ def test_every_kind_of_world_at_full_size(name: str) -> None:
     assert result["accused"] <= 2
     assert result["error"] <= result["error_2+1"]
     assert result["low"] >= 1.0
+
+
+def test_a_rare_class_makes_nobody_a_guesser() -> None:
+    """Where one item in twenty is of a class, honest people are hardly above chance; all were shut out once."""
+    truth = Truth(Kind(items=2000, skew=0.95), 1)
+    run = Policy(truth.world, 0.03).run()
+    try:
+        ask = next(run)
+        while True:
+            ask = run.send(truth.vote(ask.item, ask.person, ask.blind))
+    except StopIteration as end:
+        done = end.value
+    assert float((done.decisions != truth.truth).mean()) < 0.03
+    assert sum(one.ignore for one in done.found) <= len(truth.world.annotators) / 2

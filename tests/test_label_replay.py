@@ -193,6 +193,26 @@ def test_forecasts_go_to_standard_error_and_change_nothing(tmp_path: Path) -> No
         assert sorted(one["date"]) == one["date"]
 
 
+def test_who_holds_the_truth_dies(small: Path) -> None:
+    """Nothing was decided, and the exit code says so: 0 is for a run that came to its end."""
+    with subprocess.Popen(
+        [*COMMAND, str(small), "--target-error", "0.05"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write(b'{"vote": null}\n' * 10)
+        process.stdin.flush()
+        said = process.stderr.read().decode()
+        assert process.wait(60) == 2
+    assert "nothing is decided" in said
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+
+
 def test_null_votes_for_ever_end_the_run(small: Path) -> None:
     done = subprocess.run(
         [*COMMAND, str(small), "--target-error", "0.05"], input=b'{"vote": null}\n' * 1000, capture_output=True
@@ -212,6 +232,8 @@ def test_null_votes_for_ever_end_the_run(small: Path) -> None:
         ({"nobody": 3}, "seconds is an object"),
         ({"x": 0}, "a number above 0 is wanted, not 0"),
         ({"x": "3"}, "a number above 0 is wanted"),
+        ({"x": 10**400}, "a number above 0 is wanted"),
+        ({"x": 1e308}, "a number above 0 is wanted"),
         ({"x": True}, "a number above 0 is wanted"),
     ],
 )

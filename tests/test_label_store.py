@@ -285,3 +285,12 @@ class Voting(RuleBasedStateMachine):
 
 
 TestVoting = Voting.TestCase
+
+
+def test_a_row_that_cannot_be_stored_takes_no_other_with_it(path: Path) -> None:
+    """One client's nonsense is refused alone; the votes of others in the same write are kept."""
+    with Store.write(path) as store:
+        said = store.add_all([vote("uid-a"), vote("uid-b", who="bob", guideline=10**30), vote("uid-c", who="\ud800")])
+        assert said[0] is True
+        assert all(isinstance(one, Refusal) for one in said[1:])
+        assert store.count("live") == 1

@@ -835,6 +835,7 @@ def label_replay(
     """Run the labelling policy on a world: asks for votes on standard output, reads them from standard input.
 
     See docs/labels.md for the lines."""
+    from ottava.errors import DataError
     from ottava.labels import replay
     from ottava.labels import world as worlds
 
@@ -842,7 +843,12 @@ def label_replay(
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
-    done = replay.replay(worlds.read(world), target_error, sys.stdin.buffer.readline, say, seed, _aside)
+    try:
+        done = replay.replay(worlds.read(world), target_error, sys.stdin.buffer.readline, say, seed, _aside)
+    except BrokenPipeError:  # elsewhere a reader may have had enough; here nothing is decided without one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        what = "nobody reads the questions any more: nothing is decided"
+        raise DataError(what, where="standard output", fix="keep both ends open until the line with 'done'") from None
     typer.echo(replay.told(done), err=True)
 
 

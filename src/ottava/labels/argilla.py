@@ -78,7 +78,10 @@ def from_json(path: Path) -> Dump:
     records = read_list(path, "records")
     guidelines: dict[int, str] = {}
     certificates: tuple[dict[str, Any], ...] = ()
-    seen = _classes(records)
+    try:
+        seen = _classes(records)
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"this is not Argilla's form: {error!r}"[:160], where=path) from None
     entries = []
     for number, record in enumerate(records):
         where = f"{path} record {number + 1}"

@@ -12,7 +12,7 @@ from typing import Any
 from ottava.errors import DataError, check_file
 from ottava.labels import exchange
 from ottava.labels.questions import Answer, written
-from ottava.labels.store import Decision, Store, now
+from ottava.labels.store import TABLES, Decision, Store, is_store, now
 
 
 def take(store: Path, file: Path, form: str | None, guideline: Path | None) -> dict[str, Any]:
@@ -20,27 +20,28 @@ def take(store: Path, file: Path, form: str | None, guideline: Path | None) -> d
     content = exchange.read(file, form or exchange.form_of(file))
     text = _text(guideline) if guideline else None
     fresh = not store.exists()
-    try:
-        with Store.write(store, create=True) as target:
-            if text is not None:
-                target.add_guideline(text)
-            counts = exchange.load(target, content, exchange.origin(file))
+    with Store.write(store, create=True) as target:
+        try:
+            counts = exchange.load(target, content, exchange.origin(file), text)
             return {"items": counts.items, "votes": counts.votes, "known votes": counts.known,
                     "decisions": counts.decisions, "items in all": target.count("items")}  # fmt: skip
-    except DataError:
-        if fresh:
-            for suffix in ("", "-wal", "-shm"):
-                store.with_name(store.name + suffix).unlink(missing_ok=True)
-        raise
+        except BaseException:
+            # under the lock: what another process has put there meanwhile stays
+            if fresh and not any(map(target.count, TABLES)):
+                target.db.close()
+                for suffix in ("", "-wal", "-shm"):
+                    store.with_name(store.name + suffix).unlink(missing_ok=True)
+            raise
 
 
 def give(store: Path, out: Path, form: str | None, certificate: Path | None) -> dict[str, Any]:
     """Export to a file or folder."""
-    form = form or exchange.form_of(out)
+    form = exchange.known(form or exchange.form_of(out))
+    if is_store(out):
+        what = "this is a store: an export in its place would lose every vote in it"
+        raise DataError(what, where=out, fix="name another file to write")
     if certificate is not None:
-        document = json.loads(_text(certificate))
-        if not isinstance(document, dict):
-            raise DataError("a certificate is a JSON object", where=certificate)
+        document = _certificate(certificate)
         with Store.write(store) as target:
             target.add_certificate(document)
     with Store.read(store) as source:
@@ -146,6 +147,16 @@ def told(found: dict[str, Any]) -> str:
         words = (at[:19], event["what"], event["who"] or "", says, took, under, blind, of, origin)
         lines.append("  " + "  ".join(filter(None, words)))
     return "\n".join(lines)
+
+
+def _certificate(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"this is not JSON: {error}", where=path) from None
+    if not isinstance(document, dict):
+        raise DataError("a certificate is a JSON object", where=path)
+    return document
 
 
 def _text(path: Path) -> str:

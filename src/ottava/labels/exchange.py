@@ -82,13 +82,19 @@ def dump(store: Store) -> Dump:
     return Dump(guidelines, tuple(certificates), tuple(entries))
 
 
-def load(store: Store, content: Dump, origin: str) -> Counts:
-    """Add what is new, all of it or nothing. Raises Refusal naming what contradicts the store."""
+def load(store: Store, content: Dump, origin: str, guideline: str | None = None) -> Counts:
+    """Add what is new, all of it or nothing; guideline: a text that comes with it. Raises Refusal naming what
+    contradicts the store."""
     items = votes = known = decisions = 0
     with store.together():
-        versions = {version: store.add_guideline(text) for version, text in sorted(content.guidelines.items())}
-        for document in content.certificates:
-            store.add_certificate(document)
+        try:
+            if guideline is not None:
+                store.add_guideline(guideline)
+            versions = {version: store.add_guideline(text) for version, text in sorted(content.guidelines.items())}
+            for document in content.certificates:
+                store.add_certificate(document)
+        except Refusal as refusal:
+            raise Refusal(refusal.code, f"{refusal.what}; nothing was taken", where=origin) from None
         for entry in content.entries:
             try:
                 items += store.add_items([entry.item], origin)
@@ -112,7 +118,7 @@ def write(content: Dump, path: Path, form: str) -> None:
         "jsonl": to_lines, "parquet": columns.to_parquet, "hf": columns.to_folder, "labelstudio": studio.to_json,
         "argilla": argilla.to_json,
     }  # fmt: skip
-    writers[_known(form)](content, path)
+    writers[known(form)](content, path)
 
 
 def read(path: Path, form: str) -> Dump:
@@ -125,7 +131,7 @@ def read(path: Path, form: str) -> Dump:
     }  # fmt: skip
     if form != "hf":
         check_file(path)
-    return readers[_known(form)](path)
+    return readers[known(form)](path)
 
 
 def origin(path: Path) -> str:
@@ -144,7 +150,8 @@ def form_of(path: Path) -> str:
     raise DataError("the name does not say which format this is", where=path, fix=fix)
 
 
-def _known(form: str) -> str:
+def known(form: str) -> str:
+    """The format itself, if there is such a one. Raises DataError."""
     if form not in FORMATS:
         raise DataError(f"{form!r} is no format", where="--format", fix=f"one of {', '.join(FORMATS)}")
     return form
@@ -200,7 +207,7 @@ def parse_header(document: dict[str, Any], where: str) -> tuple[dict[int, str], 
         raise DataError(what, where=where, fix="use the newer program")
     guidelines, certificates = document.get("guidelines", {}), document.get("certificates", [])
     if not isinstance(guidelines, dict) or not all(
-        key.isdecimal() and isinstance(text, str) for key, text in guidelines.items()
+        key.isdecimal() and len(key) <= 9 and isinstance(text, str) for key, text in guidelines.items()
     ):
         raise DataError("guidelines are texts by version", where=where)
     if not isinstance(certificates, list) or not all(isinstance(one, dict) for one in certificates):
@@ -236,20 +243,20 @@ def from_plain(document: Any, where: str) -> Entry:
     votes, decisions = document.get("votes") or [], document.get("decisions") or []
     if not isinstance(votes, list) or not isinstance(decisions, list):
         raise DataError("votes and decisions are lists", where=where)
-    rows = [_row(vote, _VOTE, f"{where} votes[{k}]") for k, vote in enumerate(votes)]
+    rows = [_row(vote, _VOTE, item, k, f"{where} votes[{k}]") for k, vote in enumerate(votes)]
     for k, row in enumerate(rows):
         if row.get("kind", "vote") not in ("vote", "skip", "undo"):
             raise DataError(f"{row['kind']!r} is no kind of vote", where=f"{where} votes[{k}]")
-    made = [_row(one, _DECISION, f"{where} decisions[{k}]") for k, one in enumerate(decisions)]
+    made = [_row(one, _DECISION, item, k, f"{where} decisions[{k}]") for k, one in enumerate(decisions)]
     return Entry(
         item,
         tuple(Vote(**{"answer": None} | row, item=item.id) for row in rows),
-        tuple(Decision(**row | {"votes": tuple(map(str, row.get("votes", ())))}, item=item.id) for row in made),
+        tuple(Decision(**row | {"votes": tuple(row.get("votes", ()))}, item=item.id) for row in made),
     )
 
 
-def _row(document: Any, types: dict[str, Any], where: str) -> dict[str, Any]:
-    """A vote's or a decision's fields; a vote without a uid gets one from its content."""
+def _row(document: Any, types: dict[str, Any], item: Item, number: int, where: str) -> dict[str, Any]:
+    """A vote's or a decision's fields; one without a uid gets one from its item, its place there and its content."""
     if not isinstance(document, dict):
         raise DataError("a vote, or a decision, is an object", where=where)
     if unknown := set(document) - set(types):
@@ -260,7 +267,17 @@ def _row(document: Any, types: dict[str, Any], where: str) -> dict[str, Any]:
             raise DataError(f"{key} cannot be {json.dumps(value)[:60]}", where=where)
     if "annotator" not in document and types is _VOTE:
         raise DataError("a vote names its annotator", where=where)
-    return {"uid": uid_of(where.split(":")[-1], document)} | document
+    for key in ("answer", "method"):
+        if types is _DECISION and key not in document:
+            raise DataError(f"a decision has its {key}", where=where)
+    error = document.get("error")
+    if error is not None and not 0 <= error <= 1:
+        raise DataError(f"error is a share from 0 to 1, not {str(error)[:40]}", where=where)
+    if types is _DECISION and not all(
+        isinstance(uid, str) and questions.writable(uid) for uid in document.get("votes", ())
+    ):
+        raise DataError("a decision names its votes by their ids", where=where)
+    return {"uid": uid_of("votes" if types is _VOTE else "decisions", item.id, number, document)} | document
 
 
 def uid_of(*parts: Any) -> str:

@@ -75,7 +75,10 @@ def parse(document: Any, where: str = "") -> Item:
         raise DataError(f"{kind!r} is no kind of question", where=where, fix=f"one of {', '.join(KINDS)}")
     name = check_name(document.get("id"), "id", where)
     classes = _classes(document.get("classes"), kind, where)
-    item = Item(name, kind, _content(content, kind, where), classes, str(document.get("source") or ""))
+    source = str(document.get("source") or "")
+    if not writable(source):
+        raise DataError("source must be a text", where=where)
+    item = Item(name, kind, _content(content, kind, where), classes, source)
     gold = document.get("gold")
     opinions = document.get("opinions") or {}
     if not isinstance(opinions, dict):

@@ -61,10 +61,14 @@ def guessing(evidence: Evidence) -> list[Finding]:
             continue
         right = float(accuracy[a] * (count + borrowed) - usual * borrowed) / count
         chance = float(classes @ matrix @ classes)
-        if right < chance + max(1.65 * np.sqrt(max(chance * (1 - chance), 0.01) / count), 0.1):
+        margin = max(1.65 * np.sqrt(max(chance * (1 - chance), 0.01) / count), min(0.1, (1 - chance) / 5))
+        if right < chance + margin:
             why = f"right on {right:.0%} of {count:.0f} items where guessing gives {chance:.0%}: not asked again"
             out.append(Finding(a, "guesses", True, why))
-    return out
+    # where one class is rare, honest people are hardly above chance: most people are no guessers, so a test that says
+    # so tells nothing
+    named = len(out) + len(evidence.ignored)
+    return out if 2 * named <= len(people.matrices) else []
 
 
 def copying(evidence: Evidence) -> list[Finding]:

@@ -220,7 +220,8 @@ class Store:
 
     def add_guideline(self, text: str) -> int:
         """The version of this text, a new one where it is new."""
-        sha = hashlib.sha256(text.encode()).hexdigest()
+        with _storable():
+            sha = hashlib.sha256(text.encode()).hexdigest()
         found = self._one("SELECT version FROM guidelines WHERE sha256 = ?", sha)
         if found is not None:
             return int(found)
@@ -316,7 +317,8 @@ class Store:
     def add_certificate(self, document: Mapping[str, Any]) -> None:
         """What an audit proved of the labels, as JSON; the same one again is absorbed."""
         text = json.dumps(document, sort_keys=True, ensure_ascii=False)
-        sha = hashlib.sha256(text.encode()).hexdigest()
+        with _storable():
+            sha = hashlib.sha256(text.encode()).hexdigest()
         if self._one("SELECT 1 FROM certificates WHERE sha256 = ?", sha) is None:
             self._add("certificates", document=text, sha256=sha, stored=now())
 
@@ -356,11 +358,12 @@ class Store:
         return int(self._one(f"SELECT count(*) FROM {table}") or 0)
 
     def _one(self, query: str, *values: Any) -> Any:
-        row = self.db.execute(query, values).fetchone()
+        row = self._row(query, *values)
         return None if row is None else row[0]
 
     def _row(self, query: str, *values: Any) -> Any:
-        return self.db.execute(query, values).fetchone()
+        with _storable():
+            return self.db.execute(query, values).fetchone()
 
     # ---- what rows are made of
 
@@ -368,7 +371,8 @@ class Store:
         names = ", ".join(row)
         marks = ", ".join("?" * len(row))
         try:
-            cursor = self.db.execute(f"INSERT INTO {table}({names}) VALUES({marks})", tuple(row.values()))
+            with _storable():
+                cursor = self.db.execute(f"INSERT INTO {table}({names}) VALUES({marks})", tuple(row.values()))
         except sqlite3.Error as error:
             raise _told(error, self.path) from None
         return int(cursor.lastrowid or 0)
@@ -481,6 +485,26 @@ def _check(db: sqlite3.Connection, path: Path, quick: bool = False) -> None:
         found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise DataError(f"the store is damaged: {found}", where=path, fix="use a copy of it, or an export")
+
+
+def is_store(path: Path) -> bool:
+    """Whether a file is a store, of this version or another (SQLite keeps the application's id at byte 68)."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(72)
+    return head.startswith(b"SQLite format 3\0") and head[68:] == APPLICATION.to_bytes(4, "big")
+
+
+@contextlib.contextmanager
+def _storable() -> Iterator[None]:
+    """What SQLite has no place for (half a surrogate pair, a number beyond 64 bits) is refused, as other bad input."""
+    try:
+        yield
+    except UnicodeEncodeError:
+        raise Refusal("bad", "a text holds half a letter (a lone surrogate), which cannot be stored") from None
+    except OverflowError:
+        raise Refusal("bad", "a number is too large to be stored") from None
 
 
 @contextlib.contextmanager

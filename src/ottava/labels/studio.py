@@ -111,7 +111,10 @@ def from_json(path: Path) -> Dump:
     tasks = read_list(path, "tasks")
     guidelines: dict[int, str] = {}
     certificates: tuple[dict[str, Any], ...] = ()
-    seen = _classes(tasks)
+    try:
+        seen = _classes(tasks)
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"this is not Label Studio's form: {error!r}"[:160], where=path) from None
     entries = []
     for number, task in enumerate(tasks):
         where = f"{path} task {number + 1}"

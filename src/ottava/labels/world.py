@@ -8,7 +8,6 @@ them}. It holds no truth and no votes: those are asked for.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 Label = str | int
+LONGEST_S = 1e9
+"""Seconds of an answer, beyond which a number is a slip and sums overflow."""
 NOTHING = -1
 """Where a verifier or a judge says nothing."""
 
@@ -47,7 +48,7 @@ def read(path: Path) -> World:
     """The world in a file. Raises DataError naming the place of what is wrong."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers without end
         raise DataError(f"this is not JSON: {error}", where=path) from None
     try:
         return parse(document)
@@ -108,8 +109,9 @@ def _seconds(given: Any, annotators: tuple[Label, ...]) -> Floats | None:
         raise DataError("seconds is an object with a number for annotators that there are", where="seconds")
     out = np.full(len(annotators), np.nan)
     for name, value in given.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise DataError(f"a number above 0 is wanted, not {value!r}", where=f"seconds.{name}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LONGEST_S:
+            what = f"a number above 0 is wanted, not {repr(value)[:40]}"
+            raise DataError(what, where=f"seconds.{name}", fix="seconds, fewer than a thousand million")
         out[names[name]] = value
     return np.where(np.isnan(out), np.nanmean(out), out)
 
