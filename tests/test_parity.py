@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ottava.checkpoint.convert import convert
-from ottava.engine.session import Sampling
+from ottava.engine.session import Sampling, Token
 from ottava.errors import Verdict
 from ottava.gateway import child as child_module
 from ottava.gateway.canary import Canary
@@ -32,7 +32,7 @@ from ottava.gateway.pool import Pool
 from ottava.models.chat import Chat
 from ottava.supervisor.local import LocalLauncher
 from ottava.verify import parity
-from ottava.verify.drift import ALPHA, BETS, Drift, Score, score
+from ottava.verify.drift import ALPHA, BETS, FAMILIES, PIECE, Drift, Score, Seen, against, scores, shared
 
 from .test_engine import END, ETHINK, THINK, random_model, write_folder
 from .test_failover import QUICK, all_ready, items, tokens, undisturbed
@@ -139,23 +139,29 @@ def plainly(replies: list[list[Score]], calibrated: list[Score], dice: random.Ra
     seen = list(calibrated)
     wealth: list[list[float]] = []
     for reply in replies:
-        gains = [1.0] * len(BETS)
+        gains = {family: [1.0] * len(BETS) for family in FAMILIES}
         for one in reply:
             alike = [other.value for other in seen if other.kind == one.kind]
             equal = sum(value == one.value for value in alike) + 1
             p = (sum(value > one.value for value in alike) + equal * (1 - dice.random())) / (len(alike) + 1)
-            gains = [gain * bet * p ** (bet - 1) for gain, bet in zip(gains, BETS, strict=True)]
+            mine = gains[one.kind[0]]
+            mine[:] = [gain * bet * p ** (bet - 1) for gain, bet in zip(mine, BETS, strict=True)]
             seen.append(one)
-        wealth.append(gains)
-    count, total = len(replies), 0.0
-    for bet in range(len(BETS)):
+        wealth.append([gain for family in FAMILIES for gain in gains[family]])
+    count, parts, total = len(replies), len(FAMILIES) * len(BETS), 0.0
+    for part in range(parts):
         for begun in range(count):
-            total += math.prod(gains[bet] for gains in wealth[begun:]) / ((begun + 1) * (begun + 2)) / len(BETS)
+            total += math.prod(gains[part] for gains in wealth[begun:]) / ((begun + 1) * (begun + 2)) / parts
     return total + 1 / (count + 1)
 
 
 VALUES = st.sampled_from([0.0, 0.1, 0.1, 0.5, 2.0])
-SCORES = st.lists(st.builds(lambda place, value: Score((place, 0), value), st.integers(0, 1), VALUES), max_size=12)
+SCORES = st.lists(
+    st.builds(
+        lambda *kind: Score((kind[0], kind[1], 0), kind[2]), st.sampled_from(FAMILIES), st.integers(0, 1), VALUES
+    ),
+    max_size=12,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,7 +176,8 @@ def test_the_evidence_is_its_definition(replies: list[list[Score]], calibrated: 
 
 def stream(dice: random.Random, size: float, replies: int) -> Iterator[list[Score]]:
     for _ in range(replies):
-        yield [Score((n % 2, 0), abs(dice.gauss(0, size * (1 + n % 2)))) for n in range(32)]
+        ids = [Score(("id", n % 2, 0), abs(dice.gauss(0, size * (1 + n % 2)))) for n in range(32)]
+        yield [*ids, *(Score(("piece", 0, 0), dice.gauss(math.log(size), 0.5)) for _ in range(2))]
 
 
 def test_alarms_are_as_rare_as_promised_and_changes_are_seen() -> None:
@@ -194,11 +201,64 @@ def test_alarms_are_as_rare_as_promised_and_changes_are_seen() -> None:
 
 
 def test_what_a_score_is() -> None:
-    assert score(100, math.log(0.5), math.log(0.5)).value == 0
-    assert score(100, math.log(0.6), math.log(0.5)).value == pytest.approx(math.log(1.2) / 0.5)
-    assert score(100, math.log(0.5), math.log(0.5), margin=0.4).value == pytest.approx(0.8)
-    assert score(100, math.nan, -1.0).value == math.inf
-    assert score(0, -1.0, -1.0).kind != score(500, -1.0, -1.0).kind
+    def value(served: float, scorer: float, margin: float = 0.0) -> float:
+        return scores([Seen(100, served, scorer, margin)])[0].value
+
+    assert value(math.log(0.5), math.log(0.5)) == 0
+    assert value(math.log(0.6), math.log(0.5)) == pytest.approx(math.log(1.2) / 0.5)
+    assert value(math.log(0.5), math.log(0.5), margin=0.4) == pytest.approx(0.8)
+    assert value(math.nan, -1.0) == math.inf
+    assert scores([Seen(0, -1.0, -1.0)])[0].kind != scores([Seen(500, -1.0, -1.0)])[0].kind
+
+
+def a_reply(dice: np.random.Generator, length: int, size: float, common: float = 0.0) -> list[Seen]:
+    """Twenty ids at each place; common: a shift of all of them, as another normaliser makes."""
+    found = []
+    for at in range(length):
+        scorer = dice.normal(-3, 1, 20)
+        served = scorer + dice.normal(0, size, 20) + common
+        others = shared([*enumerate(served.tolist())], [*enumerate(scorer.tolist())])
+        found.append(Seen(at, float(served[0]), float(scorer[0]), 0.0, others))
+    return found
+
+
+@pytest.mark.parametrize(("length", "pieces"), [(7, 0), (8, 1), (16, 1), (23, 1), (24, 2), (112, 7)])
+def test_what_a_piece_is(length: int, pieces: int) -> None:
+    reply = a_reply(np.random.default_rng(length), length, 0.1, common=0.7)
+    found = scores(reply)
+    assert [one.kind[0] for one in found] == ["id"] * length + ["piece"] * pieces
+    for number, one in enumerate(found[length:]):
+        part = reply[number * PIECE : (number + 1) * PIECE]
+        spreads = [np.std([served - scorer for _, served, scorer in seen.others]) for seen in part]
+        assert one.value == pytest.approx(np.log(spreads).mean())  # the common shift is no part of it
+
+
+def test_ids_that_only_one_side_lists_and_lonely_ones_are_left_out() -> None:
+    assert shared([(1, -0.5), (2, -1.0)], [(2, -1.5), (3, -2.0)]) == ((2, -1.0, -1.5),)
+    lonely = [Seen(at, -1.0, -1.0, 0.0, ((2, -1.0, -1.5),)) for at in range(32)]
+    assert [one.kind[0] for one in scores(lonely)] == ["id"] * 32
+
+
+def test_what_a_text_does_to_both_cancels() -> None:
+    """A text that makes every difference three times as large makes the ratios none the larger."""
+    mine, control = (a_reply(np.random.default_rng(n), 64, size) for n, size in ((1, 0.1), (2, 0.2)))
+    ratios = against(scores(mine), scores(control))
+    assert [one.kind for one in ratios] == [one.kind for one in scores(mine)]
+    hard = [
+        [
+            replace(
+                seen,
+                served=seen.scorer + 3 * (seen.served - seen.scorer),
+                others=tuple((other, b + 3 * (a - b), b) for other, a, b in seen.others),
+            )
+            for seen in reply
+        ]
+        for reply in (mine, control)
+    ]
+    again = against(scores(hard[0]), scores(hard[1]))
+    assert [one.value for one in again] == pytest.approx([one.value for one in ratios], abs=1e-6)
+    pieces = [one.value for one in ratios if one.kind[0] == "piece"]
+    assert np.mean(pieces) == pytest.approx(math.log(0.5), abs=0.1)
 
 
 # ---- real backends
@@ -359,14 +419,52 @@ def test_a_backend_that_goes_bad_is_quarantined_within_1000_tokens(
     asyncio.run(main())
 
 
+def easier(judge: Parity, name: str) -> None:
+    """As if the certificate's texts had made a tenth of the noise, for the backend and for the control."""
+    certificate = judge.certificates[name]
+    reference, control = certificate.reference, judge.control
+    known = {tuple(text): row for text, row in zip(reference.texts, reference.said, strict=True)}
+
+    def nearer(value: float, truth: float) -> float:
+        return truth + 0.1 * (value - truth)
+
+    def token(mine: Token, truth: Token) -> Token:
+        values = dict(truth.top)
+        top = tuple((other, nearer(value, values.get(other, value))) for other, value in mine.top)
+        return Token(mine.id, nearer(mine.logprob, truth.logprob), top)
+
+    said = [
+        [token(*pair) for pair in zip(*rows, strict=True)]
+        for rows in zip(certificate.said, reference.said, strict=True)
+    ]
+    judge.certificates[name] = replace(certificate, said=said)
+
+    async def asked(folder: Path, texts: Sequence[Sequence[int]], others: Any = ()) -> list[list[list[float]]]:
+        found = await control(folder, texts, others)
+        for text, wanted, rows in zip(texts, others, found, strict=True):
+            truth = known.get(tuple(text), [])
+            for row, ids, one in zip(
+                rows[len(rows) - len(truth) :], wanted[len(rows) - len(truth) :], truth, strict=True
+            ):
+                values = dict(one.top)
+                row[:] = [
+                    nearer(row[0], one.logprob),
+                    *(nearer(v, values[n]) for v, n in zip(row[1:], ids, strict=True)),
+                ]
+        return found
+
+    judge.control = asked  # type: ignore[method-assign]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("why", ["fault", "traffic", "nothing"])
+@pytest.mark.parametrize("why", ["fault", "small fault", "traffic", "nothing"])
 def test_another_engine_that_drifts_is_told_from_traffic_that_is_harder(
     why: str, folder: Path, planted: dict[str, Path], faults: Plant, tmp_path: Path
 ) -> None:
-    """As if the certificate's texts had been so easy that there was no noise: for the control too, or for it alone."""
+    """The control grows with the traffic, and not with the fault."""
     flag = tmp_path / "now"
-    faults["b"] = {"dtype": "float32", "flag": str(flag), "load": str(planted["4-bit swap"])}
+    load = planted["one layer re-quantised" if why == "small fault" else "4-bit swap"]
+    faults["b"] = {"dtype": "float32", "flag": str(flag), "load": str(load)}
     chat = Chat.load(folder)
 
     async def main() -> None:
@@ -374,12 +472,9 @@ def test_another_engine_that_drifts_is_told_from_traffic_that_is_harder(
             await all_ready(pool)
             scorer, other = pool.children
             assert not judge.certificates["b"].bits
-            reference = judge.certificates["b"].reference
             if why == "traffic":
-                judge.certificates["b"] = replace(judge.certificates["b"], scores=reference.scores)
-                easy: asyncio.Task[Any] = asyncio.create_task(asyncio.sleep(0, reference.scores))
-                judge._once[("control", reference.digest, len(reference.texts))] = easy
-            if why == "fault":
+                easier(judge, "b")
+            if "fault" in why:
                 flag.touch()
             for seed in range(25):
                 scorer.busy = scorer.slots  # so that the other one serves
@@ -390,10 +485,28 @@ def test_another_engine_that_drifts_is_told_from_traffic_that_is_harder(
                     break
             await until(lambda: bool(canary.events) is (why != "nothing"), 60)
             assert scorer.state == "ready"
-            assert (other.state == "refused") is (why == "fault")
+            assert (other.state == "refused") is ("fault" in why)
             assert canary.tokens("b") < 1000
             if why == "traffic":
                 assert "unlike" in canary.events[0]["why"]
+
+    asyncio.run(main())
+
+
+def test_what_the_canary_asks_for_the_client_does_not_see(folder: Path, faults: Plant) -> None:
+    """Where a backend of another engine serves, replies are asked for with alternatives; clients get their own."""
+    faults["b"] = {"dtype": "float32"}
+
+    async def main() -> None:
+        async with watched(folder, 2) as (pool, canary, _):
+            await all_ready(pool)
+            pool.children[0].busy = pool.children[0].slots
+            for top in (0, 2):
+                found = await items(pool, Chat.load(folder).render(USER, True), Sampling(12, seed=1, top=top))
+                assert [len(token.top) for token in tokens(found)] == [top] * 12
+            pool.children[0].busy = 0
+            await until(lambda: canary.tokens("b") == 24)
+            assert all(len(seen.others) > 5 for one in canary._records["b"].recent for seen in one.seen)
 
     asyncio.run(main())
 
@@ -438,11 +551,11 @@ def test_a_backend_that_was_killed_is_checked_again_in_short(folder: Path) -> No
     async def main() -> None:
         async with watched(folder, 1, share=0.0) as (pool, _, judge):
             (child,) = pool.children
-            assert len(judge.certificates["a"].scores) == FEW
+            assert len(judge.certificates["a"].said) == FEW
             assert child.pid is not None
             os.kill(child.pid, signal.SIGKILL)
             await until(lambda: child.starts == 2 and child.state == "ready")
-            assert len(judge.certificates["a"].scores) == FEWEST
+            assert len(judge.certificates["a"].said) == FEWEST
 
     asyncio.run(main())
 

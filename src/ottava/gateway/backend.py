@@ -139,7 +139,7 @@ class Backend:
         ids: Sequence[int] = asked["ids"]
         if asked["op"] == "score":
             first = asked.get("first", 1)
-            ids, forced, how = ids[:first], ids[first:], Sampling(max_new=len(ids) - first, top=1)
+            ids, forced, how = ids[:first], ids[first:], Sampling(max_new=len(ids) - first, top=asked.get("top", 1))
         else:
             forced, how = asked["forced"], wire.sampling_of(asked["sampling"])
         loop, over = asyncio.get_running_loop(), asyncio.Event()

@@ -8,7 +8,7 @@ All others are scored teacher-forced, and `verify.drift` weighs the scores of ea
 Two that differ do not say who is wrong. So before anybody is taken out, a process that has loaded the reference just
 now is asked too: whoever differs from it is refused. Where it cannot be asked, the backend under test is. Scores may
 also grow because of what is asked, in words that the certificate's texts lack. Those of the control then grow as well:
-where they do, and the replies pass the certificate's own test, the evidence is dropped.
+unless the backend's have grown against the control's, on the same texts, the evidence is dropped.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ottava.engine.session import Sampling, Token
 from ottava.errors import OttavaError
 from ottava.gateway.child import Child, Lost
-from ottava.gateway.parity import Certificate, Parity, Reference
-from ottava.verify.drift import ALPHA, Drift, Score, score
-from ottava.verify.parity import Scores, within_noise
+from ottava.gateway.parity import Certificate, Parity
+from ottava.verify.drift import ALPHA, ALTERNATIVES, Drift, Seen, against, scores, shared
 
 if TYPE_CHECKING:
     from ottava.gateway.pool import Deliver, Item, Pool
@@ -38,8 +38,6 @@ BACKLOG = 16
 """Replies that wait to be scored; the oldest goes when another comes."""
 RECENT = 64
 """Replies of a backend that the control is asked about."""
-DOUBT = 0.05
-"""At this rate the control is believed to have drifted too."""
 
 
 @dataclass
@@ -59,13 +57,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Weighed:
-    """A reply that was scored: the ids in prompt and reply, where the reply begins, and which of its ids are meant."""
+    """Ids of a reply that were scored. text: those of prompt and reply."""
 
     text: Sequence[int]
-    start: int
-    places: Sequence[int]
-    served: Sequence[float]
-    scorer: Sequence[float]
+    seen: Sequence[Seen]
 
 
 @dataclass
@@ -91,17 +86,23 @@ class Canary:
         self._come = asyncio.Event()
         self._records: dict[str, Record] = {}
 
-    def tap(self, ids: Sequence[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int] = ()) -> Deliver:
-        """The same `deliver`; of a sampled request what passes is kept. sampling: with its seed."""
+    def tap(
+        self, ids: Sequence[int], sampling: Sampling, deliver: Deliver, forced: Sequence[int] = ()
+    ) -> tuple[Sampling, Deliver]:
+        """How to ask, and where to deliver to: what passes of a sampled request is kept. sampling: with its seed."""
         if self._dice.random() >= self.share:
-            return deliver
-        reply, speaker = Reply(ids, sampling, forced), ""
+            return sampling, deliver
+        asked, reply, speaker = sampling.top, Reply(ids, sampling, forced), ""
+        if not all(one.bits for one in self._parity.certificates.values()):
+            sampling = replace(sampling, top=max(asked, ALTERNATIVES))
 
         def both(item: Item) -> object:
             nonlocal speaker
             if isinstance(item, Token):
                 reply.tokens.append(item)
                 reply.speakers.append(speaker)
+                if sampling.top > asked:
+                    item = replace(item, top=item.top[:asked])
             elif item is None or isinstance(item, Exception):
                 self._ended(reply)
             else:
@@ -109,7 +110,7 @@ class Canary:
                 reply.held[speaker] = self._parity.certificates.get(speaker)
             return deliver(item)
 
-        return both
+        return sampling, both
 
     def _ended(self, reply: Reply) -> None:
         if reply.tokens:
@@ -190,11 +191,9 @@ class Canary:
             differ = [i for i in mine if i >= len(said) or not _equal(reply.tokens[i], said[i])]
             record.mismatched += len(differ)
             return bool(differ)
-        mine = [i for i in mine if i < len(said)]
-        text = [*reply.ids, *(token.id for token in reply.tokens)]
-        served, scorer = [reply.tokens[i].logprob for i in mine], [said[i].logprob for i in mine]
-        record.recent.append(Weighed(text, len(reply.ids), mine, served, scorer))
-        return record.drift.add([_score(reply, i, said[i]) for i in mine])
+        seen = [_seen(reply, i, said[i]) for i in mine if i < len(said)]
+        record.recent.append(Weighed([*reply.ids, *(token.id for token in reply.tokens)], seen))
+        return record.drift.add(scores(seen))
 
     def _record(self, name: str) -> Record:
         """Of a backend since its certificate: a new one begins anew, except that bits keep no memory."""
@@ -203,7 +202,7 @@ class Canary:
         if held is None or held.certificate.digest != certificate.digest:
             drift = Drift(random.Random(self._dice.random()), self.alpha)
             if not certificate.bits:
-                drift.calibrate(calibration(certificate.reference, certificate.scores))
+                drift.calibrate(one for reply in certified(certificate) for one in scores(reply.seen))
             held = self._records[name] = Record(drift, certificate)
         return held
 
@@ -229,7 +228,7 @@ class Canary:
             self._refuse(other, "it said other bits than it was certified for", by)
         if not bits and scorer_wrong:
             del self._records[name]  # it was weighed on a faulty scale
-        elif not bits and await self._traffic(record):
+        elif not bits and not await self._parted(record):
             print(
                 f"canary: {name}: the control has drifted as it did: it is what is asked", file=sys.stderr, flush=True
             )
@@ -240,24 +239,30 @@ class Canary:
         elif not bits or any(i >= len(truth) or not _equal(reply.tokens[i], truth[i]) for i in mine):
             self._refuse(name, why, by)
 
-    async def _traffic(self, record: Record) -> bool:
-        """Whether the last replies are hard for the control too, and within the certificate's limits as they are."""
-        reference, last = record.certificate.reference, [*record.recent]
+    async def _parted(self, record: Record) -> bool:
+        """Whether in its last replies it has parted from the control, which reads the same texts."""
+        before, last = certified(record.certificate), [*record.recent]
         try:
-            then = await self._parity.floor(reference)
-            asked = [one.text for one in last], [one.start for one in last]
-            rows = await self._parity.control(reference.folder, *asked)
+            control = await self._controlled(record.certificate.reference.folder, [*before, *last])
         except (OttavaError, OSError):
-            return False
-        now = [[row[i] for i in one.places] for one, row in zip(last, rows, strict=True)]
-        drift = Drift(random.Random(self._dice.random()), DOUBT)
-        drift.calibrate(calibration(reference, then))
-        drifted = False
-        for one, row in zip(last, now, strict=True):
-            pairs = zip(one.places, row, one.scorer, strict=True)
-            drifted |= drift.add([score(one.start + at, *pair) for at, *pair in pairs])
-        scorer, served = [one.scorer for one in last], [one.served for one in last]
-        return drifted and within_noise(scorer, served, now).why is None
+            return True
+        pairs = zip([*before, *last], control, strict=True)
+        ratios = [against(scores(one.seen), scores(other)) for one, other in pairs]
+        drift = Drift(random.Random(self._dice.random()), self.alpha)
+        drift.calibrate(score for reply in ratios[: len(before)] for score in reply)
+        return any(drift.add(reply) for reply in ratios[len(before) :])
+
+    async def _controlled(self, folder: Path, replies: Sequence[Weighed]) -> list[list[Seen]]:
+        """The same ids as the control would have served them."""
+        asked: list[list[list[int]]] = [[[] for _ in one.text[1:]] for one in replies]
+        for one, row in zip(replies, asked, strict=True):
+            for seen in one.seen:
+                row[seen.at - 1] = [other for other, *_ in seen.others]
+        said = await self._parity.control(folder, [one.text for one in replies], asked)
+        found = []
+        for one, rows in zip(replies, said, strict=True):
+            found.append([_served(seen, rows[seen.at - 1]) for seen in one.seen])
+        return found
 
     def _refuse(self, name: str, why: str, by: str) -> None:
         scored = self._records[name].tokens if name in self._records else 0
@@ -288,20 +293,31 @@ class Canary:
         return float(self._records[name].tokens) if name in self._records else 0.0
 
 
-def calibration(reference: Reference, scores: Scores) -> list[Score]:
-    """The scores of what a backend, or the control, said of the reference's replies."""
-    rows = zip(reference.starts, scores, reference.scores, strict=False)
+def certified(certificate: Certificate) -> list[Weighed]:
+    """What a backend said of the reference's replies, for its certificate."""
+    reference = certificate.reference
+    rows = zip(reference.texts, reference.starts, certificate.said, reference.said, strict=False)
     return [
-        score(start + at, *pair)
-        for start, mine, theirs in rows
-        for at, pair in enumerate(zip(mine, theirs, strict=True))
+        Weighed(text, [_pair(start + at, *pair) for at, pair in enumerate(zip(mine, theirs, strict=True))])
+        for text, start, mine, theirs in rows
     ]
+
+
+def _pair(at: int, served: Token, scorer: Token, margin: float = 0.0) -> Seen:
+    return Seen(at, served.logprob, scorer.logprob, margin, shared(served.top, scorer.top))
+
+
+def _served(seen: Seen, values: Sequence[float]) -> Seen:
+    """The same id, served with these log-probabilities: its own first."""
+    others = tuple((other, value, scorer) for (other, _, scorer), value in zip(seen.others, values[1:], strict=True))
+    return Seen(seen.at, values[0], seen.scorer, 0.0, others)
 
 
 async def _said_again(child: Child, reply: Reply, exact: bool) -> list[Token]:
     """What another says: exact: to the same question; else of the ids that were said. At most as many as were."""
     if not exact:
-        return await child.forced([*reply.ids, *(token.id for token in reply.tokens)], len(reply.ids))
+        text = [*reply.ids, *(token.id for token in reply.tokens)]
+        return await child.forced(text, len(reply.ids), ALTERNATIVES)
     found: list[Token] = []
     async with aclosing(child.generate(reply.ids, reply.sampling, [], reply.forced)) as tokens:
         async for token in tokens:
@@ -311,12 +327,12 @@ async def _said_again(child: Child, reply: Reply, exact: bool) -> list[Token]:
     return found
 
 
-def _score(reply: Reply, at: int, said: Token) -> Score:
+def _seen(reply: Reply, at: int, said: Token) -> Seen:
     how, token = reply.sampling, reply.tokens[at]
     forced = how.think is not None and token.id == how.think.end  # by the budget, perhaps, and not by choice
     free = how.temperature == 0 and how.grammar is None and at >= len(reply.forced) and not forced
     margin = said.top[0][1] - said.logprob if said.top and free else 0.0
-    return score(len(reply.ids) + at, token.logprob, said.logprob, margin)
+    return _pair(len(reply.ids) + at, token, said, margin)
 
 
 def _equal(a: Token, b: Token) -> bool:

@@ -291,13 +291,13 @@ class Child:
                     yield wire.token_of(said)
         raise Lost("it hung up in mid-answer")
 
-    async def forced(self, ids: Sequence[int], first: int = 1) -> list[Token]:
-        """The ids from `first` on with their log-probabilities and the likeliest id, by the path that serves.
+    async def forced(self, ids: Sequence[int], first: int = 1, top: int = 1) -> list[Token]:
+        """The ids from `first` on with their log-probabilities and the `top` likeliest ids, by the path that serves.
 
         Raises Lost, or what the engine raises.
         """
         found: list[Token] = []
-        async with aclosing(self._lines({"op": "score", "ids": ids, "first": first})) as lines:
+        async with aclosing(self._lines({"op": "score", "ids": ids, "first": first, "top": top})) as lines:
             async for said in lines:
                 if not isinstance(said, list):
                     return found[first + len(found) - len(ids) :] if len(found) > len(ids) - first else found

@@ -22,11 +22,15 @@ from typing import Any, TypeVar
 from ottava import __version__
 from ottava.checkpoint.digest import values_digest
 from ottava.checkpoint.stream import default_workers
-from ottava.engine.session import Sampling
+from ottava.engine.session import Sampling, Token
 from ottava.errors import DataError, PlatformError, Verdict, check_folder
 from ottava.gateway.child import Child, Lost, Patience, Place
 from ottava.models.chat import Chat
 from ottava.verify import parity
+from ottava.verify.drift import ALTERNATIVES
+
+Others = Sequence[Sequence[Sequence[int]]]
+"""Further ids [texts][ids - 1] that the control is asked about at each place."""
 
 KIND = "ottava parity 1"
 TEXTS, FEW, FEWEST = 32, 8, 2
@@ -58,7 +62,8 @@ Case = list[Any]
 
 @dataclass(frozen=True)
 class Reference:
-    """What the reference said. texts: ids; starts: where each reply begins; own: its floor, alone and in company."""
+    """What the reference said. texts: ids; starts: where each reply begins; said: the reply's ids, with alternatives;
+    own: its floor, alone and in company."""
 
     folder: Path
     digest: str
@@ -66,20 +71,20 @@ class Reference:
     prompts: Mapping[str, list[int] | None]
     texts: Sequence[Sequence[int]]
     starts: Sequence[int]
-    scores: parity.Scores
+    said: Sequence[Sequence[Token]]
     own: float
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """A backend that passed. reference: what it was held against; scores: its own on the reference's texts."""
+    """A backend that passed. reference: what it was held against; said: of the reference's texts."""
 
     backend: str
     folder: Path
     digest: str
     reference: Reference
     finding: parity.Finding
-    scores: parity.Scores
+    said: Sequence[Sequence[Token]]
     made: str
 
     @property
@@ -121,9 +126,9 @@ class Parity:
         digest, wanted = await self.values(folder)
         reference = await self.reference(self.folder if digest == wanted else folder)
         cases = conversations(Chat.load(self.folder))
-        said = await child.ask(op="render", conversations=list(cases.values()))
+        asked = await child.ask(op="render", conversations=list(cases.values()))
         prompts = reference.prompts if digest == wanted else (await self.reference(self.folder)).prompts
-        if (wrong := parity.prompts_differ(prompts, dict(zip(cases, said["ids"], strict=True)))) is not None:
+        if (wrong := parity.prompts_differ(prompts, dict(zip(cases, asked["ids"], strict=True)))) is not None:
             raise Verdict(wrong, where=folder, fix="give it the reference's template and tokenizer")
         if child.numerics is not None and child.numerics == reference.numerics and reference.own == 0.0:
             count = FEWEST if self._passed.get(name) == state else FEW
@@ -131,18 +136,18 @@ class Parity:
         else:
             reference = await self.reference(reference.folder, TEXTS)
             texts, control = reference.texts, await self.floor(reference)
-        scores = await _scores(child, texts, reference.starts, child.slots)
+        said = await _scored(child, texts, reference.starts, child.slots)
         if control is None:
-            finding = parity.same_bits(reference.scores[: len(texts)], scores)
+            finding = parity.same_bits(_logprobs(reference.said[: len(texts)]), _logprobs(said))
             if finding.why is None and (wrong := await _chooses_otherwise(child, reference)) is not None:
                 raise Verdict(wrong, where=folder, fix="its log-probabilities are right: look at its sampling")
         else:
-            finding = parity.within_noise(reference.scores, scores, control)
+            finding = parity.within_noise(_logprobs(reference.said), _logprobs(said), control)
         if finding.why is not None:
             raise Verdict(finding.why, where=folder, fix="it computes something else: see docs/serving.md, Parity")
         self._passed[name] = state
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return Certificate(name, folder, digest, reference, finding, scores, made)
+        return Certificate(name, folder, digest, reference, finding, said, made)
 
     async def values(self, folder: Path) -> tuple[str, str]:
         """The digests of a folder and of the reference. Raises Verdict where they may not differ and do."""
@@ -165,16 +170,16 @@ class Parity:
     async def _refer(self, folder: Path, digest: str, count: int) -> Reference:
         cases = conversations(Chat.load(folder))
         async with self.fresh(folder, count) as child:
-            said = await child.ask(op="render", conversations=list(cases.values()))
-            prompts = dict(zip(cases, said["ids"], strict=True))
+            asked = await child.ask(op="render", conversations=list(cases.values()))
+            prompts = dict(zip(cases, asked["ids"], strict=True))
             opened = _prompts(prompts, count)
             jobs = [_reply(child, ids, number) for number, ids in enumerate(opened)]
             texts = [ids + reply for ids, reply in zip(opened, await asyncio.gather(*jobs), strict=True)]
             starts = [len(ids) for ids in opened]
-            scores = await _scores(child, texts, starts, count)
-            alone = await _scores(child, texts[:FEWEST], starts, 1)
-        own = max(abs(a - b) for x, y in zip(alone, scores, strict=False) for a, b in zip(x, y, strict=True))
-        return Reference(folder, digest, child.numerics, prompts, texts, starts, scores, own)
+            said = await _scored(child, texts, starts, count)
+            alone = _logprobs(await _scored(child, texts[:FEWEST], starts, 1))
+        own = max(abs(a - b) for x, y in zip(alone, _logprobs(said), strict=False) for a, b in zip(x, y, strict=True))
+        return Reference(folder, digest, child.numerics, prompts, texts, starts, said, own)
 
     @asynccontextmanager
     async def fresh(self, folder: Path, slots: int = 1, name: str = "reference") -> AsyncIterator[Child]:
@@ -188,23 +193,26 @@ class Parity:
             shutil.rmtree(sockets, ignore_errors=True)
 
     async def floor(self, reference: Reference) -> parity.Scores:
-        """The control's scores of a reference's replies."""
-        asked = self.control(reference.folder, reference.texts, reference.starts)
-        return await self._shared(("control", reference.digest, len(reference.texts)), asked)
+        """The control's log-probabilities of a reference's replies."""
+        asked = self.control(reference.folder, reference.texts)
+        rows = await self._shared(("control", reference.digest, len(reference.texts)), asked)
+        return [[own for own, *_ in row[start - 1 :]] for row, start in zip(rows, reference.starts, strict=True)]
 
-    async def control(self, folder: Path, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[float]]:
-        """What another implementation of a folder says of replies (`verify.control`). starts: where they begin."""
+    async def control(
+        self, folder: Path, texts: Sequence[Sequence[int]], others: Others = ()
+    ) -> list[list[list[float]]]:
+        """What another implementation of a folder says of texts, see `verify.control.scores`. Raises PlatformError."""
         command = (sys.executable, "-m", "ottava.verify.control", str(folder))
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
         try:
-            said, _ = await process.communicate(json.dumps([list(text) for text in texts]).encode())
+            said, _ = await process.communicate(json.dumps({"texts": texts, "others": others}).encode())
         finally:
             if process.returncode is None:
                 process.kill()
         if process.returncode != 0:
             raise PlatformError("the control that measures the noise floor failed", where=folder)
-        return [row[start - 1 :] for row, start in zip(json.loads(said), starts, strict=True)]
+        return json.loads(said)  # type: ignore[no-any-return]
 
     async def _shared(self, key: tuple[Any, ...], work: Coroutine[Any, Any, T]) -> T:
         """One task for all who ask; what failed is tried again by the next."""
@@ -231,7 +239,7 @@ class Parity:
                 "digest": one.digest,
                 "numerics_of_reference": one.reference.numerics,
                 "prompts": {"cases": len(one.reference.prompts), "equal": True},
-                "tokens": sum(map(len, one.scores)),
+                "tokens": sum(map(len, one.said)),
                 "made": one.made,
                 **parity.plain(one.finding),
             }
@@ -307,17 +315,21 @@ async def _chooses_otherwise(child: Child, reference: Reference) -> str | None:
     return None
 
 
-async def _scores(
+async def _scored(
     child: Child, texts: Sequence[Sequence[int]], starts: Sequence[int], at_once: int
-) -> list[list[float]]:
-    """Log-probabilities of the replies: the prompt is read as a prompt, as when it serves."""
+) -> list[list[Token]]:
+    """The ids of the replies, weighed: the prompt is read as a prompt, as when it serves."""
     room = asyncio.Semaphore(at_once)
 
-    async def one(text: Sequence[int], start: int) -> list[float]:
+    async def one(text: Sequence[int], start: int) -> list[Token]:
         async with room:
-            return [token.logprob for token in await child.forced(text, start)]
+            return await child.forced(text, start, ALTERNATIVES)
 
     return list(await asyncio.gather(*(one(*pair) for pair in zip(texts, starts, strict=False))))
+
+
+def _logprobs(said: Sequence[Sequence[Token]]) -> list[list[float]]:
+    return [[token.logprob for token in row] for row in said]
 
 
 def _state(folder: Path) -> str:

@@ -177,7 +177,7 @@ class Pool:
         if sampling.seed is None:  # another backend must be able to go on with it
             sampling = replace(sampling, seed=secrets.randbits(63))
         if self.canary is not None:
-            deliver = self.canary.tap(ids, sampling, deliver, forced)
+            sampling, deliver = self.canary.tap(ids, sampling, deliver, forced)
         task = asyncio.create_task(self._run(list(ids), sampling, deliver, forced))
         self._runs.add(task)
         task.add_done_callback(self._runs.discard)
