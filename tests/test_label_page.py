@@ -93,12 +93,13 @@ class Tab:
         return [message for message in said if "net::ERR_" not in message]
 
     def requests(self) -> list[str]:
-        """Every address that the page asked for."""
+        """Every address that the page asked for; not those of the browser's own pages, with which it begins."""
         found = []
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
-                found.append(message["params"]["request"]["url"])
+                url = message["params"]["request"]["url"]
+                found += [url] * (not url.startswith(("chrome://", "chrome-untrusted://")))
         return found
 
 
