@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ottava.cluster import interface_of
 from ottava.errors import DataError, LauncherGone, PlatformError, ResourceError
 from ottava.supervisor import agent as module
-from ottava.supervisor.agent import Agent, interface_of
+from ottava.supervisor.agent import Agent
 from ottava.supervisor.cluster import seat, spread
 from ottava.supervisor.local import answer
 from ottava.supervisor.ray import RayLauncher

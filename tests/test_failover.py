@@ -30,8 +30,10 @@ from ottava.errors import DataError, ResourceError
 from ottava.gateway.app import Gateway
 from ottava.gateway.backend import Backend
 from ottava.gateway.child import Child, Lost, Patience
+from ottava.gateway.door import Address
 from ottava.gateway.engines import Choice
 from ottava.gateway.keys import VARIABLE
+from ottava.gateway.launch import Local
 from ottava.gateway.pool import Item, Moved, Place, Policy, Pool, places
 from ottava.models.chat import Chat
 from ottava.supervisor.local import LocalLauncher
@@ -164,14 +166,18 @@ def count_steps(engine: Engine) -> list[int]:
 async def served(engine: Engine, invariant: bool) -> AsyncIterator[Child]:
     """An engine of this process behind a real socket, as a child sees it."""
     with tempfile.TemporaryDirectory() as place:
-        child = Child(Place("a", Path(place)), 1, Path(place), QUICK, lambda: None, state="ready", invariant=invariant)
-        serving = asyncio.create_task(Backend(engine).run(child.path))
-        while not child.path.exists():
+        launcher = Local()
+        child = Child(Place("a", Path(place)), 1, launcher, QUICK, lambda: None, state="ready", invariant=invariant)
+        path = Path(place) / "a.sock"
+        child._address = Address(path)
+        serving = asyncio.create_task(Backend(engine).run(path))
+        while not path.exists():
             await asyncio.sleep(0.01)
         assert (await child.ask(op="hello"))["invariant"] is engine.invariant
         yield child
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
+        await launcher.close()
 
 
 def test_the_trailer_does_not_promise_what_nobody_knows(folder: Path) -> None:
@@ -315,7 +321,7 @@ def test_a_request_that_kills_every_backend_is_given_up() -> None:
     pool = Pool.__new__(Pool)
     Pool.__init__(pool, [Place("a", TINY())])
     child = pool.children[0]
-    pool.children[0] = Deadly(child.place, 1, child.sockets, QUICK, pool._wake, state="ready")
+    pool.children[0] = Deadly(child.place, 1, child.launcher, QUICK, pool._wake, state="ready")
 
     async def main() -> None:
         with pytest.raises(ResourceError, match="5 backends were lost"):

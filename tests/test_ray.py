@@ -205,7 +205,7 @@ def test_a_node_with_other_code_is_refused(
 
 
 def test_no_cluster_at_the_address(cluster: Cluster) -> None:
-    script = "import sys; from ottava.supervisor import cluster; cluster.CONNECT_S = 3.0; cluster.join(sys.argv[1])"
+    script = "import sys; from ottava import cluster; cluster.CONNECT_S = 3.0; cluster.join(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", script, network(cluster) + ".2:1"],
         capture_output=True,
@@ -332,7 +332,7 @@ def test_a_cluster_is_looked_at_before_anything_is_begun(cluster: Cluster, monke
         assert where.away == ()
     with cluster_for("auto", [A]) as where:
         assert where.address == cluster.address
-    monkeypatch.setattr("ottava.supervisor.agent.interface_of", lambda address: None if address[-2:] == ".4" else "lo")
+    monkeypatch.setattr("ottava.supervisor.launch.interface_of", lambda address: None if address[-2:] == ".4" else "lo")
     with cluster_for(cluster.address, [A, WIDE]) as where:
         assert where.away == ("nodeb",)
     with pytest.raises(PoolMissing, match="cannot place 2 workers of pool 'd'"), cluster_for(cluster.address, [A, D]):

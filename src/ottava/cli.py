@@ -574,6 +574,22 @@ def serve(
     ] = None,
     engine: Engines = None,
     vllm_python: VllmPython = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Start the backends on nodes of a Ray cluster: HOST:PORT of its head, auto: this machine's, local: "
+            "one of two nodes that is started here, for a rehearsal. See docs/ray.md.",
+        ),
+    ] = None,
+    ray_resources: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What a backend takes of its node, for all folders or of each in order: GPU=8, NPU=8,CPU=4, ...; by "
+            "default a CPU, or a chip for each of its parallel ranks."
+        ),
+    ] = None,
     policy: Annotated[
         str, typer.Option(help="Which backend is asked: balanced, domestic, cheapest, fastest.")
     ] = "balanced",
@@ -614,6 +630,7 @@ def serve(
 ) -> None:
     """Serve a model over the OpenAI API, thinking on or off; SIGTERM drains."""
     from ottava.gateway.server import serve as serve_folders
+    from ottava.supervisor.launch import LOCAL, cluster_for, room
 
     args = {"models": [str(model) for model in models], "port": port, "host": host, "name": name, "announce": True}
     args |= {"replicas": replicas, "labels": label or [], "policy": policy, "slots": slots, "queue": queue}
@@ -622,7 +639,13 @@ def serve(
     args |= {"engines": engine or [], "vllm_python": vllm_python}
     args |= {"keys": keys and str(keys), "at_once": at_once, "a_minute": a_minute, "deadline_s": deadline}
     args |= {"patience": {"hung": hung_after, "still": still_after}}
-    serve_folders(args | {"certificate": None if certificate is None else str(certificate), "trust": trust or []})
+    args |= {"certificate": None if certificate is None else str(certificate), "trust": trust or []}
+    if ray == LOCAL:
+        pools, ray_resources = room(len(models) * (replicas or 1), ray_resources)
+    else:
+        pools = []
+    with cluster_for(ray, pools) as where:
+        serve_folders(args | {"ray": where.address, "ray_resources": ray_resources or []})
 
 
 @app.command()

@@ -1,7 +1,7 @@
-"""One engine in a process of its own, spoken to over a unix socket (`wire`).
+"""One engine in a process of its own, spoken to over a unix socket or a port with a key (`wire`, `door`).
 
-It is started and watched by `pool`. It ends when its standard input does: a gateway that was killed leaves nothing
-behind. Nobody but the user who started it can reach the socket: its folder is closed to others.
+It is started by `launch` and watched by `child`. It ends when its standard input or its parent does: a gateway that was
+killed leaves nothing behind. Nobody but the user who started it can reach the socket: its folder is closed to others.
 """
 
 from __future__ import annotations
@@ -12,39 +12,77 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from ottava.checkpoint.digest import values_digest
+from ottava.checkpoint.stream import default_workers
 from ottava.engine.session import Deliver, Engine, Sampling, Token
-from ottava.errors import DataError, OttavaError
-from ottava.gateway import wire
+from ottava.errors import CheckpointError, DataError, OttavaError, Verdict
+from ottava.gateway import leash, wire
+from ottava.gateway.door import BACKLOG, Door
+from ottava.gateway.engines import OURS, Choice, loadable, startable
 from ottava.models.chat import Chat
 
-BACKLOG = 4096  # requests that may come before one is looked at
 BREATH = 1.0  # seconds between two signs of life while loading
 
 
 def main() -> int:
-    """Load the folder that the arguments name (JSON: model, socket, slots) and answer until standard input ends."""
+    """Load the folder that the arguments name (JSON: model, socket, slots) and answer until standard input ends.
+
+    host, digest: on another machine than the gateway's, at this address of it, if the folder's values have this digest.
+    """
     args = json.loads(sys.argv[1])
+    door = door_of(args)
     outlive_nobody()
-    loaded = threading.Event()
     os.write(1, b".")  # what it imports is imported
-    threading.Thread(target=_breathe, args=(loaded,), daemon=True).start()
     try:
-        engine = Engine.load(args["model"], slots=args["slots"], queue=args["slots"])
+        with breathing():
+            if door is not None:
+                require(OURS, args)
+            engine = Engine.load(args["model"], slots=args["slots"], queue=args["slots"])
     except OttavaError as error:
-        print(error.render(), file=sys.stderr, flush=True)
-        return error.exit_code
-    loaded.set()
-    asyncio.run(Backend(engine).run(Path(args["socket"])))
+        return given_up(error, door, args)
+    asyncio.run(Backend(engine).run(Path(args["socket"]), door))
     return 0
 
 
+def door_of(args: Mapping[str, Any]) -> Door | None:
+    """The port that the arguments ask for, with the key that is the first line of standard input; None: a socket."""
+    return Door(args["host"], sys.stdin.buffer.readline().decode().strip()) if args.get("host") else None
+
+
+def require(choice: Choice, args: Mapping[str, Any]) -> None:
+    """Raise the OttavaError that says what this machine lacks: the engine, the folder, or the values that it holds
+    where the gateway is."""
+    startable(choice)
+    folder = Path(args["model"])
+    if not folder.is_dir():
+        fix = "copy it there, under the same path, or share it"
+        raise CheckpointError(f"there is no folder {folder}", where=folder, fix=fix)
+    found = values_digest(folder, default_workers())
+    if found != args["digest"]:
+        what = f"its folder {folder} holds other values: digest {found[:16]}, the gateway's {args['digest'][:16]}"
+        raise Verdict(what, where=folder, fix="copy the gateway's folder there")
+    loadable(choice, folder)
+
+
+def given_up(error: OttavaError, door: Door | None, args: Mapping[str, Any]) -> int:
+    """Tell why nothing will be answered: the gateway's machine by the file that it waits for, else standard error."""
+    if door is None:
+        print(error.render(), file=sys.stderr, flush=True)
+    else:
+        early = Path(args["socket"]).with_suffix(".new")
+        early.write_bytes(wire.of_error(error))
+        early.rename(args["socket"])
+    return error.exit_code
+
+
 def outlive_nobody() -> None:
-    """End this process when its standard input does."""
+    """End this process when its standard input or its parent does; the second also where it is stopped."""
+    leash.die_with_parent()
 
     def wait() -> None:
         sys.stdin.buffer.read()
@@ -77,11 +115,21 @@ class Speaker(Protocol):
     ) -> Cancellable: ...
 
 
-def _breathe(loaded: threading.Event) -> None:
-    """A byte on standard output now and then says that it lives and loads."""
-    with suppress(OSError):  # nobody listens any more
-        while not loaded.wait(BREATH):
-            os.write(1, b".")
+@contextmanager
+def breathing() -> Iterator[None]:
+    """A byte on standard output now and then says that this process lives and loads."""
+    loaded = threading.Event()
+
+    def breathe() -> None:
+        with suppress(OSError):  # nobody listens any more
+            while not loaded.wait(BREATH):
+                os.write(1, b".")
+
+    threading.Thread(target=breathe, daemon=True).start()
+    try:
+        yield
+    finally:
+        loaded.set()
 
 
 class Backend:
@@ -89,20 +137,27 @@ class Backend:
 
     def __init__(self, engine: Speaker):
         self._engine, self._moved = engine, time.monotonic()
+        self._read: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bytes | None]] = _line
 
-    async def run(self, path: Path) -> None:
-        """Listen for ever. The socket appears once questions are answered."""
+    async def run(self, path: Path, door: Door | None = None) -> None:
+        """Listen for ever. The socket, or the file with the door's address, appears once questions are answered."""
         early = path.with_suffix(".new")
         early.unlink(missing_ok=True)
-        # A full backlog would look to the gateway like a backend that is gone.
-        server = await asyncio.start_unix_server(self._serve, early, limit=wire.LONGEST, backlog=BACKLOG)
+        self._read = _line if door is None else door.question
+        if door is None:
+            server = await asyncio.start_unix_server(self._serve, early, limit=wire.LONGEST, backlog=BACKLOG)
+        else:
+            server, address = await door.listen(self._serve)
+            early.write_bytes(address)
         early.rename(path)
         async with server:
             await server.serve_forever()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            asked = json.loads(await reader.readline() or b"{}")
+            if (line := await self._read(reader, writer)) is None:
+                return
+            asked = json.loads(line or b"{}")
             if asked.get("op") in ("generate", "score"):
                 await self._stream(asked, reader, writer)
             else:
@@ -166,6 +221,10 @@ class Backend:
             job.cancel()
             for task in waits:
                 task.cancel()
+
+
+async def _line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    return await reader.readline()
 
 
 def _rendered(engine: Speaker, messages: list[dict[str, Any]], thinking: bool, *tools: Any) -> list[int] | None:

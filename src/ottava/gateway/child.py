@@ -1,4 +1,4 @@
-"""One backend as the gateway sees it: a process that is started, asked, watched, and started again.
+"""One backend as the gateway sees it: a process that is started (`launch`), asked, watched, and started again.
 
 A hung process and a dead one are the same thing here: what does not answer in time is killed, and everybody who
 waited for it learns it from the closed socket.
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ottava.engine.session import Sampling, Token
 from ottava.errors import OttavaError, ResourceError, Verdict
 from ottava.gateway import wire
+from ottava.gateway.door import Address
 from ottava.gateway.engines import EMBEDDED, OURS, Choice
+from ottava.gateway.launch import Launcher, Order, Process
 
 BACKOFF = (0.2, 30.0)
 """Seconds before the first start again, and at most; each is twice the one before."""
@@ -75,7 +75,7 @@ class Child:
 
     place: Place
     slots: int
-    sockets: Path
+    launcher: Launcher
     patience: Patience
     changed: Callable[[], None]
     check: Check | None = None
@@ -90,18 +90,19 @@ class Child:
     numerics: str | None = None
     barred: str = ""
     rate: float | None = None
-    _process: asyncio.subprocess.Process | None = None
-    _heard: float = 0.0
-    _hearing: asyncio.Task[None] | None = None
+    _process: Process | None = None
+    _address: Address | None = None
     _opened: set[asyncio.StreamWriter] = field(default_factory=set)
 
     @property
-    def path(self) -> Path:
-        return self.sockets / f"{self.place.name}.sock"
+    def pid(self) -> int | None:
+        """Of its process, on the machine that this runs on."""
+        return None if self._process is None else self._process.pid
 
     @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+    def node(self) -> str:
+        """The name of that machine; empty for the gateway's own."""
+        return "" if self._process is None else self._process.node
 
     @property
     def free(self) -> bool:
@@ -156,33 +157,25 @@ class Child:
         self._give_up()
 
     async def _start(self) -> None:
-        self.path.unlink(missing_ok=True)
         self.state, self.phase, self.starts = "loading", "starting", self.starts + 1
-        args: dict[str, Any] = {"model": str(self.place.folder), "socket": str(self.path), "slots": self.slots}
-        module = "ottava.gateway.backend"
-        if self.place.engine.kind != EMBEDDED:
-            module, args["engine"] = "ottava.gateway.vllm", asdict(self.place.engine)
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            module,
-            json.dumps(args),
-            stdin=asyncio.subprocess.PIPE,  # kept open: its end is the backend's
-            stdout=asyncio.subprocess.PIPE,  # signs of life while it loads
-            env={**os.environ, **({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)})},
-            start_new_session=True,  # Ctrl-C is for the gateway, which then lets requests finish
-        )
-        self._heard = time.monotonic()
-        self._hearing = asyncio.create_task(self._hear(self._process))
-        deadline = time.monotonic() + self.patience.load
-        while not self.path.exists():
-            if self._process.returncode is not None:
-                raise Lost(f"it ended with status {self._process.returncode} while loading")
+        place = self.place
+        order = Order(place.name, str(place.folder), self.slots, place.engine, self.threads)
+        try:
+            self._process = process = await self.launcher.start(order)
+        except OSError as error:
+            raise Lost(f"it could not be started: {error}") from None
+        began, deadline = process.heard, time.monotonic() + self.patience.load
+        while (address := process.address()) is None:
+            if process.fault is not None:
+                raise Lost(f"{process.fault} while loading")
             if time.monotonic() > deadline:
                 raise Lost(f"it did not load within {self.patience.load:g} seconds")
-            if time.monotonic() - self._heard > self.patience.still:
+            if time.monotonic() - process.heard > self.patience.still:
                 raise Lost(f"it gave no sign of life for {self.patience.still:g} seconds while loading")
+            if process.heard > began:
+                self.phase = "loading"
             await asyncio.sleep(0.02)
+        self._address = address
         hello = await self.ask(op="hello")
         self.context, self.invariant = hello["context"], hello["invariant"]
         self.numerics = hello.get("numerics")
@@ -192,14 +185,6 @@ class Child:
         self.state, self.phase, self.fault = "ready", "ready", ""
         self.changed()
 
-    async def _hear(self, process: asyncio.subprocess.Process) -> None:
-        """Whatever it writes, as long as it lives: while it loads, that is its sign of life."""
-        assert process.stdout is not None
-        while await process.stdout.read(4096):
-            self._heard = time.monotonic()
-            if self.phase == "starting":
-                self.phase = "loading"
-
     async def _watch(self) -> None:
         """Returns by raising Lost, once the process has ended or does not answer."""
         assert self._process is not None
@@ -208,7 +193,7 @@ class Child:
             while True:
                 await asyncio.wait({ended}, timeout=self.patience.every)
                 if ended.done():
-                    raise Lost(f"it ended with status {ended.result()}")
+                    raise Lost(str(self._process.fault))
                 try:
                     health = await self._health()
                 except OttavaError as error:
@@ -234,10 +219,10 @@ class Child:
         self._give_up()
         self.state, self.phase = state, state
         process, self._process = self._process, None
+        for writer in [*self._opened]:  # before its end is known: a machine that is gone says nothing of it
+            writer.transport.abort()
         if process is not None:
             await process.wait()
-        for writer in [*self._opened]:
-            writer.transport.abort()
         self.changed()
 
     async def ask(self, **question: Any) -> dict[str, Any]:
@@ -272,10 +257,8 @@ class Child:
 
     def _give_up(self) -> None:
         self.state = "refused" if self.barred else "down"
-        process = self._process
-        if process is not None and process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)  # asyncio's own may reap it before asyncio looks
+        if self._process is not None:
+            self._process.kill()
 
     async def _tokens(self, asked: dict[str, Any], said_before: int) -> AsyncGenerator[Token, None]:
         number, since = 0, 0.0
@@ -313,13 +296,17 @@ class Child:
         self.rate = rate if self.rate is None else 1.0 / (0.98 / self.rate + 0.02 / rate)
 
     async def _lines(self, question: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        address = self._address
+        assert address is not None
         try:
-            reader, writer = await asyncio.open_unix_connection(self.path, limit=wire.LONGEST)
-        except OSError as error:
-            raise Lost(f"it cannot be reached: {error}") from None
+            async with asyncio.timeout(self.patience.hung):
+                reader, writer = await address.connect()
+        except OSError as error:  # TimeoutError is one
+            raise Lost(f"it cannot be reached: {error or 'no answer'}") from None
         self._opened.add(writer)
         try:
-            writer.write(wire.line(question))
+            writer.write(address.question(wire.line(question)))
+            await address.greeted(reader)
             while (text := await reader.readline()).endswith(b"\n"):  # half a line is what a death leaves
                 said = json.loads(text)
                 if isinstance(said, dict) and "error" in said:

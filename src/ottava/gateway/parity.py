@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -26,6 +24,7 @@ from ottava.engine.session import Sampling, Token
 from ottava.errors import DataError, PlatformError, Verdict, check_folder
 from ottava.gateway.child import Child, Lost, Patience, Place
 from ottava.gateway.engines import OURS, Choice, choices
+from ottava.gateway.launch import Local
 from ottava.gateway.pool import places
 from ottava.models.chat import Chat
 from ottava.verify import parity
@@ -188,13 +187,13 @@ class Parity:
         self, folder: Path, slots: int = 1, name: str = "reference", engine: Choice = OURS
     ) -> AsyncIterator[Child]:
         """A process of its own that has loaded the folder just now, and ends with the block."""
-        sockets, place = Path(tempfile.mkdtemp(prefix="ottava-")), Place(name, folder, engine=engine)
-        child = Child(place, slots, sockets, self.patience, lambda: None, None, self.threads)
+        launcher, place = Local(), Place(name, folder, engine=engine)
+        child = Child(place, slots, launcher, self.patience, lambda: None, None, self.threads)
         try:
             async with child.running():
                 yield child
         finally:
-            shutil.rmtree(sockets, ignore_errors=True)
+            await launcher.close()
 
     async def floor(self, reference: Reference) -> parity.Scores:
         """The control's log-probabilities of a reference's replies."""

@@ -12,9 +12,7 @@ import asyncio
 import math
 import os
 import secrets
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
@@ -27,6 +25,7 @@ from ottava.engine.session import Overdue, QueueFull, Sampling, Token
 from ottava.errors import DataError, ResourceError, Verdict, check_folder
 from ottava.gateway.child import Check, Child, Lost, Patience, Place, unavailable
 from ottava.gateway.engines import EMBEDDED, KINDS, OURS, Choice
+from ottava.gateway.launch import Launcher, Local
 from ottava.gateway.progress import Progress
 from ottava.models.chat import Chat
 
@@ -72,9 +71,9 @@ class Pool:
     """Backends that all hold one model. places: what to start; slots: requests at a time of each; queue: that wait.
 
     queue_s: how many seconds they may wait for their first slot; wait_s: how long a request waits for a backend while
-    none runs. check: raises an OttavaError where a backend may
-    not serve. chat: renders prompts, by default that of the first place. canary, to be set before the start: looks at
-    what backends say; parity: what `check` found, to be told. To be used on the event loop on which it was started.
+    none runs. check: raises an OttavaError where a backend may not serve. chat: renders prompts, by default that of
+    the first place. launcher: by default this machine's; ended with the pool. canary, to be set before the start: looks
+    at what backends say; parity: what `check` found, to be told. To be used on the event loop on which it was started.
     """
 
     def __init__(
@@ -90,6 +89,7 @@ class Pool:
         check: Check | None = None,
         threads: int | None = None,
         chat: Chat | None = None,
+        launcher: Launcher | None = None,
     ):
         require_policy(policy)
         self.chat = chat or Chat.load(places[0].folder)
@@ -97,10 +97,10 @@ class Pool:
         self.parity: Parity | None = None
         self.queue, self.queue_s, self.wait_s, self.policy = queue, queue_s, wait_s, policy
         self.failovers = 0
-        self._sockets = Path(tempfile.mkdtemp(prefix="ottava-"))  # open to this user alone
+        self._launcher = launcher or Local()
         threads = threads or max(1, (os.cpu_count() or 1) // len(places))
         self.children = [
-            Child(place, slots, self._sockets, patience or Patience(), self._wake, check, threads) for place in places
+            Child(place, slots, self._launcher, patience or Patience(), self._wake, check, threads) for place in places
         ]
         self._runs: set[asyncio.Task[None]] = set()
         self._lines: list[asyncio.Future[None]] = []  # who waits for a slot, in order
@@ -134,7 +134,7 @@ class Pool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        await self._launcher.close()
 
     @property
     def alive(self) -> bool:

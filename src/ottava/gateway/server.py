@@ -31,6 +31,7 @@ from ottava.gateway.parity import Parity
 from ottava.gateway.patience import PatientProtocol
 from ottava.gateway.pool import Pool, places, require_policy
 from ottava.gateway.progress import loading
+from ottava.gateway.ray import RayLauncher, resources
 from ottava.models.chat import Chat
 from ottava.verify.certificate import check
 
@@ -42,7 +43,9 @@ def serve(args: Mapping[str, Any]) -> dict[str, Any]:
 
     args: model (folder), or models (folders of one model, each for other chips); replicas: backends of each, in
     processes of their own (default: one engine in this process where there is one folder); labels, policy: see
-    `pool`; engines, vllm_python: see `engines.choices`; patience, wait_s: see `child`, `Pool`; reference (folder,
+    `pool`; ray: HOST:PORT of the head of a Ray cluster, on whose nodes the backends are then started, and
+    ray_resources, what each takes there: see `ray`;
+    engines, vllm_python: see `engines.choices`; patience, wait_s: see `child`, `Pool`; reference (folder,
     default the first): what backends are held against; other_values: one of other values may serve too; canary: the
     share of replies that is scored again (default `canary.SHARE`);
     name (default: the first folder's name); port (default 8000; 0 picks a free one);
@@ -86,11 +89,11 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     limit = args.get("queue_s")
     bounds = {"slots": args.get("slots", 4), "queue": args.get("queue", 16)}
     bounds["queue_s"] = math.inf if limit is None else limit
-    replicas, policy = args.get("replicas"), args.get("policy", "balanced")
+    replicas, policy, ray = args.get("replicas"), args.get("policy", "balanced"), args.get("ray")
     require_policy(policy)
-    chosen = engines.choices(args.get("engines") or (), folders, args.get("vllm_python"))
+    chosen = engines.choices(args.get("engines") or (), folders, args.get("vllm_python"), here=not ray)
     ours = all(choice.kind == engines.EMBEDDED for choice in chosen)
-    if replicas is None and len(folders) == 1 and not args.get("labels") and ours:
+    if replicas is None and len(folders) == 1 and not args.get("labels") and ours and not ray:
         if args.get("reference"):
             fix = "add --replicas 1, or ask ottava verify, which compares two folders"
             raise DataError("one engine in this process is held against nothing", where="--reference", fix=fix)
@@ -105,7 +108,13 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     check = Parity(reference, args.get("other_values", False), patience)
     wait_s = args.get("wait_s", 60.0)
     chat = Chat.load(reference)
-    pool = Pool(found, **bounds, policy=policy, patience=patience, wait_s=wait_s, check=check, chat=chat)
+    launcher = None
+    if ray:
+        each = resources(args.get("ray_resources") or (), chosen)
+        taken = {place.name: each[number * len(each) // len(found)] for number, place in enumerate(found)}
+        launcher = RayLauncher(ray, taken, check.digest)
+    how: dict[str, Any] = {"policy": policy, "patience": patience, "wait_s": wait_s, "launcher": launcher}
+    pool = Pool(found, **bounds, **how, check=check, chat=chat)
     pool.parity = check
     share = args.get("canary", SHARE)
     if share:

@@ -28,9 +28,9 @@ import httpx
 
 from ottava.engine.room import lacking
 from ottava.engine.session import Deliver, QueueFull, Sampling, Token
-from ottava.errors import DataError, ResourceError
-from ottava.gateway import engines, leash
-from ottava.gateway.backend import Backend, outlive_nobody
+from ottava.errors import DataError, OttavaError, ResourceError
+from ottava.gateway import backend, engines, leash
+from ottava.gateway.door import Door
 from ottava.models.chat import Chat
 
 TELL = 10.0
@@ -42,16 +42,26 @@ HEALTH = 5.0
 
 
 def main() -> int:
-    """Start vLLM on the folder that the arguments name (JSON: model, socket, slots, engine) and answer for it."""
+    """Start vLLM on the folder that the arguments name (JSON: model, socket, slots, engine) and answer for it.
+
+    host, digest: as `backend` takes them.
+    """
     args = json.loads(sys.argv[1])
-    outlive_nobody()
+    door = backend.door_of(args)
+    backend.outlive_nobody()
+    choice = engines.Choice.read(args["engine"])
+    try:
+        with backend.breathing():
+            if door is not None:
+                backend.require(choice, args)
+    except OttavaError as error:
+        return backend.given_up(error, door, args)
     leash.adopt()  # were the leash itself killed, vLLM's processes come here
-    asyncio.run(_serve(args))
+    asyncio.run(_serve(choice, args, door))
     return 1
 
 
-async def _serve(args: Mapping[str, Any]) -> None:
-    choice = engines.Choice(**args["engine"] | {"extra": tuple(args["engine"]["extra"])})
+async def _serve(choice: engines.Choice, args: Mapping[str, Any], door: Door | None) -> None:
     folder, scratch = Path(args["model"]), Path(tempfile.mkdtemp(prefix="ottava-vllm-"))  # open to this user alone
     socket, key, log = scratch / "vllm.sock", secrets.token_urlsafe(32), Path(args["socket"]).with_suffix(".log")
     server = await asyncio.create_subprocess_exec(
@@ -65,7 +75,7 @@ async def _serve(args: Mapping[str, Any]) -> None:
     watch = asyncio.create_task(_ends_with(server, choice.kind, log, scratch))
     remote = Remote(Chat.load(folder), socket, key, args["slots"])
     await remote.ready(f"{choice.kind} on {folder}")
-    await Backend(remote).run(Path(args["socket"]))
+    await backend.Backend(remote).run(Path(args["socket"]), door)
     watch.cancel()
 
 

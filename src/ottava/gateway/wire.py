@@ -1,4 +1,4 @@
-"""What the gateway and a backend process say to each other: JSON lines on a unix socket, one question a connection.
+"""What the gateway and a backend process say to each other: JSON lines, one question a connection (`door`).
 
 The gateway writes one line, {"op": ...}; hanging up is how it cancels. A backend answers with lines:
 
@@ -19,12 +19,14 @@ from typing import Any
 
 from ottava.engine.generate import ThinkBudget
 from ottava.engine.session import QueueFull, Sampling, Token
-from ottava.errors import DataError, OttavaError, ResourceError
+from ottava.errors import DataError, OttavaError, ResourceError, Verdict
 
 LONGEST = 1 << 26
 """Bytes that a line may have: a prompt of millions of ids."""
 
-_KINDS: dict[str, type[OttavaError]] = {"data": DataError, "full": QueueFull, "resource": ResourceError}
+_KINDS: dict[str, type[OttavaError]] = {
+    "data": DataError, "full": QueueFull, "resource": ResourceError, "verdict": Verdict,
+}  # fmt: skip
 
 
 def line(message: Any) -> bytes:

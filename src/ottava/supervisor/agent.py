@@ -11,20 +11,15 @@ Nothing here knows Ray: `supervisor.ray` makes an actor of it, tests call it as 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import signal
-import socket
-import struct
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ottava import __version__
+from ottava.cluster import code, interface_of, move_to
 from ottava.errors import LauncherGone, OttavaError, PlatformError, from_os_error
 from ottava.recipe import Pool
 from ottava.supervisor.local import LocalLauncher, LocalProcess, free_port
@@ -32,7 +27,6 @@ from ottava.supervisor.zygote import describe
 
 BEAT_S = 0.25  # the longest that a beat waits for news
 LOOK_S = 0.01  # between two looks at the workers
-SIOCGIFADDR = 0x8915
 
 
 class Agent:
@@ -46,7 +40,7 @@ class Agent:
         told = json.loads(setup)
         self._address, self._lease = told["address"], float(told["lease_s"])
         if launcher is None:
-            _move_to(told["folder"], told["path"])
+            move_to(told["folder"], told["path"])
             launcher = LocalLauncher(tag=f"{told['node']}-").__enter__()
             self._owned: LocalLauncher | None = launcher
         else:
@@ -161,34 +155,3 @@ def _outcome(process: LocalProcess) -> dict[str, Any]:
         return {"result": process.result()}
     except OttavaError as error:
         return {"error": describe(error)}
-
-
-def _move_to(folder: str, path: list[str]) -> None:
-    """Work where the supervisor works and find the modules that it finds, as far as this node has these folders."""
-    with suppress(OSError):
-        os.chdir(folder)
-    found = [entry for entry in path if Path(entry).is_dir()]
-    here = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*found, *filter(None, here)]))
-
-
-def code() -> str:
-    """This installation of ottava: its version, and the start of a SHA-256 over its Python files."""
-    package = Path(__file__).parents[1]
-    sha = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        sha.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"{__version__} ({sha.hexdigest()[:12]})"
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has an IPv4 address, or None (Linux). All of 127.0.0.0/8 is the loopback's."""
-    if address.startswith("127."):
-        return "lo"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                told = fcntl.ioctl(asker, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(told[20:24]) == address:
-                    return name
-    return None

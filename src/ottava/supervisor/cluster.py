@@ -1,4 +1,4 @@
-"""What is asked of Ray itself: to join a cluster, and to say where a run's pools are and keep these chips for it.
+"""What is asked of Ray itself: to say where a run's pools are, and to keep these chips for it.
 
 A worker of pool `p` takes one unit of the custom resource `ottava:p`. The first group on a pool reserves its chips with
 a placement group; later groups of the same run find them reserved, so a recovery does not wait for a scheduler.
@@ -6,66 +6,16 @@ a placement group; later groups of the same run find them reserved, so a recover
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ottava.errors import PlatformError, PoolMissing
+from ottava.cluster import DOCS
+from ottava.errors import PoolMissing
 from ottava.recipe import Pool
 
-CONNECT_S = 30.0  # to reach the cluster
-DOCS = "see docs/ray.md"
 LISTED = 8  # nodes in a message
-
-
-def join(address: str | None) -> tuple[Any, bool]:
-    """(ray, whether it was this call that connected): a driver that prints nothing, as stdout belongs to the command.
-
-    Where this process has called `ray.init` before, that cluster is used. Raises PlatformError.
-    """
-    try:
-        import ray
-        import ray.util.scheduling_strategies
-    except ImportError:
-        raise PlatformError("ray is not installed", fix="pip install -e '.[ray]'") from None
-    if ray.is_initialized():
-        return ray, False
-    ray._private.worker._worker_logs_enabled = False  # what its daemons report would be printed on stdout
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
-    terminate = signal.getsignal(signal.SIGTERM)
-    _connect(ray, address)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)  # Ray's native part has put its own in its place
-    return ray, True
-
-
-def _connect(ray: Any, address: str | None) -> None:
-    """In a thread, since an address that does not answer holds `ray.init` for many minutes."""
-    ended: list[BaseException | None] = []
-
-    def init() -> None:
-        try:
-            ray.init(address=address or "auto", log_to_driver=False, configure_logging=False)
-            ended.append(None)
-        except BaseException as error:
-            ended.append(error)
-
-    thread = threading.Thread(target=init, daemon=True)
-    thread.start()
-    thread.join(CONNECT_S)
-    where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-    if not ended:
-        raise PlatformError(f"the Ray cluster did not answer in {CONNECT_S:g} s", where=where, fix=DOCS)
-    if ended[0] is not None:
-        told = str(ended[0]).strip().splitlines() or [type(ended[0]).__name__]
-        raise PlatformError(
-            f"no Ray cluster: {told[0]}", where=where, fix=f"start one, or give the token that it asks for: {DOCS}"
-        ) from ended[0]
 
 
 def resource(pool: str) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ottava.cluster import interface_of, join
 from ottava.context import Launcher
 from ottava.errors import PlatformError, RecipeError
 from ottava.recipe import Pool
@@ -79,8 +80,7 @@ def cluster_for(ray: str | None, pools: Sequence[Pool]) -> Iterator[Where]:
 
 
 def _look(address: str | None, pools: Sequence[Pool]) -> Where:
-    from ottava.supervisor.agent import interface_of
-    from ottava.supervisor.cluster import Places, join
+    from ottava.supervisor.cluster import Places
 
     library, connected = join(address)
     try:
@@ -111,6 +111,20 @@ def machines(pools: Sequence[Pool]) -> dict[str, dict[str, int]]:
             fix="name a smaller fleet, or the address of a real cluster",
         )
     return found
+
+
+def room(backends: int, resources: Sequence[str] | None) -> tuple[list[Pool], list[str]]:
+    """For a rehearsal of serving: the pool of two nodes on each of which all backends fit, so that either may die, and
+    what a backend takes of it. resources: what was asked for; raises RecipeError where it was anything."""
+    from ottava.supervisor.cluster import resource
+
+    if resources:
+        what = f"the nodes of a rehearsal have none of {resources[0]}"
+        raise RecipeError(
+            what, where="--ray-resources", fix="leave it out, or name a cluster that has them: --ray ADDRESS"
+        )
+    pool = Pool(name="serve", workers=1 << (2 * backends - 1).bit_length(), nodes=2)
+    return [pool], [f"{resource(pool.name)}=1"]
 
 
 class Cluster:

@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ottava.cluster import code, join
 from ottava.errors import LauncherGone, PlatformError, PoolMissing
 from ottava.recipe import Pool
-from ottava.supervisor.agent import Agent, code
-from ottava.supervisor.cluster import Places, join, resource, seat, spread
+from ottava.supervisor.agent import Agent
+from ottava.supervisor.cluster import Places, resource, seat, spread
 from ottava.supervisor.local import answer, call_group, visible
 from ottava.supervisor.zygote import describe
 
