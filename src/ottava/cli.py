@@ -991,18 +991,30 @@ def label_decide(store: Annotated[Path, _STORE], as_json: Json = False) -> None:
 
 @label_app.command("trace")
 def label_trace(
-    store: Annotated[Path, _STORE],
-    item: Annotated[str, typer.Argument(help="An item's id.")],
+    where: Annotated[Path, _folder("STORE|RUN", "A store, or the folder of a run.")],
+    item: Annotated[str | None, typer.Argument(help="An item's id; of a run, a line's.")] = None,
+    step: Annotated[int | None, typer.Option(help="Of a run: the lines that this training step learnt from.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Of a run: the stage that learnt.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Everything that made one label: source, opinions, votes, undos, decisions."""
+    """Everything that made one label, and the training steps that learnt from it; or the lines of a step."""
+    from ottava.errors import DataError
     from ottava.labels import commands
 
-    found = commands.trace(store, item)
-    if as_json:
-        _print(found)
+    if (item is None) == (step is None):
+        raise DataError("name a line or a step", where="ITEM, --step", fix="ITEM, or of a run --step N; not both")
+    if where.is_dir():
+        from ottava.console import lineage
+
+        its = lineage.Lineage(where, stage)
+        found = its.line(item) if item is not None else its.step(step or 0)
+        text = lineage.told(found)
+    elif item is None or stage is not None:
+        raise DataError("a store has no training steps", where=where, fix="name the folder of a run")
     else:
-        typer.echo(commands.told(found))
+        found = commands.trace(where, item)
+        text = commands.told(found)
+    _print(found) if as_json else typer.echo(text)
 
 
 @label_app.command("serve")
