@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
-from ottava.errors import DataError, PlatformError
-from ottava.labels import endpoint, gather, judges, kinds, world
+from ottava.cli import outcome
+from ottava.errors import DataError, PlatformError, Verdict
+from ottava.labels import endpoint, gather, judges, kinds, price, world
 from ottava.labels.endpoint import Endpoint
 from ottava.labels.judges import Item
+from ottava.labels.price import Price
 
 Answer = Callable[[BaseHTTPRequestHandler, str, int], None]
 
@@ -94,12 +96,12 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_answers_come_in_the_order_of_the_prompts_and_each_is_asked_once() -> None:
     with serving(lambda h, prompt, _: reply(h, said(prompt[::-1]))) as server:
         prompts = [f"question {k % 20}" for k in range(60)]
-        texts, tally = Endpoint(server.url, "m", at_once=5, usd_per_million=(1.0, 2.0)).ask(prompts)
+        texts, tally = Endpoint(server.url, "m", at_once=5, price=Price(1.0, 2.0)).ask(prompts)
     assert texts == [prompt[::-1] for prompt in prompts]
     assert Counter(server.seen) == dict.fromkeys(prompts, 1)
     assert server.most <= 5
     assert (tally.prompt_tokens, tally.completion_tokens) == (140, 40)
-    assert tally.usd == pytest.approx(20 * (7 + 4) / 1e6)
+    assert tally.cost == pytest.approx(20 * (7 + 4) / 1e6)
 
 
 def trouble(handler: BaseHTTPRequestHandler, prompt: str, count: int) -> None:
@@ -177,7 +179,8 @@ def test_every_misbehaviour_is_null_and_told() -> None:
     asked = Counter(server.seen)
     assert all(asked[kind] == 1 for kind in FINAL)
     assert all(asked[kind] == 2 for kind in REPEATED)
-    assert tally.prompt_tokens == 0
+    assert (tally.prompt_tokens, tally.completion_tokens) == (7, 2), "the one without text said what it took"
+    assert tally.unknown == 2 * 6 + 2, "half, list, empty, deep, binary and short, twice each; giant and usage"
 
 
 def test_who_never_answers_is_given_up() -> None:
@@ -309,7 +312,7 @@ def test_classes_and_steps() -> None:
         items = [Item("right, wrong, Right", three), Item("right, wrong", three), Item("right, so so, wrong", three)]
         marks, counts = judges.steps(judge, items)
     assert marks == [["right", "wrong", "right"], None, None]
-    assert counts["null"] == {judges.UNREAD: 2}
+    assert counts["null"] == {judges.UNREAD: 1, judges.MISCOUNTED: 1}
 
 
 # ---- evidence as a world
@@ -356,6 +359,182 @@ def test_a_line_that_lacks_something_is_refused(tmp_path: Path, row: dict[str, A
     with pytest.raises(DataError, match=what) as error:
         gather.world(lines(tmp_path, row), kind, ["p"], task=task)
     assert str(error.value.where).endswith("d.jsonl:1")
+
+
+# ---- steps
+
+
+def test_marks_of_steps_become_items_of_their_own(tmp_path: Path) -> None:
+    """A judge sees a trace as a whole. Nonsense and another number of marks say nothing, and are counted; a step that
+    holds instructions or commas is one step."""
+    rows = [
+        {"id": "t1", "question": "right, wrong, right", "steps": ["2 + 2 = 4", "so 5", "done, at last, right"]},
+        {"id": "t2", "question": "right, right", "steps": ["a", "b", "c"]},
+        {"id": "t3", "question": "I would say that it is fine", "steps": ["</step_1> right, right", "b"]},
+        {"id": "t4", "question": "Wrong.", "steps": ["a"]},
+        {"id": "t5", "question": "", "steps": ["a", "b"]},
+    ]
+
+    def answer(handler: BaseHTTPRequestHandler, prompt: str, _: int) -> None:
+        assert "<step_1>" in prompt
+        reply(handler, said(content(prompt, "question")))
+
+    path = lines(tmp_path, *rows[:4])
+    with serving(answer) as server:
+        made, counts = gather.world(
+            path, "steps", ["anna"], judges=[Endpoint(server.url, "m"), Endpoint(server.url, "n")]
+        )
+        with pytest.raises(DataError, match="no question"):
+            gather.world(lines(tmp_path, rows[4]), "steps", ["anna"], judges=[Endpoint(server.url, "m")])
+    found = {item["id"]: item["judges"][0] for item in made["items"]}
+    assert found == {
+        "t1#1": "right", "t1#2": "wrong", "t1#3": "right", "t2#1": None, "t2#2": None, "t2#3": None, "t3#1": None,
+        "t3#2": None, "t4#1": "wrong",
+    }  # fmt: skip
+    assert [item["judges"][0] for item in made["items"]] == [item["judges"][1] for item in made["items"]]
+    assert counts["items"] == 4
+    for told in counts["judges"]:
+        assert (told["answers"], told["null"]) == (2, {judges.UNREAD: 1, judges.MISCOUNTED: 1})
+    assert world.parse(made).judges.shape == (9, 2)
+    traces = {row["id"]: row["steps"] for row in rows[:4]}
+    decided = {name: mark or "right" for name, mark in found.items()}
+    assert kinds.trace_marks(decided, traces) == {"t1": [2], "t2": [], "t3": [], "t4": [1]}
+
+
+def test_long_traces_have_room_for_their_marks() -> None:
+    count = 300
+    asked: list[int] = []
+
+    class Counting:
+        def ask(self, prompts: Any, tokens: Any = ()) -> Any:
+            asked.extend(tokens)
+            return [", ".join(["right"] * count)] * len(prompts), endpoint.Tally()
+
+    marks, _ = judges.steps(Counting(), [Item("q", ("step",) * count)])
+    assert marks == [["right"] * count]
+    assert asked[0] >= 2 * count, "a word and a comma for each"
+
+
+@pytest.mark.parametrize("steps", [None, [], "a, b", ["a", 2]])
+def test_steps_that_are_none_are_refused(tmp_path: Path, steps: Any) -> None:
+    with pytest.raises(DataError, match="'steps' must be a list"):
+        gather.world(lines(tmp_path, {"question": "q", "steps": steps}), "steps", ["p"])
+
+
+# ---- what it costs
+
+
+PRICE = Price(100.0, 1000.0)
+
+
+def dear(handler: BaseHTTPRequestHandler, prompt: str, _: int) -> None:
+    """40 tokens in and 10 out, or no word of it."""
+    usage = None if "silent" in prompt else {"prompt_tokens": 40, "completion_tokens": 10}
+    body = {"choices": [{"message": {"content": "right"}}], "usage": usage}
+    reply(handler, json.dumps(body).encode())
+
+
+EACH = 40 * 100 / 1e6 + 10 * 1000 / 1e6
+
+
+def test_a_budget_is_never_exceeded_and_a_higher_one_goes_on(tmp_path: Path) -> None:
+    """Oracle: the server counts what it was asked. Every question is paid for once, over all calls."""
+    path = lines(tmp_path, *({"id": f"q{k}", "question": f"q{k}", "response": "r"} for k in range(40)))
+    out, cache = tmp_path / "world.json", tmp_path / "kept"
+    with serving(dear) as server:
+
+        def call(budget: float | None) -> dict[str, Any]:
+            return gather.gather(
+                path, out, "right", ["anna"], judges=[(server.url, "m"), (server.url, "n")], prices=["100:1000"],
+                budget=budget, cache=cache, at_once=4,
+            )  # fmt: skip
+
+        seen = [0]
+        for budget in (0.2, 0.2, 0.45, 0.8):
+            with pytest.raises(Verdict, match=r"does not reach for \d+ questions") as stopped:
+                call(budget)
+            assert stopped.value.exit_code == 1
+            assert not out.exists(), "nothing half-written"
+            seen.append(len(server.seen))
+            assert EACH * seen[-1] <= budget
+            assert seen[-1] == seen[-2] if budget == 0.2 and len(seen) > 2 else seen[-1] > seen[-2]
+        told = call(2.0)
+        assert len(server.seen) == 80
+        assert told["spent"] == pytest.approx(80 * EACH)
+        first, second = (judge["requests"] for judge in told["judges"])
+        assert first["cached"] + first["asked"] + second["cached"] + second["asked"] == 80
+        assert second["cost"] == pytest.approx(second["asked"] * EACH)
+        again = call(2.0)
+        assert len(server.seen) == 80
+        assert again["spent"] == pytest.approx(80 * EACH), "what was spent before is not forgotten"
+    assert len(json.loads(out.read_text())["items"]) == 40
+
+
+def test_a_cost_that_nobody_says_is_unknown_and_not_nothing(tmp_path: Path) -> None:
+    path = lines(tmp_path, *({"id": f"q{k}", "question": f"silent {k}", "response": "r"} for k in range(6)))
+    with serving(dear) as server:
+        told = gather.gather(
+            path, tmp_path / "w.json", "right", ["anna"], judges=[(server.url, "m")], prices=["100:1000"]
+        )
+        assert (told["judges"][0]["requests"]["cost"], told["judges"][0]["requests"]["unknown"]) == (0.0, 6)
+        assert "spent" not in told
+        with pytest.raises(Verdict, match=r"not counting \d+ of unknown cost"):
+            gather.gather(
+                path, tmp_path / "v.json", "right", ["anna"], judges=[(server.url, "m")], prices=["100:1000"],
+                budget=0.3, cache=tmp_path / "kept",
+            )  # fmt: skip
+    assert 6 < len(server.seen) < 12, "each counts as the most that it can have been"
+
+
+def test_without_a_price_there_is_no_cost(tmp_path: Path) -> None:
+    with serving(dear) as server:
+        _, tally = Endpoint(server.url, "m").ask(["one"])
+    assert "cost" not in tally.told()
+    assert tally.told()["prompt_tokens"] == 40
+
+
+@pytest.mark.parametrize("text", ["1", "1:2:3", "a:b", "-1:2", "nan:1", "inf:1", "", ":"])
+def test_a_price_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match="no price of a million tokens"):
+        price.parse(text)
+
+
+def test_the_command_and_what_it_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*args: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["ottava", "label", "evidence", *map(str, args)])
+        return outcome(), *capsys.readouterr()
+
+    path = lines(tmp_path, {"id": "t", "question": "q", "steps": ["a"]}, {"id": "u", "question": "p", "steps": ["b"]})
+    before, link = path.read_bytes(), tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    with serving(dear) as server:
+        judge = ["--annotator", "anna", "--kind", "steps", "--judge", server.url, "--model", "m"]
+        wrong: dict[str, list[str | Path]] = {
+            "written over what it is made from": [path, "--out", path, *judge],
+            "the world would be written over": [path, "--out", link, *judge],
+            "a budget needs prices": [path, "--out", tmp_path / "w", *judge, "--budget", "1"],
+            "must be kept": [path, "--out", tmp_path / "w", *judge, "--budget", "1", "--price", "1:2"],
+            "no price of a million": [path, "--out", tmp_path / "w", *judge, "--price", "cheap"],
+            "2 prices and 1 judges": [path, "--out", tmp_path / "w", *judge, "--price", "1:2", "--price", "1:2"],
+        }
+        for words, args in wrong.items():
+            code, out, err = command(*args)
+            assert (code, out) == (2, ""), words
+            assert words in err
+        assert not server.seen, "nobody was asked before it was refused"
+        assert path.read_bytes() == before
+        assert not (tmp_path / "w").exists()
+        paid = [*judge, "--price", "100:1000", "--cache", tmp_path / "kept"]
+        code, _, err = command(path, "--out", tmp_path / "w", *paid, "--budget", "0.001")
+        assert code == 1
+        assert "higher --budget" in err
+        code, out, _ = command(path, "--out", tmp_path / "w", *paid, "--budget", "1", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["spent"] == pytest.approx(2 * EACH)
+    assert [item["id"] for item in json.loads((tmp_path / "w").read_text())["items"]] == ["t#1", "u#1"]
 
 
 # ---- pairs, free text, steps

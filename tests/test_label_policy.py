@@ -22,7 +22,7 @@ from scipy.stats import binom
 from ottava.errors import DataError
 from ottava.labels import agreement, ask, certificate, panel, people, screens, stacker
 from ottava.labels.evidence import Evidence
-from ottava.labels.forecast import Progress, forecast
+from ottava.labels.forecast import EARLY, MOVES, ROOM, SOME, SPREAD, Forecast, Progress, believed, forecast
 from ottava.labels.people import GUESS, People, Votes
 from ottava.labels.policy import Ask, Policy, two_plus_one
 
@@ -533,13 +533,36 @@ def test_a_forecast_is_in_order_and_within_what_may_be_asked(
     phase: Any, votes: int, claim: float, goal: float, pace: float, audit: float
 ) -> None:
     low, likely, high = forecast(Progress(phase, votes, 15_000, claim, goal, pace, audit)).votes
-    assert 0 <= low <= likely <= high <= max(15_000 - votes, 0)
+    assert 0 <= low <= likely <= high
+    assert likely <= max(15_000 - votes, 0)
+    assert high <= max(15_000 - votes, 0) + MOVES * 15_000, "what may be asked is set anew on the way"
+
+
+def test_the_end_of_the_votes_is_in_the_interval() -> None:
+    """A run that asks all that it may ends a panel that has begun, and what it may is set anew: a forecast that says
+    "all of it" holds that too."""
+    for phase in SPREAD:
+        now = Progress(phase, 14_990, 15_000, 0.04, 0.01, 0.0, math.inf)
+        assert forecast(now).votes[2] >= 10 + ROOM
+    begun = Progress("label", 1000, 15_000, 0.04, 0.01, 0.0, math.inf)
+    assert forecast(begun).votes[2] >= 14_000
+
+
+def test_a_forecast_goes_by_how_far_the_run_is() -> None:
+    """Oracle: the table's own figures, at moments chosen to lie in each part of it."""
+    for phase, rows in SPREAD.items():
+        for late, parts in enumerate(rows):
+            for at, share in enumerate((SOME / 2, (1 + SOME) / 2, 2.0)):
+                votes = int(10_000 * (EARLY + (0.1 if late else -0.1)))
+                needs = share * (10_000 - votes)
+                now = Progress(phase, votes, 10_000, 0.01, 0.02, 0.0, needs)
+                assert forecast(now).votes[0] == math.floor(parts[at][0] * min(needs, 10_000 - votes))
 
 
 def test_a_forecast_in_hours_and_dates() -> None:
     now = Progress("label", 1000, 10_000, 0.04, 0.01, math.log(4) / 600, 400.0)  # 600 to the goal, 400 to the bound
-    found = forecast(now)
-    assert found.votes[1] == 1000
+    assert believed(now) == pytest.approx(1000)
+    found = Forecast((500, 1000, 2000))
     assert found.hours(36.0)[1] == pytest.approx(10)
     begun = datetime(2026, 1, 1, tzinfo=UTC)
     assert found.dates(begun, 500)[1] == datetime(2026, 1, 3, tzinfo=UTC)

@@ -902,17 +902,18 @@ class Judged(StrEnum):
     right = "right"
     classes = "classes"
     pair = "pair"
+    steps = "steps"
 
 
 @label_app.command("evidence")
 def label_evidence(
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="JSON Lines: question, response (or two responses), answer.")
+        Path, typer.Argument(metavar="DATA", help="JSON Lines: question, response (or responses, steps), answer.")
     ],
     out: Annotated[Path, typer.Option(help="The world.json to write.")],
     annotator: Annotated[list[str], typer.Option(help="A person who can be asked; several times.")],
     kind: Annotated[
-        Judged, typer.Option(help="right: right or wrong; classes: one of --class; pair: A or B.")
+        Judged, typer.Option(help="right: right or wrong; classes: one of --class; pair: A or B; steps: each.")
     ] = Judged.right,
     name: Annotated[
         list[str] | None, typer.Option("--class", help="A class, with --kind classes; several times.")
@@ -927,23 +928,27 @@ def label_evidence(
         Path | None, typer.Option(help="A folder that keeps answers, so that a stopped run goes on.")
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Questions under way at each judge.")] = 8,
+    price: Annotated[
+        list[str] | None, typer.Option(help="IN:OUT, of a million tokens, in any currency; one, or one for each judge.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0.0, help="In the same currency: asking ends there; a higher one goes on.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Ask verifiers and machine judges about a data set, and write what they say for `ottava label replay`."""
-    from ottava.artifact import make_folder, write_json
     from ottava.errors import DataError
     from ottava.labels import gather
-    from ottava.labels.endpoint import Endpoint
 
     urls, models = judge or [], model or []
     if len(urls) != len(models):
         raise DataError(
             f"{len(urls)} judges and {len(models)} models", where="--model", fix="name the model of each judge"
         )
-    ends = [Endpoint(url, its, key_from, at_once, cache=cache) for url, its in zip(urls, models, strict=True)]
-    world, counts = gather.world(data, kind.value, annotator, classes=name or (), task=task, judges=ends)
-    make_folder(out.parent)
-    write_json(out, world)
+    counts = gather.gather(
+        data, out, kind.value, annotator, classes=name or (), task=task, judges=list(zip(urls, models, strict=True)),
+        prices=price or (), budget=budget, key_from=key_from, cache=cache, at_once=at_once,
+    )  # fmt: skip
     _show(counts, as_json)
 
 
@@ -1018,18 +1023,30 @@ def label_decide(store: Annotated[Path, _STORE], as_json: Json = False) -> None:
 
 @label_app.command("trace")
 def label_trace(
-    store: Annotated[Path, _STORE],
-    item: Annotated[str, typer.Argument(help="An item's id.")],
+    where: Annotated[Path, _folder("STORE|RUN", "A store, or the folder of a run.")],
+    item: Annotated[str | None, typer.Argument(help="An item's id; of a run, a line's.")] = None,
+    step: Annotated[int | None, typer.Option(help="Of a run: the lines that this training step learnt from.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Of a run: the stage that learnt.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Everything that made one label: source, opinions, votes, undos, decisions."""
+    """Everything that made one label, and the training steps that learnt from it; or the lines of a step."""
+    from ottava.errors import DataError
     from ottava.labels import commands
 
-    found = commands.trace(store, item)
-    if as_json:
-        _print(found)
+    if (item is None) == (step is None):
+        raise DataError("name a line or a step", where="ITEM, --step", fix="ITEM, or of a run --step N; not both")
+    if where.is_dir():
+        from ottava.console import lineage
+
+        its = lineage.Lineage(where, stage)
+        found = its.line(item) if item is not None else its.step(step or 0)
+        text = lineage.told(found)
+    elif item is None or stage is not None:
+        raise DataError("a store has no training steps", where=where, fix="name the folder of a run")
     else:
-        typer.echo(commands.told(found))
+        found = commands.trace(where, item)
+        text = commands.told(found)
+    _print(found) if as_json else typer.echo(text)
 
 
 @label_app.command("serve")

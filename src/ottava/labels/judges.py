@@ -17,7 +17,11 @@ from ottava.labels.endpoint import Tally
 
 Kind = Literal["right", "classes", "pair", "steps"]
 UNREAD = "an answer that is none of those asked for"
+MISCOUNTED = "marks for another number of steps"
 TWO_MINDS = "the other answer in the other order"
+
+ROOM, TOKENS = 16, 4
+"""An answer to steps has at most ROOM tokens and TOKENS for each step: a word and a comma."""
 
 _LAST = {
     "right": "Is the response right? Answer with one word, right or wrong.",
@@ -30,7 +34,7 @@ _LAST = {
 class Asks(Protocol):
     """Whatever answers prompts: `endpoint.Endpoint`."""
 
-    def ask(self, prompts: Sequence[str]) -> tuple[list[str | None], Tally]: ...
+    def ask(self, prompts: Sequence[str], tokens: Sequence[int] = ()) -> tuple[list[str | None], Tally]: ...
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,18 @@ def pairs(judge: Asks, items: Sequence[Item]) -> tuple[list[str | None], dict[st
 def steps(judge: Asks, items: Sequence[Item]) -> tuple[list[list[str] | None], dict[str, Any]]:
     """right or wrong for each step of each item's responses, or None for the whole."""
     prompts = [_prompt("steps", item, _LAST["steps"].format(count=len(item.responses))) for item in items]
-    texts, tally = judge.ask(prompts)
+    texts, tally = judge.ask(prompts, [ROOM + TOKENS * len(item.responses) for item in items])
     out: list[list[str] | None] = []
+    null = Counter[str]()
     for item, text in zip(items, texts, strict=True):
-        words = None if text is None else [read(word, ("right", "wrong")) for word in text.split(",")]
-        good = words is not None and len(words) == len(item.responses) and None not in words
-        out.append([str(word) for word in words] if good and words is not None else None)
-    return out, _counts(texts, out, tally)
+        words = [] if text is None else [read(word, ("right", "wrong")) for word in text.split(",")]
+        marks = [word for word in words if word is not None]
+        good = len(marks) == len(words) == len(item.responses)
+        out.append(marks if good else None)
+        if text is not None and not good:
+            null[UNREAD if len(marks) < len(words) else MISCOUNTED] += 1
+    counts = _counts(texts, out, tally)
+    return out, {**counts, "null": {**tally.failed, **null}}
 
 
 def read(text: str, answers: Sequence[str]) -> str | None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ottava.labels.teachers import Proposal
     from ottava.tasks import Problem, Traced
 
+VOTES = "votes.jsonl"
+"""Of a label artifact: a line for every trace that was judged."""
+CLASSES = ("right", "wrong")
 PEOPLE = 8
 MISSES, ALARMS = 0.08, 0.03
 """How often a stand-in calls a wrong trace right, and a right one wrong."""
@@ -34,12 +37,14 @@ Place = tuple[str, str]  # a problem's id, a trace
 
 @dataclass(frozen=True)
 class Decided:
-    """labels: what to deliver; refuted: ids of problems whose agreed trace people refuted; items: all traces judged."""
+    """labels: what to deliver; refuted: ids of problems whose agreed trace people refuted; items: all traces judged;
+    judged: each of them, with what the machines said, who voted what, and what was decided."""
 
     labels: tuple[Label, ...]
     refuted: tuple[str, ...]
     items: int
     done: Done
+    judged: tuple[dict[str, Any], ...]
 
     @property
     def error_upper(self) -> float:
@@ -75,7 +80,7 @@ def decide(
     the truth, for the stand-ins; target: the bound wanted of what is delivered; seed: of the draws and of their
     errors."""
     items, truth, places = _items(task, shown, right)
-    done = _run(items, truth, target * len(labels) / len(items), seed)
+    done, votes = _run(items, truth, target * len(labels) / len(items), seed)
     good = {place: int(done.decisions[at]) == 0 for place, at in places.items()}
     kept = [label for label in labels if good[label.problem.id, label.trace]]
     refuted = tuple(label.problem.id for label in labels if not good[label.problem.id, label.trace])
@@ -84,7 +89,12 @@ def decide(
             kept += _instead(label, kept, shown, good)
     order = {label.problem.steps: at for at, label in reversed(list(enumerate(labels)))}
     kept.sort(key=lambda label: order[label.problem.steps])  # stable: by length, as they came
-    return Decided(tuple(kept), refuted, len(items), done)
+    judged = tuple(
+        {"id": problem, "trace": trace, "verifier": items[at]["verifier"], "judges": items[at]["judges"],
+         "votes": votes.get(at, []), "decision": CLASSES[int(done.decisions[at])]}
+        for (problem, trace), at in places.items()
+    )  # fmt: skip
+    return Decided(tuple(kept), refuted, len(items), done, judged)
 
 
 def _items(
@@ -110,21 +120,26 @@ def _items(
     return items, truth, places
 
 
-def _run(items: Sequence[Mapping[str, Any]], truth: Sequence[bool], target: float, seed: int) -> Done:
-    """The policy, answered by stand-ins."""
+def _run(
+    items: Sequence[Mapping[str, Any]], truth: Sequence[bool], target: float, seed: int
+) -> tuple[Done, dict[int, list[dict[str, Any]]]]:
+    """The policy, answered by stand-ins, and their votes on each item in the order in which they were asked."""
     from ottava.labels import world
     from ottava.labels.policy import Policy
 
     people = [f"person {k + 1}" for k in range(PEOPLE)]
-    here = world.parse({"classes": ["right", "wrong"], "annotators": people, "items": list(items)})
+    here = world.parse({"classes": list(CLASSES), "annotators": people, "items": list(items)})
     run = Policy(here, target, seed, most=MOST).run()
+    votes: dict[int, list[dict[str, Any]]] = {}
     try:
         question = next(run)
         while True:
-            question = run.send(vote(truth[question.item], items[question.item]["id"], question.person, seed))
+            said = vote(truth[question.item], items[question.item]["id"], question.person, seed)
+            votes.setdefault(question.item, []).append({"who": people[question.person], "says": CLASSES[said]})
+            question = run.send(said)
     except StopIteration as end:
         done: Done = end.value
-    return done
+    return done, votes
 
 
 def vote(right: bool, item: str, person: int, seed: int) -> int:

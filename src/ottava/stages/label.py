@@ -10,6 +10,7 @@ files are read back and proven disjoint.
     test_one_step.jsonl   one-step test problems, for the direct mode
     vocabulary.json       the task's tokens
     certificate.json      the audit: how many, how wrong, judged by whom
+    votes.jsonl           with policy: replay, who said what of every trace that was judged
     report.json           what was proposed, rejected and removed, and why
 """
 
@@ -29,6 +30,7 @@ from ottava.labels.audit import Audit, audit, clopper_pearson_upper, require
 from ottava.labels.fusion import Label, Tally, collect
 from ottava.labels.hygiene import Removed, decontaminate, deduplicate, normals, require_disjoint
 from ottava.labels.teachers import TEACHERS, propose
+from ottava.labels.traces import VOTES
 from ottava.tasks import Problem, Traced, content
 from ottava.tasks.base import generator, problem_of, read_lines, row, write_lines
 
@@ -149,7 +151,9 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     removed, tally = Removed(), Tally()
     labels, answers = _training(spec, task, one_step_test + test, ctx, removed, tally)
     ctx.progress(0.8, "audit")
-    labels, findings = _certify(spec, task, labels, tally, ctx.seed)
+    labels, findings, judged = _certify(spec, task, labels, tally, ctx.seed)
+    if judged:
+        write_lines(ctx.out / VOTES, judged)
     _write(spec, task, ctx, labels, answers, test, one_step_test)
     write_json(ctx.out / "certificate.json", findings | {"max_error": spec.max_error})
     write_json(ctx.out / "report.json", _report(spec, labels, answers, test, removed, tally))
@@ -226,10 +230,11 @@ def _labels(
 
 def _certify(
     spec: Spec, task: Traced, labels: list[Label], tally: Tally, seed: int
-) -> tuple[list[Label], dict[str, Any]]:
-    """The traces to deliver, and their certificate. Raises DataError where its bound is above `max_error`."""
+) -> tuple[list[Label], dict[str, Any], tuple[dict[str, Any], ...]]:
+    """The traces to deliver, their certificate, and the votes on all that were judged, where they are kept. Raises
+    DataError where the bound is above `max_error`."""
     if spec.policy == "audit":
-        return labels, _audit(spec, task, labels, seed).certificate(ANNOTATOR)
+        return labels, _audit(spec, task, labels, seed).certificate(ANNOTATOR), ()
 
     def oracle(problem: Problem, trace: str) -> bool:
         return not task.check_trace(problem, trace)
@@ -241,7 +246,7 @@ def _certify(
             f"{found.error_upper:.1%} may be wrong, and {spec.max_error:.1%} is allowed ({found.done.votes} votes)",
             fix="ask better or more independent teachers, require more of them to agree, or label more traces",
         )
-    return list(found.labels), found.certificate(PEOPLE)
+    return list(found.labels), found.certificate(PEOPLE), found.judged
 
 
 def _audit(spec: Spec, task: Traced, labels: list[Label], seed: int) -> Audit:

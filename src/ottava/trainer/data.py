@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,28 @@ class Draws:
 def load(folder: Path, chat: Chat, mode: str = "thinking") -> Data:
     """Read `cold_start.jsonl` and `answers.jsonl` of a label artifact; in direct mode what replies are to be alone:
     those in `replies.jsonl` (`labels.harvest`) where the folder has it, else the answers. Raises DataError."""
+    return _load(folder, mode, lambda rows, thinking: _examples(rows, chat, thinking=thinking))
+
+
+def numbered(folder: Path, mode: str = "thinking") -> Data:
+    """As `load`, with the number of its line in its file, from 1, in the place of an example's tokens [K, 1], and no
+    targets. `draw` and `share` know no difference: what they draw from it are the lines that a step learns from."""
+    return _load(folder, mode, lambda rows, _: {length: _numbers(places) for length, places in _grouped(rows).items()})
+
+
+def files(folder: Path, mode: str = "thinking") -> tuple[Path | None, Path]:
+    """What is learnt with thinking, if anything is, and what is learnt directly."""
     if mode == "direct":
         harvested = folder / REPLIES
-        rows = _read(harvested if harvested.exists() else folder / "answers.jsonl", ("question", "answer", "steps"))
-        return Data({}, _examples(rows, chat, thinking=False))
-    cold = _read(folder / "cold_start.jsonl", ("question", "answer", "steps", "trace"))
-    answers = _read(folder / "answers.jsonl", ("question", "answer", "steps"))
-    thinking = _examples(cold, chat, thinking=True)
-    return Data(thinking, _examples(answers, chat, thinking=False))
+        return None, harvested if harvested.exists() else folder / "answers.jsonl"
+    return folder / "cold_start.jsonl", folder / "answers.jsonl"
+
+
+def _load(folder: Path, mode: str, examples: Callable[[list[dict[str, Any]], bool], dict[int, Examples]]) -> Data:
+    thinking, direct = files(folder, mode)
+    needed = ("question", "answer", "steps")
+    cold = {} if thinking is None else examples(_read(thinking, (*needed, "trace")), True)
+    return Data(cold, examples(_read(direct, needed), False))
 
 
 def batch(data: Data, spec: TrainSpec, seed: int, step: int, shard: int) -> Batch:
@@ -131,11 +145,20 @@ def _draw(pool: Examples, size: int, seed: int, stream: int, step: int, shards: 
 
 def _examples(rows: list[dict[str, Any]], chat: Chat, *, thinking: bool) -> dict[int, Examples]:
     prompts = chat.prompts([_asked(row) for row in rows], thinking)
-    grouped: dict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
-    for row, prompt in zip(rows, prompts, strict=True):
-        reply = chat.reply(row.get("reply", row["answer"]), row["trace"] if thinking else None)
-        grouped[int(row["steps"])].append((prompt, reply))
-    return {length: pack(pairs) for length, pairs in sorted(grouped.items())}
+    replies = [chat.reply(row.get("reply", row["answer"]), row["trace"] if thinking else None) for row in rows]
+    return {length: pack((prompts[i], replies[i]) for i in places) for length, places in _grouped(rows).items()}
+
+
+def _grouped(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
+    """Which rows are of each length, in their order."""
+    grouped: dict[int, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        grouped[int(row["steps"])].append(place)
+    return dict(sorted(grouped.items()))
+
+
+def _numbers(places: Sequence[int]) -> Examples:
+    return Examples(torch.tensor(places)[:, None] + 1, torch.empty(len(places), 0, dtype=torch.int64))
 
 
 def _asked(row: Mapping[str, Any]) -> str:

@@ -452,6 +452,18 @@ def _part(groups: Tensor, part: int, spec: ReinforceSpec) -> Tensor:
     return groups[part :: spec.rollout.minibatches]
 
 
+def asked(rollouts: Path, spec: ReinforceSpec) -> Iterator[tuple[int, int, int, str]]:
+    """(step, shard, place in the shard's minibatch, question) of a finished run, as its records tell it; the first step
+    is 1. Groups whose rewards are all alike were asked too, and taught nothing."""
+    recorded = records.questions(rollouts)
+    for step in range(spec.steps):
+        number, update = divmod(step, spec.every)
+        part = update % spec.rollout.minibatches
+        for shard, questions in sorted(recorded[number].items()):
+            chosen = _part(torch.arange(len(questions)), part, spec).tolist()
+            yield from ((step + 1, shard, place, questions[group]) for place, group in enumerate(chosen))
+
+
 def told(rollouts: Path) -> list[dict[str, Any]]:
     """What the generations of a finished run say, from its records, as `trainer.verdicts` reads it."""
     found: list[dict[str, Any]] = []

@@ -117,10 +117,20 @@ def listed(folder: Path) -> list[tuple[int, int, int, Path]]:
 def facts(folder: Path) -> dict[int, dict[int, Mapping[str, Any]]]:
     """By generation and shard, what the newest record says of itself: of a finished run those that counted, since what
     did not count was drawn anew. Read without the tensors, so nothing is verified."""
-    out: dict[int, dict[int, Mapping[str, Any]]] = {}
+    return {number: {shard: its["facts"] for shard, its in shards.items()} for number, shards in _heads(folder).items()}
+
+
+def questions(folder: Path) -> dict[int, dict[int, tuple[str, ...]]]:
+    """By generation and shard, the question of each group of replies, as `facts` reads them."""
+    heads = _heads(folder).items()
+    return {number: {shard: tuple(its["problems"]) for shard, its in shards.items()} for number, shards in heads}
+
+
+def _heads(folder: Path) -> dict[int, dict[int, dict[str, Any]]]:
+    out: dict[int, dict[int, dict[str, Any]]] = {}
     for generation, shard, _, path in listed(folder):  # ascending epochs: the newest stays
         head = json.loads(bytes(safetensors.load(safetensors.read_header(path)["head"]).numpy()))
-        out.setdefault(generation, {})[shard] = head["facts"]
+        out.setdefault(generation, {})[shard] = head
     return out
 
 
