@@ -214,7 +214,7 @@ def test_an_answer_is_taken_when_it_cannot_be_undone(tmp_path: Path) -> None:
         follower.rank()
         assert run.policy.used == []
         assert live.can_undo(store, "vote-1-of-ann", int(time.time() * 1000))
-        assert not live.can_undo(store, "vote-1-of-ann", int(time.time() * 1000) + 25_000)
+        assert not live.can_undo(store, "vote-1-of-ann", int(time.time() * 1000) + 9_000)
         store.add_vote(Vote("undo-1-of-ann", first, "ann", None, "undo", "vote-1-of-ann"))
         store.add_vote(Vote("vote-2-of-ann", first, "ann", "wrong"))
         store.add_vote(Vote("vote-3-of-ann", second, "ann", "right"))

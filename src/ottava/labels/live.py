@@ -40,16 +40,16 @@ from ottava.labels.store import Decision, Store, now
 
 KIND = "ottava label run 1"
 METHOD = "certified run"
-HOLD_S = 30.0
+HOLD_S = 12.0
 """An answer is taken once it is so old, or its giver has answered again."""
-UNDO_S = 20.0
+UNDO_S = 8.0
 """And can be taken back until then: a little shorter, so that no undo comes to disk too late."""
 AWAY_S = 86_400.0
 """Who was not seen for so long is not waited for."""
 SEATS = 8
 """People who may join while a run is on, beyond those who have a key when it begins."""
-BUSY = 2000
-"""Items at most that people are kept busy with."""
+BUSY = 60
+"""Items that may not be needed, at most, with which people are kept busy: the rest of a run is not known yet."""
 ANYBODY = -1
 WAITING = "waiting"
 
@@ -107,10 +107,10 @@ class Following(Policy):
 
     def wanted(self) -> list[int]:
         """Items on which votes are wanted, the next first, as far as nobody has given them."""
-        counts = self.evidence.counts
-        ahead = [int(item) for item in self.coming[:BUSY]]
-        if self.phase == "label":  # what is likely to follow, so that nobody waits for the others of a batch
-            rest = np.argsort(-self._gain, kind="stable")[: len(ahead) + BUSY // 10]
+        counts, coming = self.evidence.counts, [int(item) for item in self.coming]
+        ahead = coming[:BUSY] if self.phase == "audit" else coming
+        if self.phase == "label":  # what is likely to follow
+            rest = np.argsort(-self._gain, kind="stable")[: len(ahead) + BUSY]
             ahead += [int(item) for item in rest if self._gain[item] > 1e-9]
         need = 1 if self.phase == "label" else 2
         out: dict[int, None] = dict.fromkeys(ahead[:1])
@@ -283,7 +283,7 @@ class Follower(Ranker):
         score = np.zeros(len(group.rows))
         if run.done is None:
             wanted = run.policy.wanted()
-            score[wanted] = 100.0 - np.arange(len(wanted)) / BUSY
+            score[wanted] = 100.0 - np.arange(len(wanted)) / max(len(group.rows), 1)
         claim, left = run.policy._claim(), 0
         why = [f"{people[one]}: {run.policy.found[one].why}" for one in run.policy.found if one < len(people)]
         return score, [], [], left, claim, why
