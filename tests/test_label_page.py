@@ -380,3 +380,33 @@ def test_adjudication(tab: Tab, tmp_path: Path) -> None:
         wait(lambda: "No conflicts" in tab.text("said"), "the end of the conflicts")
     with Store.read(path) as store:
         assert store.db.execute("SELECT answer, method FROM decisions").fetchall() == [('"wrong"', "adjudicated")]
+
+
+def test_a_run_asks_blindly_and_says_how_far_it_is(tab: Tab, tmp_path: Path) -> None:
+    """The audit's questions look like all others: nothing that a machine said is in the page or in an answer to it."""
+    items = [
+        Item(f"b{k}", "right_wrong", {"question": f"{k}?"}, opinions={"verifier": "right", "secret-judge": "wrong"})
+        for k in range(30)
+    ]
+    with served(tmp_path, items, "target=0.2") as server:
+        tab.enter(server, "ann")
+        for _ in range(6):
+            tab.answer("1")
+        tab.saved()
+        whole = tab.run(
+            "document.documentElement.outerHTML + JSON.stringify([current, ready, Object.entries(localStorage)])"
+        )
+        assert "secret-judge" not in whole
+        assert "verifier" not in whole
+        assert tab.run("$('hint').hidden")
+        tab.until("$('far').textContent.includes('to be certified: 20.0%')")
+        tab.until("/\\d+ to \\d+ votes to go/.test($('far').textContent)")
+        with Store.read(server.store) as store:
+            assert {row[0] for row in store.db.execute("SELECT blind FROM votes")} == {1}
+        first = tab.answer("1")
+        tab.answer("1")
+        tab.saved()
+        tab.press("u", "u")  # the last answer goes back, the one before it has been built upon
+        wait(lambda: "cannot be taken back" in tab.text("said"), "the refusal")
+        tab.saved()
+        assert first in {item for item, *_ in live(server.store)}

@@ -1021,6 +1021,18 @@ def label_decide(store: Annotated[Path, _STORE], as_json: Json = False) -> None:
     _show(commands.decide(store), as_json)
 
 
+@label_app.command("certify")
+def label_certify(store: Annotated[Path, _STORE], as_json: Json = False) -> None:
+    """Work out every certificate of `label serve --target-error` anew, from the votes in the store."""
+    from ottava.labels import live
+
+    found = live.certify(store)
+    if as_json:
+        _print({"certificates": found})
+    else:
+        typer.echo("\n".join(map(live.ended, found)))
+
+
 @label_app.command("trace")
 def label_trace(
     where: Annotated[Path, _folder("STORE|RUN", "A store, or the folder of a run.")],
@@ -1054,7 +1066,9 @@ def label_serve(
     store: Annotated[Path, _STORE],
     port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8010,
     host: Annotated[str, typer.Option(help="Loopback by default.")] = "127.0.0.1",
-    target_error: Annotated[float, typer.Option(help="Ask until so few labels are believed wrong.")] = 0.03,
+    target_error: Annotated[
+        float | None, typer.Option(help="Ask and audit until it is certified that no more labels are wrong.")
+    ] = None,
     votes: Annotated[int, typer.Option(min=1, help="Answers to each question in free text.")] = 1,
     suggestions: Annotated[
         bool, typer.Option("--suggestions", help="Show what machines say; such votes are not blind.")

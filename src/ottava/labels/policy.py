@@ -101,6 +101,8 @@ class Policy:
     asked: int = 0
     found: dict[int, Finding] = field(default_factory=dict)
     phase: Phase = "calibrate"
+    coming: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    """Items in the order in which they will be asked about, as far as that is settled, beginning with the present."""
     _nulls: int = 0
     _scale: float = 1.0
     _needs: float = 0.0
@@ -144,7 +146,9 @@ class Policy:
 
     def _calibrate(self) -> Questions:
         count = min(600, max(len(self.world) // 12, 10), len(self.world))
-        for item in self._rng.permutation(len(self.world))[:count]:
+        drawn = self._rng.permutation(len(self.world))[:count]
+        for number, item in enumerate(drawn):
+            self.coming = drawn[number:]
             for _ in range(2):
                 yield from self._vote(int(item))
         self._learn()
@@ -160,8 +164,10 @@ class Policy:
             gain = ask.gains(evidence.states, self._matrix) * (evidence.counts < LONGEST + self._epoch)
             gain *= 1 + 1e-6 * self._jitter
             best = np.argpartition(-gain, batch - 1)[:batch]
-            before = len(evidence)
-            for item in best[gain[best] > 1e-9]:
+            best = best[gain[best] > 1e-9]
+            before, self._gain = len(evidence), gain
+            for number, item in enumerate(best):
+                self.coming = best[number:]
                 yield from self._vote(int(item))
             if len(evidence) == before:
                 break
@@ -182,7 +188,9 @@ class Policy:
         self._needs, begun, weights = self._reserve(), len(evidence), certificate.weights(risks)
         bound = certificate.Bound(weights, alpha)
         missed = 1 - panel.misses(float(np.clip(self._good_accuracy(), 0.61, 0.999)))
-        for number, item in enumerate(certificate.order(weights, self._rng), 1):
+        drawn = certificate.order(weights, self._rng)
+        for number, item in enumerate(drawn, 1):
+            self.coming = drawn[number - 1 :]
             refuted = yield from self._panel(int(item), int(frozen[item]))
             self._judged[item] = True
             bound.tell(int(item), refuted)

@@ -106,15 +106,19 @@ class Queue:
         """How many wait for adjudication."""
         return sum(item not in self.settled for item in self.conflicts)
 
-    def progress(self) -> dict[str, Any]:
-        """Votes, hours of work and the date at the present pace; None where it is not known."""
+    def pace(self) -> float:
+        """Votes a second of late; 0 where that is not known."""
         now = self.clock()
         while self._recent and self._recent[0] < now - PACE_SECONDS:
             self._recent.popleft()
+        return len(self._recent) / max(now - self._recent[0], 1.0) if len(self._recent) >= 3 else 0.0
+
+    def progress(self) -> dict[str, Any]:
+        """Votes, hours of work and the date at the present pace; None where it is not known."""
+        pace = self.pace()
         left = None if self.left is None else max(self.left - self._since, 0)
         finish = None
-        if left and len(self._recent) >= 3:
-            pace = len(self._recent) / max(now - self._recent[0], 1.0)
+        if left and pace:
             seconds = min(left / pace, 10 * 365 * 86_400.0)
             finish = (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="minutes")
         hours = None if left is None else round(left * self.seconds / 3600, 2)

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -253,12 +254,13 @@ def _world(group: Group, people: list[str]) -> World:
 # ---- the process
 
 
-def tell(ranking: Ranking, out: BinaryIO) -> None:
-    """A JSON line with the numbers and the lengths of the arrays, which follow as 64-bit integers."""
+def tell(ranking: Ranking, out: BinaryIO, more: Mapping[str, Any] | None = None) -> None:
+    """A JSON line with the numbers and the lengths of the arrays, which follow as 64-bit integers. more: goes into the
+    line too."""
     arrays = [ranking.order, ranking.gold, ranking.conflicts]
     head = {
         "sizes": [len(array) for array in arrays], "left": ranking.left, "seconds": ranking.seconds,
-        "claim": ranking.claim, "people": ranking.people,
+        "claim": ranking.claim, "people": ranking.people, **(more or {}),
     }  # fmt: skip
     out.write(json.dumps(head).encode() + b"\n" + b"".join(array.astype("<i8").tobytes() for array in arrays))
     out.flush()

@@ -21,6 +21,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -35,7 +36,8 @@ from starlette.routing import Route
 
 from ottava.artifact import write_json
 from ottava.errors import DataError, OttavaError, from_os_error
-from ottava.labels import page
+from ottava.labels import live, page
+from ottava.labels.forecast import Progress, told
 from ottava.labels.queue import Queue
 from ottava.labels.store import Decision, Known, Refusal, Store, Vote, now
 
@@ -51,6 +53,8 @@ AHEAD_MS = 60_000
 RANK_AFTER = 50
 """Votes after which a new ranking begins, at once; one by one after RANK_SECONDS."""
 RANK_SECONDS = 10.0
+TARGET = 0.03
+"""The share of labels believed wrong at which nothing more is asked, where no certificate is asked for."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -90,11 +94,15 @@ class Refused(Exception):
 
 
 class Desk:
-    """One store being served. store: the writer; reader: another connection, for the questions themselves."""
+    """One store being served. store: the writer; reader: another connection, for the questions themselves; votes: how
+    many are wanted on each free text; runs: of the policy, to be followed (`live`)."""
 
-    def __init__(self, store: Store, reader: Store, target: float, votes: int = 1, suggestions: bool = False):
+    def __init__(
+        self, store: Store, reader: Store, votes: int = 1, suggestions: bool = False, runs: Sequence[int] = ()
+    ):
         self.store, self.reader, self.suggestions = store, reader, suggestions
-        self.target, self.wanted = target, votes
+        self.wanted, self.numbers_of_runs = votes, runs
+        self.runs: list[dict[str, Any]] = []
         self.keys: list[Known] = reader.known()
         self.guideline = reader.guideline()
         self.queue = Queue()
@@ -104,6 +112,7 @@ class Desk:
         self._votes_since = 0
         self._ripe = asyncio.Event()
         self._given: dict[str, int] = {}
+        self._told: set[str] = set()
         self._fill()
 
     def _fill(self) -> None:
@@ -125,7 +134,7 @@ class Desk:
         self.queue.settled = {row[0] for row in db.execute("SELECT item FROM decisions WHERE method = 'adjudicated'")}
         open_ = [row[0] for row in db.execute("SELECT seq FROM items WHERE gold IS NULL")]
         self.queue.gold = [row[0] for row in db.execute("SELECT seq FROM items WHERE gold IS NOT NULL")]
-        order = np.random.default_rng(0).permutation(open_).tolist() if open_ else []
+        order = np.random.default_rng(0).permutation(open_).tolist() if open_ and not self.numbers_of_runs else []
         self.queue.order = sorted(order, key=lambda item: counts.get(item, 0))
 
     # ---- HTTP
@@ -164,7 +173,7 @@ class Desk:
         answer: dict[str, Any] = {
             "me": {"name": who.name, "lead": who.lead, "votes": self._given.get(who.name, 0)},
             "questions": [self._question(who.name, item) for item in found],
-            "progress": self.queue.progress() | {"votes": self.total, "items": len(self.numbers)},
+            "progress": self._progress(),
             "conflicts": self.queue.open_conflicts() if who.lead else 0,
         }
         if wish.guideline != version:
@@ -218,6 +227,19 @@ class Desk:
             out["suggestions"] = {by: json.loads(said) for by, said in self.reader.db.execute(query, (number,))}
         return out
 
+    def _progress(self) -> dict[str, Any]:
+        """How far all is. With runs: how far each is, with votes, hours and dates to come as low, likely and high."""
+        out = self.queue.progress() | {"votes": self.total, "items": len(self.numbers)}
+        if not self.numbers_of_runs:
+            return out
+        a_day, clock, ahead = self.queue.pace() * 86_400, datetime.now(UTC), []
+        for run in self.runs:
+            shown = {key: value for key, value in run.items() if key != "progress"}
+            if "progress" in run:
+                shown |= told(Progress(**run["progress"]), self.queue.seconds, clock, a_day)
+            ahead.append(shown)
+        return out | {"left": None, "hours": None, "finish": None, "runs": ahead}
+
     def _dispute(self, number: int) -> dict[str, Any]:
         """A question and the votes on it, each answer with its count."""
         item = self.reader.item(self.names[number])
@@ -232,6 +254,8 @@ class Desk:
 
     def _row(self, said: Said, who: Known) -> Vote | Decision | Refusal:
         at = now() if said.at is None or not 0 <= said.at <= now() + AHEAD_MS else said.at
+        if said.kind == "undo" and self.numbers_of_runs and not live.can_undo(self.reader, said.undoes or "", now()):
+            return Refusal("late", "it cannot be taken back any more: what is asked next rests on it")
         if said.kind != "decide":
             return Vote(
                 said.uid, said.item, who.name, said.answer, said.kind, said.undoes, at, said.ms, said.guideline,
@@ -306,15 +330,15 @@ class Desk:
         """Keep a ranking process at work; where it dies, the last order stays, and another begins."""
         while True:
             child = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "ottava.labels.ranking", str(self.store.path), "--target", str(self.target),
-                "--votes", str(self.wanted), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                sys.executable, "-m", *self._follower(), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, limit=BODY,
             )  # fmt: skip
             try:
                 while True:
                     await self._one_ranking(child)
+                    patient = None if not self._votes_since and self._over() else RANK_SECONDS
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._ripe.wait(), RANK_SECONDS if self._votes_since else None)
+                        await asyncio.wait_for(self._ripe.wait(), patient)
                     if not self._votes_since:
                         await asyncio.sleep(1.0)  # somebody asks although nothing is left: do not fit in circles
             except (asyncio.IncompleteReadError, ConnectionError, BrokenPipeError, ValueError) as error:
@@ -324,6 +348,30 @@ class Desk:
                 if child.returncode is None:
                     child.kill()
                     await child.wait()
+
+    def _follower(self) -> list[str]:
+        """The module that says in which order to ask, and its arguments."""
+        if self.numbers_of_runs:
+            return ["ottava.labels.live", str(self.store.path), *map(str, self.numbers_of_runs)]
+        return ["ottava.labels.ranking", str(self.store.path), "--target", str(TARGET), "--votes", str(self.wanted)]
+
+    def _over(self) -> bool:
+        """Whether nothing changes without another vote: runs take a vote when it has become old enough, too."""
+        return all(run["phase"] == "done" for run in self.runs)
+
+    async def _follow(self, runs: list[dict[str, Any]], close: list[dict[str, Any]]) -> None:
+        """What runs have come to: rows to be written, and certificates of those that have ended."""
+        loop = asyncio.get_running_loop()
+        for row in close:
+            await loop.run_in_executor(self._disk, self.store.add_run, row)
+            self._ripe.set()
+        for run in runs:
+            held = {one["run"] for one in live.certificates(self.reader)}
+            if run["phase"] == "done" and run["run"] not in held:
+                ended = await asyncio.to_thread(live.follow, self.reader, run["run"])
+                document = await loop.run_in_executor(self._disk, live.settle, self.store, ended)
+                print(live.ended(document), file=sys.stderr, flush=True)
+        self.runs = runs
 
     async def _one_ranking(self, child: asyncio.subprocess.Process) -> None:
         assert child.stdin
@@ -343,7 +391,10 @@ class Desk:
         self.queue.install(asked_at, order.tolist(), gold.tolist(), conflicts.tolist())
         self.queue.left, self.queue.seconds, self.queue.claim = head["left"], head["seconds"], head["claim"]
         for why in head["people"]:
-            print(why, file=sys.stderr, flush=True)
+            if why not in self._told:
+                print(why, file=sys.stderr, flush=True)
+        self._told.update(head["people"])
+        await self._follow(head.get("runs", []), head.get("close", []))
 
     @asynccontextmanager
     async def _life(self, app: Starlette) -> AsyncIterator[None]:
@@ -360,19 +411,24 @@ class Desk:
 def serve(args: Mapping[str, Any]) -> None:
     """Serve a store until SIGTERM or SIGINT.
 
-    args: store (file), port (0: a free one), host, target (the share of wrong labels that is wanted), votes (answers to
-    each question that cannot be fused), suggestions (show what machines say: such votes are not blind), ready: a
-    file that gets {"port", "pid"} once the server listens. Raises Busy where another process writes to the store,
-    ResourceError where the port is in use, DataError where nobody has a key.
+    args: store (file), port (0: a free one), host, target (the share of wrong labels that is to be certified; None:
+    the most useful questions first, without a certificate), votes (answers to each question that cannot be fused),
+    suggestions (show what machines say: such votes are not blind), ready: a file that gets {"port", "pid"} once the
+    server listens. Raises Busy where another process writes to the store, ResourceError where the port is in use,
+    DataError where nobody has a key, or nothing can be certified.
     """
-    path = Path(args["store"])
+    path, target = Path(args["store"]), args.get("target")
+    if target is not None and args.get("suggestions"):
+        fix = "leave one of the two out"
+        raise DataError("a certificate rests on blind votes alone", where="--target-error, --suggestions", fix=fix)
     with Store.write(path) as store, Store.read(path) as reader:
         if not store.known():
             fix = f"give somebody one: ottava label key {path} NAME"
             raise DataError("nobody has a key to this store", where=path, fix=fix)
         listener = _listen(args.get("host", LOOPBACK), int(args.get("port", 8010)))
         with listener:
-            desk = Desk(store, reader, args.get("target", 0.03), args.get("votes", 1), bool(args.get("suggestions")))
+            runs = [] if target is None else live.begin(store, float(target))
+            desk = Desk(store, reader, args.get("votes", 1), bool(args.get("suggestions")), runs)
             _Server(desk, listener, args).run(sockets=[listener])
 
 

@@ -8,6 +8,7 @@ cut loses none that was. One process writes (a lock beside the file says who); a
     annotators   names                      votes       who, when, how long, under which guideline, blind or not
     keys         SHA-256 of people's keys   decisions   what came of it, how, and from which votes
     items        what is asked, and from where          certificates
+    runs         what the policy was begun with, and which items it was told to wait no longer for (`live`)
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from ottava.errors import Busy, DataError, ResourceError, from_os_error
 from ottava.labels import questions
 from ottava.labels.questions import Answer, Item
 
-VERSION = 1
+VERSION = 2
 APPLICATION = 0x4F544C42
 """SQLite's application_id: "OTLB"."""
 DAY = 86_400_000
-TABLES = ("guidelines", "annotators", "keys", "items", "opinions", "votes", "decisions", "certificates")
+TABLES = ("guidelines", "annotators", "keys", "items", "opinions", "votes", "decisions", "certificates", "runs")
 
 _SCHEMA = """
 CREATE TABLE guidelines(version INTEGER PRIMARY KEY, text TEXT NOT NULL, sha256 TEXT NOT NULL UNIQUE,
@@ -65,6 +66,7 @@ CREATE INDEX decisions_by_item ON decisions(item);
 CREATE TABLE certificates(seq INTEGER PRIMARY KEY, document TEXT NOT NULL, sha256 TEXT NOT NULL UNIQUE,
   stored INTEGER NOT NULL) STRICT;
 """
+_RUNS = "CREATE TABLE runs(seq INTEGER PRIMARY KEY, document TEXT NOT NULL, stored INTEGER NOT NULL) STRICT;"
 
 
 class Refusal(DataError):
@@ -150,6 +152,7 @@ class Store:
                 if fresh:
                     _make(store.db)
                 _check(store.db, path)
+                _renew(store.db)
                 for pragma in (
                     "journal_mode = WAL",
                     "synchronous = FULL",
@@ -322,6 +325,10 @@ class Store:
         if self._one("SELECT 1 FROM certificates WHERE sha256 = ?", sha) is None:
             self._add("certificates", document=text, sha256=sha, stored=now())
 
+    def add_run(self, document: Mapping[str, Any]) -> int:
+        """What `live` has to remember of a run of the policy: its number."""
+        return self._add("runs", document=json.dumps(document, sort_keys=True, ensure_ascii=False), stored=now())
+
     # ---- reading
 
     def item(self, name: str) -> Item:
@@ -462,14 +469,23 @@ def _lock(path: Path) -> int:
 
 
 def _make(db: sqlite3.Connection) -> None:
-    triggers = "".join(
+    pragmas = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION};"
+    db.executescript(f"BEGIN; {_SCHEMA} {_RUNS} {_triggers(TABLES)} {pragmas} COMMIT;")
+
+
+def _renew(db: sqlite3.Connection) -> None:
+    """Version 1 had no runs."""
+    if db.execute("PRAGMA user_version").fetchone()[0] == 1:
+        db.executescript(f"BEGIN; {_RUNS} {_triggers(('runs',))} PRAGMA user_version = {VERSION}; COMMIT;")
+
+
+def _triggers(tables: Iterable[str]) -> str:
+    return "".join(
         f"CREATE TRIGGER {table}_no_{verb} BEFORE {verb} ON {table} "
         f"BEGIN SELECT RAISE(ABORT, '{table} only grows'); END;"
-        for table in TABLES
+        for table in tables
         for verb in ("UPDATE", "DELETE")
     )
-    pragmas = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION};"
-    db.executescript(f"BEGIN; {_SCHEMA} {triggers} {pragmas} COMMIT;")
 
 
 def _check(db: sqlite3.Connection, path: Path, quick: bool = False) -> None:

@@ -315,6 +315,16 @@ function showLine() {
   line.textContent = cut ? (waiting ? waiting + (waiting > 1 ? " votes are" : " vote is") + " kept here" : "no connection")
     : waiting ? "sending " + waiting : "all saved";
 }
+function runWords(run) {
+  const percent = (share) => (100 * share).toFixed(1) + "%";
+  const day = (date) => new Date(date).toLocaleString([], { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" });
+  if (run.phase === "done") return [(run.reached ? "certified: at most " : "not certified: at most ") + percent(run.upper) + " wrong"];
+  const words = [run.phase === "audit" && run.upper < 1 ? "at most " + percent(run.upper) + " wrong, to be " + percent(run.target) : "to be certified: " + percent(run.target)];
+  if (!run.votes) return words;
+  words.push(run.votes[0] + " to " + run.votes[2] + " votes to go", run.hours[0].toFixed(1) + " to " + run.hours[2].toFixed(1) + " h of work");
+  if (!run.date[2].startsWith("9999")) words.push("done " + day(run.date[0]) + " to " + day(run.date[2]));
+  return words;
+}
 function showProgress(got) {
   const p = got.progress;
   $("who").textContent = me.name;
@@ -325,6 +335,7 @@ function showProgress(got) {
   const words = [me.votes + " by you", p.votes + " in all"];
   if (p.left) words.push("about " + p.left + " to go", p.hours >= 1 ? Math.round(p.hours) + " h of work" : Math.ceil(p.hours * 60) + " min of work");
   if (p.finish) words.push("done " + new Date(p.finish).toLocaleString([], { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" }));
+  for (const run of p.runs || []) words.push(...runWords(run));
   $("far").textContent = words.join(" · ");
   $("adjudicate").hidden = !got.conflicts;
   $("conflicts").textContent = got.conflicts + (got.conflicts > 1 ? " conflicts" : " conflict");
