@@ -49,6 +49,7 @@ def test_nothing_is_changed_or_removed(path: Path, table: str, verb: str) -> Non
         store.add_items([questions.Item("x", "text", {"question": "?"}, opinions={"judge": "yes"})])
         store.add_decision(Decision("d1", "r", "right", "fusion"))
         store.add_certificate({"bound": 0.01})
+        store.add_run({"begin": {}})
         assert store.count(table)
         with pytest.raises(sqlite3.IntegrityError, match="only grows"):
             store.db.execute(verb.format(table))
@@ -147,9 +148,9 @@ def test_files_that_are_no_store(tmp_path: Path) -> None:
     with sqlite3.connect(other) as db:
         db.execute("CREATE TABLE cats(name)")
     with sqlite3.connect(newer) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     before = newer.read_bytes()
-    for path, said in ((text, "not a database"), (other, "no store of labels"), (newer, "of version 2")):
+    for path, said in ((text, "not a database"), (other, "no store of labels"), (newer, "of version 3")):
         for opened in (Store.write, Store.read):
             with pytest.raises(DataError, match=said):
                 opened(path)
