@@ -597,8 +597,9 @@ def serve(
         Path | None, typer.Option(help="The folder that backends are held against; by default the first.")
     ] = None,
     canary: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the replies that another backend scores again; 0: none.")
-    ] = 0.02,
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the replies that another backend scores again; by default 0.02."),
+    ] = None,
     allow_other_values: AllowOther = False,
     slots: Annotated[int, typer.Option(min=1, help="Requests at a time of each backend.")] = 4,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; the next gets 503.")] = 16,
@@ -616,12 +617,15 @@ def serve(
     a_minute: Annotated[int, typer.Option(min=0, help="Requests a minute of one key; 0: no limit.")] = 0,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = 3600.0,
     hung_after: Annotated[
-        float, typer.Option(min=0.1, help="Seconds after which a backend that does not answer is started anew.")
-    ] = 10.0,
+        float | None,
+        typer.Option(min=0.1, help="Seconds after which a backend that does not answer is started anew; 10."),
+    ] = None,
     still_after: Annotated[
-        float,
-        typer.Option(min=1, help="The same of one that has work and says no id: its longest prompt must take less."),
-    ] = 300.0,
+        float | None,
+        typer.Option(
+            min=1, help="The same of one that has work and says no id, 300: its longest prompt must take less."
+        ),
+    ] = None,
     certificate: Annotated[Path | None, typer.Option(help="Serve only the values that this certificate names.")] = None,
     trust: Annotated[
         list[str] | None,
@@ -638,7 +642,8 @@ def serve(
     args |= {"reference": reference and str(reference), "canary": canary, "other_values": allow_other_values}
     args |= {"engines": engine or [], "vllm_python": vllm_python}
     args |= {"keys": keys and str(keys), "at_once": at_once, "a_minute": a_minute, "deadline_s": deadline}
-    args |= {"patience": {"hung": hung_after, "still": still_after}}
+    patience = {"hung": hung_after, "still": still_after}
+    args |= {"patience": {name: seconds for name, seconds in patience.items() if seconds is not None}}
     args |= {"certificate": None if certificate is None else str(certificate), "trust": trust or []}
     if ray == LOCAL:
         pools, ray_resources = room(len(models) * (replicas or 1), ray_resources)

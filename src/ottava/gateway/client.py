@@ -44,7 +44,10 @@ def ask(
                 response.read()
                 raise _refusal(response, where)
             yield from _deltas(response.iter_lines(), where)
-    except httpx.ConnectError:
+    except httpx.ConnectError as error:
+        if "SSL" in str(error):
+            fix = "write it as http://... where it speaks no TLS"
+            raise ResourceError(f"no TLS with this server: {error}", where=where, fix=fix) from None
         raise ResourceError("no server answers", where=where, fix="start one with: ottava serve DIR") from None
     except httpx.HTTPError as error:
         raise ResourceError(f"the connection broke: {error}", where=where, fix="ask again") from None

@@ -56,6 +56,8 @@ class Keys:
 
 
 def _lines(path: Path) -> dict[str, bytes]:
+    if path.is_dir():
+        raise DataError("this is a folder", where=path, fix="name the file with lines of: NAME SHA256")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:

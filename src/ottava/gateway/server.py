@@ -94,9 +94,7 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     chosen = engines.choices(args.get("engines") or (), folders, args.get("vllm_python"), here=not ray)
     ours = all(choice.kind == engines.EMBEDDED for choice in chosen)
     if replicas is None and len(folders) == 1 and not args.get("labels") and ours and not ray:
-        if args.get("reference"):
-            fix = "add --replicas 1, or ask ottava verify, which compares two folders"
-            raise DataError("one engine in this process is held against nothing", where="--reference", fix=fix)
+        _require_alone(args)
         layouts.read_config(folders[0])  # what is no model is said before anything is announced
         with loading(folders[0].name) if args.get("announce") else nullcontext():
             return Engine.load(folders[0], **bounds)
@@ -116,10 +114,23 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     how: dict[str, Any] = {"policy": policy, "patience": patience, "wait_s": wait_s, "launcher": launcher}
     pool = Pool(found, **bounds, **how, check=check, chat=chat)
     pool.parity = check
-    share = args.get("canary", SHARE)
+    share = SHARE if args.get("canary") is None else args["canary"]
     if share:
         pool.canary = Canary(pool, check, share)
     return pool
+
+
+ALONE = (("reference", "--reference"), ("other_values", "--allow-other-values"), ("canary", "--canary"))
+
+
+def _require_alone(args: Mapping[str, Any]) -> None:
+    """Raise DataError where something was asked for that one engine in this process has no part in."""
+    given = [option for name, option in ALONE if args.get(name) not in (None, False)]
+    given += [f"--{name}-after" for name in args.get("patience") or {}]
+    if given:
+        what = "one engine in this process is held against nothing, and nobody watches it"
+        fix = "add --replicas 1 or more; ottava verify compares two folders"
+        raise DataError(what, where=", ".join(given), fix=fix)
 
 
 def _certified(folder: Path, args: Mapping[str, Any]) -> None:
