@@ -117,22 +117,35 @@ def test_half_a_question_is_none() -> None:
     run(main())
 
 
-def test_strangers_wait_for_a_short_time_and_in_a_small_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "STRANGER_SECONDS", 0.3)
+def test_many_who_say_nothing_do_not_keep_the_gateway_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "STRANGERS", 3)
+    monkeypatch.setattr(door, "STRANGER_SECONDS", 600.0)
 
     async def main() -> None:
         async with opened() as (address, asked):
-            silent = [await asyncio.open_connection(address.host, address.port) for _ in range(3)]
-            while True:  # all three are looked at: one more is sent away at once, with the key or without
-                if await raw(address, address.question(b"{}\n")) == b"":
-                    break
-            asked.clear()
-            assert [await reader.read() for reader, _ in silent] == [b""] * 3  # each was given up
-            assert (await raw(address, address.question(b"{}\n"))).startswith(b"HTTP/1.1 200")
-            assert asked == [b"{}\n"]
+            silent = []
+            for _ in range(4):
+                silent.append(await asyncio.open_connection(address.host, address.port))
+                await asyncio.sleep(0)
+            assert await asyncio.wait_for(silent[0][0].read(), 30) == b""  # the fourth has closed the first
+            assert not any(reader.at_eof() for reader, _ in silent[1:])
+            for _ in range(10):  # whoever shows the key is let in, however many say nothing
+                assert (await raw(address, address.question(b"{}\n"))).startswith(b"HTTP/1.1 200")
+            assert asked == [b"{}\n"] * 10
             for _, writer in silent:
                 writer.close()
+
+    run(main())
+
+
+def test_a_stranger_who_says_nothing_is_sent_away_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "STRANGER_SECONDS", 0.1)
+
+    async def main() -> None:
+        async with opened() as (address, asked):
+            assert await raw(address, b"") == b""
+            assert await raw(address, address.question(b"{}\n")[:20]) == b""
+            assert asked == []
 
     run(main())
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ import httpx
 import pytest
 
 from ottava.engine.session import Sampling
-from ottava.errors import PlatformError, Verdict
+from ottava.errors import DataError, PlatformError, Verdict
 from ottava.gateway.child import Child, Patience, Place
 from ottava.gateway.parity import Parity
 from ottava.gateway.pool import Pool
 from ottava.gateway.ray import RayLauncher
+from ottava.gateway.server import serve
 from ottava.models.chat import Chat
 from ottava.supervisor.launch import Cluster, started
 
@@ -42,6 +43,7 @@ NODES = {"left": {"ottava:serve": 2, "ottava:left": 1}, "right": {"ottava:serve"
 ONE = {"ottava:serve": 1.0}
 PATIENCE = Patience(every=0.2, hung=5.0, still=60.0)
 HOW = Sampling(200, temperature=1.0, seed=5)
+LONG = 400  # tokens: whoever is killed at the first is killed in the middle
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +189,16 @@ def test_a_whole_node_goes_and_its_backend_comes_back_on_another(folder: Path) -
                     for one in pool.children:
                         one.busy = one.busy if one is child else 0
                     gone.append((child, child.node, child.pid))
+                    kill(child, signal.SIGSTOP)  # with the power the next token goes
                     cluster.kill(nodes[child.node])
 
                 found = await items(pool, ids, HOW, {40: power})
                 assert tokens(found) == undisturbed(folder, ids, HOW)
                 assert pool.failovers == 1
                 [(child, node, pid)] = gone
-                wait_until(lambda: not Path(f"/proc/{pid}").exists(), "a backend has outlived its node")
+                await asyncio.to_thread(
+                    wait_until, lambda: not Path(f"/proc/{pid}").exists(), "a backend has outlived its node"
+                )
                 async with asyncio.timeout(240):
                     while child.state != "ready" or child.starts == 1:
                         await asyncio.sleep(0.1)
@@ -209,12 +214,11 @@ def test_a_node_whose_folder_has_other_values_is_refused(cluster: Cluster, folde
         return "0" * 64
 
     async def main() -> None:
-        said = r"on node (left|right): its folder .* holds other values: digest"
-        with pytest.raises(Verdict, match=said):
-            async with placed(cluster, folder, "a", digest=other):
-                pass
+        async with placed(cluster, folder, "a", digest=other):
+            raise AssertionError("it serves other values")
 
-    asyncio.run(main())
+    with pytest.raises(Verdict, match=r"a: refused: on node (left|right): its folder .* holds other values: digest"):
+        asyncio.run(main())
     wait_until(lambda: not backends(cluster), "a backend is left")
 
 
@@ -250,38 +254,47 @@ def test_what_cannot_be_is_said_in_one_message(cluster: Cluster, folder: Path, m
     assert found.stdout == ""
 
 
+def test_resources_without_a_cluster_are_refused(folder: Path) -> None:
+    for more in ({}, {"replicas": 2}):
+        with pytest.raises(DataError, match="no Ray cluster is to be used"):
+            serve({"model": str(folder), "ray_resources": ["GPU=1"], **more})
+
+
+@contextmanager
+def serving(cluster: Cluster, folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A gateway in a process of its own with two backends, and a client of it."""
+    with log.open("w") as err:
+        asked = command(cluster, folder, "--ray-resources", "ottava:serve=1")
+        gateway = subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=err, text=True)
+        try:
+            end = time.monotonic() + 240  # two backends are loaded and certified
+            while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+                assert time.monotonic() < end, log.read_text()
+                assert gateway.poll() is None, log.read_text()
+                time.sleep(0.2)
+            with httpx.Client(base_url=found[0], trust_env=False, timeout=120) as client:
+                wait_until(lambda: client.get("/metrics").text.count("ottava_backend_ready{") == 2, "no two backends")
+                assert len(backends(cluster)) == 2
+                yield gateway, client
+        finally:
+            gateway.kill()
+            gateway.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_the_gateway(cluster: Cluster, folder: Path, tmp_path: Path, number: signal.Signals) -> None:
-    log = (tmp_path / "err").open("w+")
-    asked = command(cluster, folder, "--ray-resources", "ottava:serve=1")
-    gateway = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=log, text=True)
-    try:
-        url = ""
-        end = time.monotonic() + 240
-        while not url:
-            assert time.monotonic() < end
-            assert gateway.poll() is None
-            time.sleep(0.2)
-            found = re.search(r"http://127\.0\.0\.1:\d+", (tmp_path / "err").read_text())
-            url = found[0] if found else ""
-        with httpx.Client(base_url=url, trust_env=False, timeout=120) as client:
-            wait_until(lambda: client.get("/metrics").text.count("ottava_backend_ready{") == 2, "no two backends")
-            assert len(backends(cluster)) == 2
-            body = {"messages": USER, "max_tokens": 100_000, "stream": True}
-            with client.stream("POST", URL, json=body) as stream:
-                lines = stream.iter_lines()
-                assert next(lines).startswith("data: ")
-                gateway.send_signal(number)
-                if number == signal.SIGKILL:
-                    with pytest.raises(httpx.HTTPError):
-                        list(lines)
-                else:
-                    rest = [line for line in lines if line]
-                    assert rest[-1] == "data: [DONE]"
-                    assert json.loads(rest[-2].removeprefix("data: "))["choices"]
+    body = {"messages": USER, "max_tokens": LONG, "stream": True, "stream_options": {"include_usage": True}}
+    with serving(cluster, folder, tmp_path / "err") as (gateway, client):
+        with client.stream("POST", URL, json=body) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            gateway.send_signal(number)
+            if number == signal.SIGKILL:
+                with pytest.raises(httpx.HTTPError):
+                    list(lines)
+            else:
+                *_, last, done = [line for line in lines if line.startswith("data: ")]
+                assert done == "data: [DONE]"
+                assert json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"] == LONG
         wait_until(lambda: not backends(cluster), "a backend outlived its gateway")
         assert gateway.wait(60) == (-number if number == signal.SIGKILL else 0)
-    finally:
-        gateway.kill()
-        gateway.wait()
-        log.close()

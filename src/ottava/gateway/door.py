@@ -11,7 +11,8 @@ import asyncio
 import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +22,9 @@ HEAD = 8192
 """Bytes that a request's header may have."""
 STRANGER_SECONDS = 10.0
 """Until a connection has shown its key."""
-STRANGERS = 1024
-"""Connections at a time that have not shown it; those beyond are closed at once."""
+STRANGERS = 256
+"""Connections at a time that have not shown it. One more closes the oldest: the gateway shows its key at once, so that
+whoever says nothing cannot keep it out."""
 BACKLOG = 4096  # connections that may come before one is looked at; a full one would look like a backend that is gone
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -68,7 +70,7 @@ class Door:
 
     host: str
     key: str = field(repr=False)
-    _strangers: int = 0
+    _strangers: dict[asyncio.Timeout, None] = field(default_factory=dict, repr=False)  # the oldest first
 
     def __post_init__(self) -> None:
         if not self.key:
@@ -82,16 +84,12 @@ class Door:
 
     async def question(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes | None:
         """The line that was asked, once the key was shown and the answer's header written; None: sent away."""
-        if self._strangers >= STRANGERS:
-            return None
-        self._strangers += 1
         try:
-            async with asyncio.timeout(STRANGER_SECONDS):
-                status, length = self._weighed(await reader.readuntil(b"\r\n\r\n"))
+            async with asyncio.timeout(STRANGER_SECONDS) as waits:
+                with self._counted(waits):
+                    status, length = self._weighed(await reader.readuntil(b"\r\n\r\n"))
         except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             return None
-        finally:
-            self._strangers -= 1
         if status != "200 OK":
             said = json.dumps({"error": {"message": status, "type": "invalid_request_error"}}).encode()
             more = f"WWW-Authenticate: Bearer\r\nContent-Type: application/json\r\nContent-Length: {len(said)}\r\n"
@@ -102,6 +100,19 @@ class Door:
             return await reader.readexactly(length)
         except asyncio.IncompleteReadError:
             return None
+
+    @contextmanager
+    def _counted(self, waits: asyncio.Timeout) -> Iterator[None]:
+        while len(self._strangers) >= STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            if not oldest.expired():
+                oldest.reschedule(0.0)
+        self._strangers[waits] = None
+        try:
+            yield
+        finally:
+            self._strangers.pop(waits, None)
 
     def _weighed(self, head: bytes) -> tuple[str, int]:
         """The status for a request's header, and the length of its body. The key is compared in constant time."""

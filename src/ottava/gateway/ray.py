@@ -30,7 +30,7 @@ from ottava.gateway.engines import EMBEDDED, KINDS, Choice
 from ottava.gateway.keeper import Keeper
 from ottava.gateway.launch import Order, address_of
 
-START_S = 60.0  # for Ray to find a machine and start a keeper there: it notices a machine's death after 15 s
+START_S = 180.0  # for Ray to find a machine and start a keeper there, which a busy one takes a minute for
 PATIENCE_S = 10.0  # for resources that others hold
 KILL_S = 10.0  # for a keeper to end its backend
 LISTED = 8  # nodes in a message
@@ -116,19 +116,19 @@ class RayProcess:
                 self.fault = told["fault"]
         except Exception as error:  # whatever Ray says: there is no keeper any more, and so no backend
             self.fault = self.fault or f"it is gone with its keeper on node {self.node} ({type(error).__name__})"
-        self._end()
+        await self._end()
 
     async def _kill(self) -> None:
         with suppress(Exception):  # a machine that is gone does not answer
             async with asyncio.timeout(KILL_S):
                 await self._keeper.kill.remote()
         self.fault = self.fault or f"it ended with status {-signal.SIGKILL}"
-        self._end()
-
-    def _end(self) -> None:
-        with suppress(Exception):
-            self._ray.kill(self._keeper)
         self._listening.cancel()
+        await self._end()
+
+    async def _end(self) -> None:
+        with suppress(Exception):
+            await asyncio.to_thread(self._ray.kill, self._keeper)  # it waits for the head, which may be gone
         self._over.set()
 
 
@@ -150,7 +150,11 @@ class RayLauncher:
         self._ray, self._connected = join(address)
         self._bundles, self._digest = bundles, digest
         self._actor = self._ray.remote(max_restarts=0, max_task_retries=0)(Placed)
-        self._group = self._reserved(patience_s)
+        try:
+            self._group = self._reserved(patience_s)
+        except BaseException:
+            self._leave()
+            raise
 
     async def start(self, order: Order) -> RayProcess:
         folder = os.path.abspath(order.folder)
@@ -173,7 +177,7 @@ class RayLauncher:
                 name = await asyncio.to_thread(self._name, node)
         except TimeoutError:
             self._ray.kill(keeper)
-            raise ConnectionError(f"no node had room for it within {START_S:g} s") from None
+            raise ConnectionError(f"no node had room and time for its keeper within {START_S:g} s") from None
         except self._ray.exceptions.RayError as error:
             raise ConnectionError(f"its keeper died: {type(error).__name__}") from None
         except BaseException:
@@ -190,6 +194,9 @@ class RayLauncher:
     async def close(self) -> None:
         with suppress(Exception):  # a cluster that is gone needs no farewell
             self._ray.util.remove_placement_group(self._group)
+        self._leave()
+
+    def _leave(self) -> None:
         if self._connected:
             self._ray.shutdown()
 

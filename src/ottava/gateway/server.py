@@ -91,6 +91,10 @@ def _engine(folders: Sequence[Path], args: Mapping[str, Any]) -> Engine | Pool:
     bounds["queue_s"] = math.inf if limit is None else limit
     replicas, policy, ray = args.get("replicas"), args.get("policy", "balanced"), args.get("ray")
     require_policy(policy)
+    if args.get("ray_resources") and not ray:
+        raise DataError(
+            "no Ray cluster is to be used", where="--ray-resources", fix="add --ray ADDRESS, or leave it out"
+        )
     chosen = engines.choices(args.get("engines") or (), folders, args.get("vllm_python"), here=not ray)
     ours = all(choice.kind == engines.EMBEDDED for choice in chosen)
     if replicas is None and len(folders) == 1 and not args.get("labels") and ours and not ray:
