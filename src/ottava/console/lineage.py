@@ -29,7 +29,7 @@ from ottava.stages import distill
 from ottava.tasks.base import read_lines
 from ottava.trainer import data, grpo
 from ottava.trainer.rl_spec import ReinforceSpec
-from ottava.trainer.spec import TrainSpec
+from ottava.trainer.spec import FineTuning, TrainSpec
 
 SETS = ("cold_start.jsonl", "answers.jsonl", "test.jsonl", "test_one_step.jsonl")
 NOT_TRACED = {
@@ -190,16 +190,13 @@ def _distill(its: Source, name: str) -> list[Trained]:
     done = its.artifacts.get(name)
     if done is None:
         raise _Unmade("it is not done")
-    spec, seed, label = (
-        distill.Spec.model_validate(done.manifest["spec"]),
-        int(done.manifest["seed"]),
-        _label(its, done),
-    )
+    said, seed, label = done.manifest["spec"], int(done.manifest["seed"]), _label(its, done)
+    own = {name: said[name] for name in FineTuning.model_fields}  # what a student is does not change what it draws
+    arms = ((done.path / "traces", said["mode"]), (label.path, distill.control_mode(said["mode"], label)))
     found = []
-    for arm, folder in zip(distill.ARMS, (done.path / "traces", label.path), strict=True):
-        alone = arm == "control" and distill.control_mode(spec, label) == "direct"
-        training, called = spec.training(spec.students[0], alone), f"{name}/{arm}"
-        found.append(Trained(called, label, training.steps, _drawn(its.folder, called, training, seed, folder, {})))
+    for arm, (folder, mode) in zip(distill.ARMS, arms, strict=True):
+        spec, called = TrainSpec.model_validate({**own, "mode": mode, "fault": None}), f"{name}/{arm}"
+        found.append(Trained(called, label, spec.steps, _drawn(its.folder, called, spec, seed, folder, {})))
     return found
 
 
