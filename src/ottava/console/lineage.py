@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from ottava import artifact, journal, stages
 from ottava.artifact import Artifact
 from ottava.console import source
@@ -149,6 +151,8 @@ def _stages(its: Source, asked: str | None) -> tuple[list[Trained], dict[str, st
                 found += _TRACED[kind](its, name)
             except _Unmade as unmade:
                 untraced[name] = str(unmade)
+            except ValidationError:
+                untraced[name] = "another version made it, with fields that this one does not know"
         if kind in NOT_TRACED and name in its.artifacts and (kind != "distill" or _on_policy(its.artifacts[name])):
             untraced[name] = NOT_TRACED[kind]
     if asked is None:
