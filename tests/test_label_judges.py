@@ -428,13 +428,15 @@ PRICE = Price(100.0, 1000.0)
 
 
 def dear(handler: BaseHTTPRequestHandler, prompt: str, _: int) -> None:
-    """40 tokens in and 10 out, or no word of it."""
-    usage = None if "silent" in prompt else {"prompt_tokens": 40, "completion_tokens": 10}
+    """A token for each letter, as many in the answer as it may have, or no word of it."""
+    usage = None if "silent" in prompt else {"prompt_tokens": len(prompt), "completion_tokens": 64}
     body = {"choices": [{"message": {"content": "right"}}], "usage": usage}
     reply(handler, json.dumps(body).encode())
 
 
-EACH = 40 * 100 / 1e6 + 10 * 1000 / 1e6
+def paid_for(server: Server) -> float:
+    """What all that it was asked cost."""
+    return sum(PRICE.of(len(prompt), 64) for prompt in server.seen)
 
 
 def test_a_budget_is_never_exceeded_and_a_higher_one_goes_on(tmp_path: Path) -> None:
@@ -450,23 +452,23 @@ def test_a_budget_is_never_exceeded_and_a_higher_one_goes_on(tmp_path: Path) -> 
             )  # fmt: skip
 
         seen = [0]
-        for budget in (0.2, 0.2, 0.45, 0.8):
+        for budget in (1.0, 1.0, 2.5, 4.5):
             with pytest.raises(Verdict, match=r"does not reach for \d+ questions") as stopped:
                 call(budget)
             assert stopped.value.exit_code == 1
             assert not out.exists(), "nothing half-written"
             seen.append(len(server.seen))
-            assert EACH * seen[-1] <= budget
-            assert seen[-1] == seen[-2] if budget == 0.2 and len(seen) > 2 else seen[-1] > seen[-2]
-        told = call(2.0)
+            assert budget - 0.15 < paid_for(server) <= budget
+            assert (seen[-1] > seen[-2]) == (len(seen) != 3), "the second call has nothing to spend"
+        told = call(20.0)
         assert len(server.seen) == 80
-        assert told["spent"] == pytest.approx(80 * EACH)
+        assert told["spent"] == pytest.approx(paid_for(server))
         first, second = (judge["requests"] for judge in told["judges"])
         assert first["cached"] + first["asked"] + second["cached"] + second["asked"] == 80
-        assert second["cost"] == pytest.approx(second["asked"] * EACH)
-        again = call(2.0)
+        assert second["cost"] == pytest.approx(sum(PRICE.of(len(one), 64) for one in server.seen[-second["asked"] :]))
+        again = call(20.0)
         assert len(server.seen) == 80
-        assert again["spent"] == pytest.approx(80 * EACH), "what was spent before is not forgotten"
+        assert again["spent"] == pytest.approx(paid_for(server)), "what was spent before is not forgotten"
     assert len(json.loads(out.read_text())["items"]) == 40
 
 
@@ -481,7 +483,7 @@ def test_a_cost_that_nobody_says_is_unknown_and_not_nothing(tmp_path: Path) -> N
         with pytest.raises(Verdict, match=r"not counting \d+ of unknown cost"):
             gather.gather(
                 path, tmp_path / "v.json", "right", ["anna"], judges=[(server.url, "m")], prices=["100:1000"],
-                budget=0.3, cache=tmp_path / "kept",
+                budget=0.5, cache=tmp_path / "kept",
             )  # fmt: skip
     assert 6 < len(server.seen) < 12, "each counts as the most that it can have been"
 
@@ -490,7 +492,7 @@ def test_without_a_price_there_is_no_cost(tmp_path: Path) -> None:
     with serving(dear) as server:
         _, tally = Endpoint(server.url, "m").ask(["one"])
     assert "cost" not in tally.told()
-    assert tally.told()["prompt_tokens"] == 40
+    assert tally.told()["prompt_tokens"] == 3
 
 
 @pytest.mark.parametrize("text", ["1", "1:2:3", "a:b", "-1:2", "nan:1", "inf:1", "", ":"])
@@ -533,7 +535,7 @@ def test_the_command_and_what_it_refuses(
         code, out, _ = command(path, "--out", tmp_path / "w", *paid, "--budget", "1", "--json")
     told = json.loads(out)
     assert code == 0
-    assert told["spent"] == pytest.approx(2 * EACH)
+    assert told["spent"] == pytest.approx(paid_for(server))
     assert [item["id"] for item in json.loads((tmp_path / "w").read_text())["items"]] == ["t#1", "u#1"]
 
 

@@ -117,7 +117,7 @@ class Spying:
 
     def spawn(self, target: str, args: Mapping[str, Any], **more: Any) -> Any:
         if target == "ottava.trainer.worker:run":
-            where = self._folder / args.get("objective", "sft")
+            where = self._folder / args.get("objective", "sft") / Path(args["data"]).name
             where.mkdir(parents=True, exist_ok=True)
             target, args = "tests.test_lineage:spied", {**args, "spy": str(where)}
         return self._launcher.spawn(target, args, **more)
@@ -127,7 +127,7 @@ def fed(folder: Path) -> dict[tuple[int, int], Any]:
     """(step from 0, shard) -> what the model was fed then. Whoever computed it, and however often: always the same."""
     found: dict[tuple[int, int], Any] = {}
     seen: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
-    for path in folder.glob("*.jsonl"):
+    for path in folder.rglob("*.jsonl"):
         for told in map(json.loads, path.read_text().splitlines()):
             at = told["step"], told["shard"]
             assert found.setdefault(at, told["fed"]) == told["fed"], at
@@ -186,7 +186,9 @@ def spelt(chat: Chat, row: Mapping[str, Any], thinking: bool) -> list[int]:
     return prompt + chat.reply(row.get("reply", row["answer"]), row["trace"] if thinking else None)
 
 
-def learnt(spies: Path, chat: Chat, cold: list[Any], direct: list[Any]) -> dict[int, list[tuple[Any, ...]]]:
+def learnt(
+    spies: Path, chat: Chat, cold: list[Any], direct: list[Any], of: str = "sft"
+) -> dict[int, list[tuple[Any, ...]]]:
     """By step from 1: (mode, shard, place, id) of every example that went through the model."""
     known = [(spelt(chat, row, True), "thinking", row["id"]) for row in cold]
     known += [(spelt(chat, row, False), "direct", row["id"]) for row in direct]
@@ -196,7 +198,7 @@ def learnt(spies: Path, chat: Chat, cold: list[Any], direct: list[Any]) -> dict[
         return len(own) <= len(ids) + 1 and ids == (own + [0] * len(ids))[: len(ids)]
 
     out: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
-    for (step, shard), batches in fed(spies / "sft").items():
+    for (step, shard), batches in fed(spies / of).items():
         for batch in batches:
             for place, ids in enumerate(batch):
                 ((mode, name),) = [(mode, name) for own, mode, name in known if is_of(ids, own)]
@@ -335,3 +337,36 @@ stages:
     told = its.line(one["id"])
     assert [found["file"] for found in told["found"]] == [f"artifacts/{artifact(run, 'label').name}/answers.jsonl"]
     assert 1 in {use["step"] for use in told["seen"]}
+
+
+@pytest.mark.slow
+def test_students_and_their_controls(begun: Path, launcher: Any, tmp_path: Path) -> None:
+    """All students draw alike from the teacher's replies, and all controls alike from the cold start."""
+    recipe = f"""
+name: distilled
+seed: 5
+fleet: fleet.yaml
+stages:
+{LABEL}  start: {{source: {begun}}}
+  distill:
+    harvest: {{asks: 60}}
+    steps: 3
+    batch: 4
+    direct: {{begin: 0.5, batch: 2}}
+    students:
+      - {{name: one, shape: {{family: qwen3, hidden: 32, width: 48}}}}
+      - {{name: two, shape: {{family: llama, hidden: 32, width: 48}}}}
+"""
+    spies, run = Spying(launcher, tmp_path / "spies"), tmp_path / "run"
+    runner.run(begin(tmp_path, recipe), run, lambda: contextlib.nullcontext(spies), runner.Quiet())
+    done, answers = artifact(run, "distill"), lines_of(run, "answers.jsonl")
+    chat = Chat.load(artifact(run, "start") / "model")
+    arms = {
+        "student": ("sft/traces", read_lines(done / "traces" / "cold_start.jsonl")),
+        "control": (f"sft/{artifact(run, 'label').name}", lines_of(run, "cold_start.jsonl")),
+    }
+    for arm, (of, cold) in arms.items():
+        its = Lineage(run, f"distill/{arm}")
+        true = learnt(tmp_path / "spies", chat, cold, answers, of)
+        assert {step: said(its.step(step)) for step in (1, 2, 3)} == true, arm
+    assert set(Lineage(run).line(answers[0]["id"])["steps_done"]) == {"distill/student", "distill/control"}

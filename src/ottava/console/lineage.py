@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from ottava import artifact, journal, stages
 from ottava.artifact import Artifact
 from ottava.console import source
@@ -29,7 +31,7 @@ from ottava.stages import distill
 from ottava.tasks.base import read_lines
 from ottava.trainer import data, grpo
 from ottava.trainer.rl_spec import ReinforceSpec
-from ottava.trainer.spec import TrainSpec
+from ottava.trainer.spec import FineTuning, TrainSpec
 
 SETS = ("cold_start.jsonl", "answers.jsonl", "test.jsonl", "test_one_step.jsonl")
 NOT_TRACED = {
@@ -149,6 +151,8 @@ def _stages(its: Source, asked: str | None) -> tuple[list[Trained], dict[str, st
                 found += _TRACED[kind](its, name)
             except _Unmade as unmade:
                 untraced[name] = str(unmade)
+            except ValidationError:
+                untraced[name] = "another version made it, with fields that this one does not know"
         if kind in NOT_TRACED and name in its.artifacts and (kind != "distill" or _on_policy(its.artifacts[name])):
             untraced[name] = NOT_TRACED[kind]
     if asked is None:
@@ -190,16 +194,13 @@ def _distill(its: Source, name: str) -> list[Trained]:
     done = its.artifacts.get(name)
     if done is None:
         raise _Unmade("it is not done")
-    spec, seed, label = (
-        distill.Spec.model_validate(done.manifest["spec"]),
-        int(done.manifest["seed"]),
-        _label(its, done),
-    )
+    said, seed, label = done.manifest["spec"], int(done.manifest["seed"]), _label(its, done)
+    own = {name: said[name] for name in FineTuning.model_fields}  # what a student is does not change what it draws
+    arms = ((done.path / "traces", said["mode"]), (label.path, distill.control_mode(said["mode"], label)))
     found = []
-    for arm, folder in zip(distill.ARMS, (done.path / "traces", label.path), strict=True):
-        alone = arm == "control" and distill.control_mode(spec, label) == "direct"
-        training, called = spec.training(spec.students[0], alone), f"{name}/{arm}"
-        found.append(Trained(called, label, training.steps, _drawn(its.folder, called, training, seed, folder, {})))
+    for arm, (folder, mode) in zip(distill.ARMS, arms, strict=True):
+        spec, called = TrainSpec.model_validate({**own, "mode": mode, "fault": None}), f"{name}/{arm}"
+        found.append(Trained(called, label, spec.steps, _drawn(its.folder, called, spec, seed, folder, {})))
     return found
 
 

@@ -224,7 +224,7 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
             found[arm] = _learn(spec, student, arm, data, inputs, ctx)
         if spec.on_policy is not None:
             found["on_policy"] = _go_on(spec.on_policy, spec.limit, student, inputs, ctx)
-        rows.append(_row(student, found, reached, (spec.mode, control_mode(spec, label))))
+        rows.append(_row(student, found, reached, (spec.mode, control_mode(spec.mode, label))))
     write_json(ctx.out / "students.json", rows)
     summary = {"steps": spec.steps, "teacher": reached, "traces": counts, "students": rows}
     summary |= verdicts.said(verdicts.of_harvest(counts), *_ungraded(ctx.out))
@@ -236,9 +236,10 @@ def run(spec: Spec, inputs: Mapping[str, Artifact], ctx: Context) -> Artifact:
     return ctx.commit({**summary, **({} if good else {"reason": reason})}, verdict=good)
 
 
-def control_mode(spec: Spec, label: Artifact) -> Mode:
-    """How controls learn and are asked: thinking only where there are traces that no teacher wrote."""
-    return "thinking" if spec.mode == "thinking" and COLD_START in label.manifest["files"] else "direct"
+def control_mode(mode: Mode, label: Artifact) -> Mode:
+    """How controls learn and are asked, of students in `mode`: thinking only where there are traces that no teacher
+    wrote."""
+    return "thinking" if mode == "thinking" and COLD_START in label.manifest["files"] else "direct"
 
 
 def _reached(spec: Spec, teacher: Artifact, label: Artifact, ctx: Context) -> float:
@@ -297,7 +298,7 @@ def _learn(
 ) -> dict[str, Any]:
     """Train one model under supervision, export and evaluate it."""
     label = inputs["label"]
-    training = spec.training(student, arm == "control" and control_mode(spec, label) == "direct")
+    training = spec.training(student, arm == "control" and control_mode(spec.mode, label) == "direct")
     teacher = inputs["model"].digest if arm == "student" else None
     base: dict[str, Any] = {
         "spec": training.model_dump(mode="json"), "seed": ctx.seed, "data": str(data),
