@@ -283,6 +283,8 @@ def test_the_same_input_gives_the_same_bytes_in_any_process(tmp_path: Path) -> N
         ("\n", "", "no line"),
         ('{"question": "\udc80"}\n', ":1", "not JSON"),
         ("[" * 100_000 + "\n", ":1", "not JSON"),
+        ('{"question": "a \\ud800 b"}\n', ":1", "half a letter"),
+        ('{"question": "a", "answer": ' + "9" * 6000 + "}\n", ":1", "not JSON"),
     ],
 )
 def test_bad_data_is_refused_with_its_line_and_nothing_is_written(
@@ -294,6 +296,16 @@ def test_bad_data_is_refused_with_its_line_and_nothing_is_written(
         clean.clean(path, [], tmp_path / "out")
     assert error.value.where == f"{path}{where}"
     assert [entry.name for entry in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_long_numbers_and_nul_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    long = "9" * 6000
+    rows = [f"What is {long} plus one?", f"What is 1/{long} of a cake?", "a \0 b \ud83d\ude00"]
+    path.write_text("".join(json.dumps({"question": row}) + "\n" for row in rows))
+    clean.clean(path, [], tmp_path / "out")
+    kept = [json.loads(line)["question"] for line in (tmp_path / "out" / "data.jsonl").read_text().splitlines()]
+    assert kept == [json.loads(json.dumps(row)) for row in rows]
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ GOOD: dict[str, Any] = {
         ({"items": [{"id": 1, "judges": ["a", "c"]}]}, "'c' is none of the classes", "items[0].judges[1]"),
         ({"items": [{"id": 1, "judges": ["a"]}, {"id": 2, "judges": []}]}, "0 judges here, and 1", "items[1].judges"),
         ({"items": [{"id": 1, "judges": "a"}]}, "judges is a list", "items[0].judges"),
+        ({"items": [{"id": 1, "judges": 0}]}, "judges is a list", "items[0].judges"),
     ],
 )
 def test_a_bad_world_is_refused_with_its_place(change: dict[str, Any], message: str, where: str) -> None:
@@ -139,6 +140,9 @@ def test_a_bad_world_is_refused_with_its_place(change: dict[str, Any], message: 
 
 def test_files_that_are_no_world(tmp_path: Path) -> None:
     assert len(worlds.parse(GOOD)) == 1
+    marked = tmp_path / "marked.json"
+    marked.write_text(json.dumps(GOOD), encoding="utf-8-sig")  # as some programs begin a file
+    assert len(worlds.read(marked)) == 1
     for text, message in (
         ("{", "this is not JSON"),
         ("[]", "a world is a JSON object"),

@@ -23,6 +23,7 @@ from typing import Any
 from ottava import artifact
 from ottava.errors import DataError, ResourceError, check_file, from_os_error
 from ottava.labels import decontaminate, dedup, likeness
+from ottava.labels.questions import writable
 from ottava.tasks.base import plain
 
 VERSION = "1"
@@ -105,6 +106,8 @@ def _line(raw: bytes, number: int, where: str) -> Line:
         raise DataError(f"this line is not JSON: {error}", where=where) from None
     if not isinstance(data, dict):
         raise DataError("a line is one JSON object", where=where)
+    if b"\\u" in raw and not writable(json.dumps(data, ensure_ascii=False)):
+        raise DataError("a text holds half a letter (a lone surrogate), which no file can hold", where=where)
     digest = hashlib.sha256(raw).hexdigest()
     name = data.get("id")
     if name is not None and (not isinstance(name, str | int) or isinstance(name, bool)):

@@ -29,7 +29,7 @@ def take(store: Path, file: Path, form: str | None, guideline: Path | None) -> d
             # under the lock: what another process has put there meanwhile stays
             if fresh and not any(map(target.count, TABLES)):
                 target.db.close()
-                for suffix in ("", "-wal", "-shm"):
+                for suffix in ("", "-wal", "-shm", ".lock"):
                     store.with_name(store.name + suffix).unlink(missing_ok=True)
             raise
 

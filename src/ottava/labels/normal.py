@@ -23,6 +23,9 @@ def listed(text: str) -> list[str]:
     return text.split()
 
 
+LONGEST_NUMBER = 300
+"""Digits, and more is a word: so long a number is none that anybody asks for, and Python reads no much longer ones."""
+
 _LATEX = [  # order matters: the longest form first
     (r"\\(?:begin|end)\{[a-z]+\*?\}(?:\[[^]]*\])?", " "),
     (r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])", " "),
@@ -262,15 +265,16 @@ def _number(words: list[str], place: int) -> tuple[list[str], int]:
 
 def _digits(words: list[str], place: int) -> tuple[list[str], int]:
     word = words[place]
-    if word[-1].isalpha():
+    if word[-1].isalpha() or len(word) > LONGEST_NUMBER:
         return [word], 1
     value = Fraction(word.replace(",", ""))
     over = words[place + 1 : place + 3]
-    plain = len(over) == 2 and over[0] == "/" and over[1].isdigit() and int(over[1])
+    below = over[1] if len(over) == 2 and over[0] == "/" and len(over[1]) <= LONGEST_NUMBER else ""
+    plain = below.isdigit() and int(below)
     after = words[place + 3 : place + 4]
     before = words[place - 1] if place else ""
     if plain and word.isdigit() and before not in ("/", "^") and after not in (["/"], ["^"]):
-        return [str(value / int(over[1]))], 3
+        return [str(value / int(below))], 3
     scale = _SCALES.get(words[place + 1]) if place + 1 < len(words) else None
     return ([str(value * scale)], 2) if scale else ([str(value)], 1)
 

@@ -387,8 +387,10 @@ class Policy:
         error = self._final()
         if not reached:
             self.notes.append(f"{self.target:.3g} is not certified at a sensible cost: the bound is {self._upper:.4f}")
+        # with a handful of items an audit of all of them may believe less of itself than the estimate does
+        upper = max(self._upper, error)
         return Done(
-            decisions, error, self._upper, self.asked, len(evidence), self._audited, reached, tuple(self.notes), found
+            decisions, error, upper, self.asked, len(evidence), self._audited, reached, tuple(self.notes), found
         )  # fmt: skip
 
 

@@ -75,8 +75,8 @@ def parse(document: Any, where: str = "") -> Item:
         raise DataError(f"{kind!r} is no kind of question", where=where, fix=f"one of {', '.join(KINDS)}")
     name = check_name(document.get("id"), "id", where)
     classes = _classes(document.get("classes"), kind, where)
-    source = str(document.get("source") or "")
-    if not writable(source):
+    source = "" if document.get("source") is None else document["source"]
+    if not isinstance(source, str) or not writable(source):
         raise DataError("source must be a text", where=where)
     item = Item(name, kind, _content(content, kind, where), classes, source)
     gold = document.get("gold")

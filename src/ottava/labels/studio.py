@@ -133,7 +133,7 @@ def from_json(path: Path) -> Dump:
 def read_list(path: Path, what: str) -> list[Any]:
     """A JSON file that holds a list. Raises DataError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"this is not JSON: {error}", where=path) from None
     if not isinstance(found, list):

@@ -47,7 +47,7 @@ class World:
 def read(path: Path) -> World:
     """The world in a file. Raises DataError naming the place of what is wrong."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers without end
         raise DataError(f"this is not JSON: {error}", where=path) from None
     try:
@@ -81,7 +81,7 @@ def parse(document: Any) -> World:
             raise DataError(f"the id {name!r} is already that of items[{ids[name]}]", where=where)
         ids[name] = i
         verifier[i] = _place(item.get("verifier"), places, f"{where}.verifier")
-        opinions = item.get("judges") or []
+        opinions = [] if item.get("judges") is None else item["judges"]
         if not isinstance(opinions, list):
             raise DataError("judges is a list with a label, or null, of each judge", where=f"{where}.judges")
         said.append([_place(label, places, f"{where}.judges[{j}]") for j, label in enumerate(opinions)])
