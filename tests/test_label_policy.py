@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -484,7 +485,13 @@ def test_drift_is_found_and_gold_and_conflicts_are_what_they_say() -> None:
                 label = 1 - int(truth.truth[item])
             evidence.add(item, int(person), label)
     evidence.refit()
-    assert [finding.person for finding in screens.drifting(evidence)] == [7]
+    found = screens.people(evidence)
+    assert [(finding.person, finding.kind) for finding in found] == [(7, "drifts")]
+    told = re.search(r"of the first (\d+) votes", found[0].why)
+    votes = evidence.votes()
+    since = int((votes.items[votes.people == 7] <= 1000).sum())
+    assert told
+    assert abs(int(told[1]) - since) <= 30, "the turn is told, about"
     gold = screens.gold(evidence, 5, 40)
     assert len(gold) == 40
     assert not evidence.asked[gold, 5].any()

@@ -54,7 +54,7 @@ def record(name: str, kind: Kind, seed: int, target: float) -> Record:
     truth, done = play(kind, seed, target, moments)
     seconds = time.process_time() - begun
     plain, plain_error = two_plus_one(kind, seed)
-    right = planted(kind)
+    right = planted(kind, truth.given)
     everybody = set().union(*right.values())
     return {
         "name": name,

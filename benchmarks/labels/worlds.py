@@ -63,14 +63,14 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def planted(kind: Kind) -> dict[str, set[int]]:
+def planted(kind: Kind, given: np.ndarray) -> dict[str, set[int]]:
     """Who is no honest person, by what they should be found to do. Of who copy each other, all but one should be
-    found."""
+    found. Who would drift is one of them only after more than DRIFT votes; given: [people], how many they gave."""
     end = kind.people - kind.lazy
     return {
         "guesses": {*range(kind.bots), *range(end, kind.people)},
         "copies": set(range(kind.bots, kind.bots + kind.copies + 1)) if kind.copies else set(),
-        "drifts": set(range(end - kind.drifters, end)),
+        "drifts": {person for person in range(end - kind.drifters, end) if given[person] > DRIFT},
     }
 
 

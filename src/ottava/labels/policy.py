@@ -272,14 +272,9 @@ class Policy:
         evidence, target = self.evidence, self.target
         if len(evidence):
             evidence.refit()
-            for found in screens.people(evidence):
-                if found.person in self.found:
-                    continue
-                self.found[found.person] = found
-                self.notes.append(f"{self.world.annotators[found.person]}: {found.why}")
-                if found.ignore:
-                    evidence.ignored.add(found.person)
-                    evidence.refit()
+            if ignored := {found.person for found in self._look() if found.ignore}:
+                evidence.ignored |= ignored
+                evidence.refit()
         people, classes = evidence.people, evidence.classes()
         accuracy = people.accuracy(classes)
         usable = np.array([p not in self.found for p in range(len(accuracy))])
@@ -361,37 +356,50 @@ class Policy:
         self._scale = max(scale * before / max(after, 1e-9), 1.0) if before else 1.0
         self._epoch += 1
 
-    def _shut_out(self) -> list[Finding]:
-        """Who at the end is right too seldom to be asked, and was not found before."""
+    def _look(self) -> list[Finding]:
+        """Look at the people; who is found for the first time."""
+        new = [found for found in screens.people(self.evidence) if found.person not in self.found]
+        self.found |= {found.person: found for found in new}
+        self.notes.extend(f"{self.world.annotators[found.person]}: {found.why}" for found in new)
+        return new
+
+    def _last_look(self) -> tuple[Finding, ...]:
+        """Everybody who was found, with what an audit's votes tell, which nothing was decided on: for the next
+        run. Who is right too seldom to be asked is told of too."""
+        shut_out = self._weight <= 0
+        if len(self.evidence):
+            self.evidence.refit()
+            self._look()
         accuracy, votes = self.evidence.people.accuracy(self.evidence.classes()), self.evidence.people.votes
-        out = []
-        for person in np.flatnonzero((self._weight <= 0) & (votes >= screens.FEWEST)).tolist():
+        for person in np.flatnonzero(shut_out & (votes >= screens.FEWEST)).tolist():
             if person not in self.found:
-                out.append(
-                    Finding(person, "guesses", False, f"right on {accuracy[person]:.0%}: too seldom to be asked")
-                )
-        self.notes.extend(f"{self.world.annotators[one.person]}: {one.why}" for one in out)
-        return out
+                why = f"right on {accuracy[person]:.0%}: too seldom to be asked"
+                self.found[person] = Finding(person, "guesses", False, why)
+                self.notes.append(f"{self.world.annotators[person]}: {why}")
+        return tuple(self.found.values())
 
     def _done(self, reached: bool) -> Done:
-        evidence, found = self.evidence, (*self.found.values(), *self._shut_out())
+        evidence = self.evidence
         disputed = screens.conflicts(evidence)
         if len(disputed):
             names = ", ".join(str(self.world.ids[item]) for item in disputed[:5])
             self.notes.append(f"{len(disputed)} items are disputed and want people together, first of all {names}")
         if self._frozen is None:  # people left before an audit could begin
+            decisions = evidence.decisions()
             error = self._claim() if len(evidence) else 1 - 1 / len(self.world.classes)
-            return Done(evidence.decisions(), error, 1.0, self.asked, len(evidence), 0, False, tuple(self.notes), found)
-        # what was not audited stays as it was when the bound was come by; of the rest more is known now
-        decisions = np.where(self._judged, evidence.decisions(), self._frozen)
-        error = self._final()
-        if not reached:
-            self.notes.append(f"{self.target:.3g} is not certified at a sensible cost: the bound is {self._upper:.4f}")
-        # with a handful of items an audit of all of them may believe less of itself than the estimate does
-        upper = max(self._upper, error)
-        return Done(
-            decisions, error, upper, self.asked, len(evidence), self._audited, reached, tuple(self.notes), found
-        )  # fmt: skip
+            upper = 1.0
+        else:
+            # what was not audited stays as it was when the bound was come by; of the rest more is known now
+            decisions = np.where(self._judged, evidence.decisions(), self._frozen)
+            error = self._final()
+            # with a handful of items an audit of all of them may believe less of itself than the estimate does
+            upper = max(self._upper, error)
+            if not reached:
+                text = f"{self.target:.3g} is not certified at a sensible cost: the bound is {self._upper:.4f}"
+                self.notes.append(text)
+        found, votes = self._last_look(), len(evidence)
+        notes = tuple(self.notes)
+        return Done(decisions, error, upper, self.asked, votes, self._audited, reached, notes, found)
 
 
 def two_plus_one(matrices: Floats, classes: Floats, hard: float) -> tuple[float, float]:
