@@ -34,6 +34,7 @@ class Kind:
     bots: int = 0  # people who guess
     copies: int = 0  # people who repeat the first one's votes
     lazy: int = 0  # people, the last ones, who say the first class to everything
+    blind_to: float = 0.0  # right answers less on items of every class but the first, ordinary items
     drifters: int = 0  # people, those before them, who after DRIFT votes are right on DRIFTED only
     away: float = 0.0
 
@@ -58,6 +59,8 @@ KINDS: dict[str, Kind] = {
     "two who say one label": Kind(lazy=2),
     "guideline drift": Kind(drifters=2),
     "rare class": Kind(skew=0.9),
+    "one item in fifty": Kind(skew=0.98),
+    "rare and overlooked": Kind(skew=0.9, right=0.94, blind_to=0.24),
     "no judges": Kind(judges=0),
     "people come and go": Kind(away=0.2),
 }
@@ -143,6 +146,7 @@ class Truth:
         if not blind and rng.random() < kind.anchored:
             return int(self.suggestion[item])
         right = self.right[person] if not self.hard[item] else kind.hard_right
+        right -= kind.blind_to * bool(self.truth[item])
         if kind.people - kind.lazy - kind.drifters <= person < kind.people - kind.lazy and self.given[person] > DRIFT:
             right = DRIFTED
         if rng.random() < right:

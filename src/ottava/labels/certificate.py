@@ -107,6 +107,10 @@ class Bound:
             self._least = min(self._least, high)
         return self._least
 
+    def rest(self) -> float:
+        """The same of what was not drawn: no more labels, as a share of all, would be refuted among them."""
+        return max(self.upper() - self._seen / len(self.weights), 0.0)
+
     def wealth(self, share: float) -> float:
         """The logarithm of the wealth against `share`; infinite where it is below what has been seen."""
         return self._wealth(share, *(np.asarray(values) for values in (self._y, self._top, self._share)))

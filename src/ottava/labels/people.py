@@ -27,6 +27,9 @@ GUESS = 0.7
 """Of the votes on a hard item, the share that are guesses: 92% becomes 63% with two classes."""
 SHRINK = 12.0
 """Votes of each class that a person's matrix starts with, spread as everybody's: few votes prove little."""
+EVEN = 300.0
+"""Votes of each class that everybody's matrix starts with, as if all classes were equally easy: where a class is rare,
+slips on the others outnumber it, and it would come to stand for them."""
 HARD_A, HARD_B = 0.5, 50.0
 """Beta prior of the share of hard items: none, unless votes say so."""
 
@@ -99,6 +102,8 @@ def improve(states: Floats, votes: Votes, people: People, shrink: float = SHRINK
             weight = weight + states[votes.items, k, 1] * own / (own + GUESS / classes)
         totals[:, k, :] = np.bincount(where, weight, count * classes).reshape(count, classes)
     pooled = totals.sum(0) + 0.5
+    right = min(max(float(np.trace(pooled) / pooled.sum()), 0.55), 0.97)
+    pooled += EVEN * start(1, classes, right).matrices[0]
     pooled /= pooled.sum(-1, keepdims=True)
     matrices = totals + shrink * pooled
     matrices /= np.maximum(matrices.sum(-1, keepdims=True), 1e-300)

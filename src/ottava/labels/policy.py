@@ -4,8 +4,6 @@
     calibrate   a few items drawn at random get two votes each: the first fit of people and stacker
     label       the questions with the most information, until the believed error is low enough to be worth an audit
     audit       decisions are frozen, items are drawn, panels judge them blind; the bound falls with every panel
-    again       where the audit finds more errors than were believed, its votes are learnt from, and labelling goes on;
-                the next audit is a new one with its own part of alpha
 
 All questions are blind: who sees a suggestion tends to repeat it, and such votes would be no evidence.
 """
@@ -33,20 +31,18 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 ALPHA = 0.05
-PARTS = (0.65, 0.25, 0.1)
-"""How alpha is divided among audits: there are at most as many."""
 GOAL = 0.4
 """The believed error at which an audit begins, as a share of the target: labelling and audit together cost least
 there."""
 BETTER = 0.6
 """The same as a share of the error that the usual rule (two votes, a third on disagreement) would leave."""
-PATIENCE = 1.5
-"""An audit is given up for more labelling where it would still take this many times the votes of a new one."""
 TIGHT = 0.41
 """The bound is to lie within this share of the target above the estimate."""
+WARY = 2.0
+"""How many times more of the audited labels may still be wrong than is believed of them."""
 SHARE = 1.6
 """Nobody answers more than this many times an equal share while others could."""
-LONGEST = 6
+LONGEST = 7
 """Votes on one item before its audit."""
 KNOCKS = 3
 """How often a panel asks one person who is away."""
@@ -104,7 +100,6 @@ class Policy:
     coming: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     """Items in the order in which they will be asked about, as far as that is settled, beginning with the present."""
     _nulls: int = 0
-    _scale: float = 1.0
     _needs: float = 0.0
     _each: float = 0.0
 
@@ -134,12 +129,8 @@ class Policy:
         reached = False
         try:
             yield from self._calibrate()
-            for part in PARTS:
-                yield from self._label()
-                reached = yield from self._audit(ALPHA * part)
-                if reached or self._left() <= 0:
-                    break
-                self._learn_from_audit()
+            yield from self._label()
+            reached = yield from self._audit()
         except _Gone:
             self.notes.append("everybody is away: ended with what is known")
         return self._done(reached)
@@ -161,7 +152,7 @@ class Policy:
         batch = min(max(len(self.world) // 100, 4), 100, len(self.world))
         claim = self._claim()
         while claim > self._goal and self._left() > self._reserve():
-            gain = ask.gains(evidence.states, self._matrix) * (evidence.counts < LONGEST + self._epoch)
+            gain = ask.gains(evidence.states, self._matrix) * (evidence.counts < LONGEST)
             gain *= 1 + 1e-6 * self._jitter
             best = np.argpartition(-gain, batch - 1)[:batch]
             best = best[gain[best] > 1e-9]
@@ -177,16 +168,16 @@ class Policy:
                 claim, due = self._claim(), max(due, len(evidence) * 1.15 + 200)
             self._claims.append((len(evidence), claim))
 
-    def _audit(self, alpha: float) -> Generator[Ask, int | None, bool]:
+    def _audit(self) -> Generator[Ask, int | None, bool]:
         """Freeze the decisions, draw, let panels judge. True: the certificate is reached."""
         self.phase, evidence = "audit", self.evidence
-        risks = np.minimum(evidence.risks() * self._scale, 0.9)
+        risks = np.minimum(evidence.risks(), 0.9)
         frozen = evidence.decisions()
         self._frozen, self._upper, self._audited, self._each = frozen, 1.0, 0, 0.0
         self._judged = np.zeros(len(self.world), bool)
         self._risks, self._found, self._expected = risks, 0.0, 0.0
         self._needs, begun, weights = self._reserve(), len(evidence), certificate.weights(risks)
-        bound = certificate.Bound(weights, alpha)
+        bound = certificate.Bound(weights, ALPHA)
         missed = 1 - panel.misses(float(np.clip(self._good_accuracy(), 0.61, 0.999)))
         drawn = certificate.order(weights, self._rng)
         for number, item in enumerate(drawn, 1):
@@ -201,20 +192,18 @@ class Policy:
             self._expected += risks[item] / weights[item]
             if number % 20 and number < len(self.world):
                 continue
-            self._upper = min(bound.upper() / missed, 1.0)
-            if self._upper <= self.target and self._upper - self._estimate() <= TIGHT * self.target:
+            # of labels that were not drawn, what panels would refute; drawn ones follow all votes, the panel's too
+            rest, after = bound.rest() / missed, self._after()
+            self._upper = min(rest + WARY * after, 1.0)
+            error = self._final()
+            if self._upper <= self.target and self._upper - error <= TIGHT * self.target:
                 return True
             self._each = spent / number
-            self._needs = max(self._draws(self._estimate(), alpha) - number, 20) * self._each
-            if self._left() <= 0 or (number >= 120 and self._futile()):
+            room = max(self.target - error - (WARY - 1) * after, 1e-4)
+            self._needs = max(self._draws(self._estimate(), room) - number, 20) * self._each
+            if self._left() <= 0:
                 break
         return self._upper <= self.target
-
-    def _futile(self) -> bool:
-        """More labelling and a new audit help more than more of this one."""
-        if self._epoch >= len(PARTS) or self._left() < 2 * self._reserve():
-            return False
-        return self._needs > PATIENCE * self._reserve()
 
     def _panel(self, item: int, label: int) -> Generator[Ask, int | None, float]:
         odds, answers = 0.0, 0
@@ -299,7 +288,7 @@ class Policy:
         return mean - 2 * math.sqrt(mean * (1 - mean) / max(people.votes[sit].sum(), 10))
 
     def _claim(self) -> float:
-        return self._scale * float(self.evidence.risks().mean())
+        return float(self.evidence.risks().mean())
 
     def _off(self) -> float:
         """How much more was found than was believed (few finds prove little)."""
@@ -312,49 +301,45 @@ class Policy:
         hard items lies between them, and the mean is taken."""
         return self._off() * float(self._risks.mean())
 
+    def _after(self) -> float:
+        """Of all labels, the share that was audited and is believed wrong all the same."""
+        return float((self.evidence.risks() * self._judged).mean())
+
     def _final(self) -> float:
         """The error of what is delivered: drawn labels follow all votes, the others stay as they were frozen."""
-        return float(np.where(self._judged, self.evidence.risks(), self._off() * self._risks).mean())
+        return self._after() + self._off() * float((self._risks * ~self._judged).mean())
 
     def _left(self) -> int:
         return self._cap - len(self.evidence)
 
     def _reserve(self) -> float:
         """Votes that the next audit will need, at most a third of all."""
-        draws = self._draws(max(self._goal, 1e-4), ALPHA * PARTS[min(self._epoch, len(PARTS)) - 1])
+        rate = max(self._goal, self._claim(), 1e-4)
+        draws = self._draws(rate, self.target - rate)
         each = panel.cost(min(max(self._good_accuracy(), 0.62), 0.99)) if len(self.evidence) else 3.0
         return min(draws * each, self._cap / 3)
 
-    def _draws(self, rate: float, alpha: float) -> float:
-        """Draws until the bound is low and tight enough, where a share `rate` is wrong."""
-        goal = min(self.target, rate + TIGHT * self.target)
-        return min(certificate.draws_needed(rate, goal, alpha), len(self.world))
+    def _draws(self, rate: float, room: float) -> float:
+        """Draws until the bound is low and tight enough, where a share `rate` is wrong and it may be `room` higher."""
+        goal = rate + min(room, TIGHT * self.target)
+        return min(certificate.draws_needed(rate, goal, ALPHA), len(self.world))
+
+    def _pace(self) -> float:
+        """How much the logarithm of the believed error fell with each vote of late."""
+        later = self._claims[len(self._claims) // 2 :]
+        if len(later) < 2 or later[-1][0] <= later[0][0]:
+            return 0.0
+        return max(math.log(later[0][1] / later[-1][1]) / (later[-1][0] - later[0][0]), 0.0)
 
     def progress(self) -> Progress:
         """Where the run stands, for `forecast`."""
-        later = self._claims[len(self._claims) // 2 :]
-        pace = 0.0
-        if len(later) >= 2 and later[-1][0] > later[0][0]:
-            pace = max(math.log(later[0][1] / later[-1][1]) / (later[-1][0] - later[0][0]), 0.0)
         needs = self._needs if self.phase == "audit" else self._reserve()
         if self.phase == "audit" and self._each:
-            rate = self._estimate()
+            rate = self._final()
             goal = min(self.target, rate + TIGHT * self.target)
             wide = (self._upper - rate) / max(goal - rate, 1e-9)  # between 1 / draws and 1 / root of draws
             needs = max(self._audited * (max(wide, 1.0) ** 1.5 - 1), 20) * self._each
-        return Progress(self.phase, len(self.evidence), self._cap, self._claim(), self._goal, pace, needs)
-
-    _epoch = 1
-
-    def _learn_from_audit(self) -> None:
-        """The audit's votes teach; how far the claim was off goes on to the next."""
-        scale = self._scale * self._off()
-        rest = ~self._judged
-        before = float(self.evidence.risks()[rest].mean()) if rest.any() else 0.0
-        self._learn()
-        after = float(self.evidence.risks()[rest].mean()) if rest.any() else 0.0
-        self._scale = max(scale * before / max(after, 1e-9), 1.0) if before else 1.0
-        self._epoch += 1
+        return Progress(self.phase, len(self.evidence), self._cap, self._claim(), self._goal, self._pace(), needs)
 
     def _look(self) -> list[Finding]:
         """Look at the people; who is found for the first time."""
