@@ -178,12 +178,11 @@ def test_what_can_be_certified(tmp_path: Path) -> None:
         live.certify(path)
 
 
-def test_nobody_is_waited_for_who_was_not_seen_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "AWAY_S", 2.0)
+def test_nobody_is_waited_for_who_was_not_seen_for_long(tmp_path: Path) -> None:
     path = make(tmp_path / "labels.db", many(12))
     with Store.write(path) as store:
         (number,) = live.begin(store, TARGET)
-        follower = Follower(store, [number], clock_ms=1 << 62)
+        follower = Follower(store, [number], clock_ms=1 << 62, away_hours=2 / 3600)
         follower.rank()
         run = follower.runs[number]
         assert follower.stuck(run) is None

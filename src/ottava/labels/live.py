@@ -12,9 +12,9 @@ there already has no part in which items are drawn, nor in what panels say of th
 the order of the draw, and only those that it waits for.
 
 What a run has taken may not be taken back: an answer is open for `UNDO_S`, or until the same person has given another
-one. Nobody is waited for who was not seen for a day; that is a row of the store too (`runs`), as the run depends on it.
+one. Nobody is waited for who was not seen for long; that is a row of the store too (`runs`), as the run depends on it.
 
-    python -m ottava.labels.live STORE      as `labels.ranking`: a line "go" in; a JSON line and its arrays out
+    python -m ottava.labels.live STORE RUN...   as `labels.ranking`: a line "go" in; a JSON line and its arrays out
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ HOLD_S = 12.0
 """An answer is taken once it is so old, or its giver has answered again."""
 UNDO_S = 8.0
 """And can be taken back until then: a little shorter, so that no undo comes to disk too late."""
-AWAY_S = 86_400.0
+AWAY_HOURS = 24.0
 """Who was not seen for so long is not waited for."""
-SEATS = 8
+SEATS = 50
 """People who may join while a run is on, beyond those who have a key when it begins."""
 BUSY = 60
 """Items that may not be needed, at most, with which people are kept busy: the rest of a run is not known yet."""
@@ -212,7 +212,7 @@ def begin(store: Store, target: float) -> list[int]:
         opinions = store.db.execute("SELECT max(seq) FROM opinions").fetchone()[0] or 0
         document = {
             "group": list(_name(group)), "target": target, "seed": secrets.randbits(32), "items": last,
-            "opinions": opinions, "seats": store.count("annotators") + SEATS, "away_s": AWAY_S,
+            "opinions": opinions, "seats": store.count("annotators") + SEATS,
         }  # fmt: skip
         numbers.append(store.add_run({"begin": document}))
     return numbers
@@ -256,16 +256,18 @@ def ended(certificate: Mapping[str, Any]) -> str:
 
 class Follower(Ranker):
     """Ranks as `Ranker` does, but where a run is on, what the run waits for comes first, and nothing else of its
-    group. numbers: of the runs to follow."""
+    group. numbers: of the runs to follow; away_hours: who was not seen for so long is not waited for."""
 
-    def __init__(self, store: Store, numbers: Sequence[int], clock_ms: int | None = None):
+    def __init__(
+        self, store: Store, numbers: Sequence[int], clock_ms: int | None = None, away_hours: float = AWAY_HOURS
+    ):
         beginnings = dict(runs(store))
         missing = [number for number in numbers if number not in beginnings]
         if missing:
             raise DataError(f"the store has no run {missing[0]}", where=store.path)
         super().__init__(store, max(beginnings[number]["target"] for number in numbers))
         self._begun = {tuple(beginnings[n]["group"]): (n, beginnings[n]) for n in numbers}
-        self._clock = clock_ms
+        self._clock, self._away_ms = clock_ms, away_hours * 3_600_000
         self.runs: dict[int, Run] = {}
 
     def rank(self) -> Ranking:
@@ -334,7 +336,7 @@ class Follower(Ranker):
             not one.settled for one in run.policy.book.said.get(item, ())
         ):
             return None
-        db, since, row = self.store.db, now() - run.begun["away_s"] * 1000, run.rows[item]
+        db, since, row = self.store.db, now() - self._away_ms, run.rows[item]
         seen = {who for (who,) in db.execute("SELECT DISTINCT annotator FROM votes WHERE stored > ?", (since,))}
         newest = "SELECT annotator, max(seq), digest, stored FROM keys GROUP BY annotator"
         seen |= {who for who, _, digest, stored in db.execute(newest) if digest is not None and stored > since}
@@ -396,7 +398,8 @@ def certify(path: Path) -> list[dict[str, Any]]:
                 differs = "it does not end" if run.done is None else ", ".join(k for k in mine if mine[k] != one.get(k))
                 raise Verdict(
                     f"the votes of run {one['run']} do not give its certificate: {differs}", where=path,
-                    fix="the store was changed, or this is another kind of processor, whose rounding differs",
+                    fix="the store was changed; or another version of Ottava ended this run, or another kind of "
+                    "processor, whose rounding differs",
                 )  # fmt: skip
     return held
 
@@ -422,10 +425,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("store", type=Path)
     parser.add_argument("runs", type=int, nargs="+")
+    parser.add_argument("--away-hours", type=float, default=AWAY_HOURS)
     options = parser.parse_args()
     os.nice(15)  # it gives way to answers
     with Store.read(options.store) as store:
-        follower = Follower(store, options.runs)
+        follower = Follower(store, options.runs, away_hours=options.away_hours)
         for _ in sys.stdin.buffer:
             order = follower.rank()
             close = [row for run in follower.runs.values() if (row := follower.stuck(run)) is not None]

@@ -95,13 +95,20 @@ class Refused(Exception):
 
 class Desk:
     """One store being served. store: the writer; reader: another connection, for the questions themselves; votes: how
-    many are wanted on each free text; runs: of the policy, to be followed (`live`)."""
+    many are wanted on each free text; runs: of the policy, to be followed (`live`), not waiting for who was not seen
+    for away_hours."""
 
     def __init__(
-        self, store: Store, reader: Store, votes: int = 1, suggestions: bool = False, runs: Sequence[int] = ()
+        self,
+        store: Store,
+        reader: Store,
+        votes: int = 1,
+        suggestions: bool = False,
+        runs: Sequence[int] = (),
+        away_hours: float = live.AWAY_HOURS,
     ):
         self.store, self.reader, self.suggestions = store, reader, suggestions
-        self.wanted, self.numbers_of_runs = votes, runs
+        self.wanted, self.numbers_of_runs, self.away_hours = votes, runs, away_hours
         self.runs: list[dict[str, Any]] = []
         self.keys: list[Known] = reader.known()
         self.guideline = reader.guideline()
@@ -352,7 +359,8 @@ class Desk:
     def _follower(self) -> list[str]:
         """The module that says in which order to ask, and its arguments."""
         if self.numbers_of_runs:
-            return ["ottava.labels.live", str(self.store.path), *map(str, self.numbers_of_runs)]
+            names = [str(self.store.path), *map(str, self.numbers_of_runs)]
+            return ["ottava.labels.live", *names, "--away-hours", str(self.away_hours)]
         return ["ottava.labels.ranking", str(self.store.path), "--target", str(TARGET), "--votes", str(self.wanted)]
 
     def _over(self) -> bool:
@@ -412,7 +420,8 @@ def serve(args: Mapping[str, Any]) -> None:
     """Serve a store until SIGTERM or SIGINT.
 
     args: store (file), port (0: a free one), host, target (the share of wrong labels that is to be certified; None:
-    the most useful questions first, without a certificate), votes (answers to each question that cannot be fused),
+    the most useful questions first, without a certificate), away_hours (a certified run does not wait for who was not
+    seen for so long), votes (answers to each question that cannot be fused),
     suggestions (show what machines say: such votes are not blind), ready: a file that gets {"port", "pid"} once the
     server listens. Raises Busy where another process writes to the store, ResourceError where the port is in use,
     DataError where nobody has a key, or nothing can be certified.
@@ -428,7 +437,8 @@ def serve(args: Mapping[str, Any]) -> None:
         listener = _listen(args.get("host", LOOPBACK), int(args.get("port", 8010)))
         with listener:
             runs = [] if target is None else live.begin(store, float(target))
-            desk = Desk(store, reader, args.get("votes", 1), bool(args.get("suggestions")), runs)
+            away = float(args.get("away_hours", live.AWAY_HOURS))
+            desk = Desk(store, reader, args.get("votes", 1), bool(args.get("suggestions")), runs, away)
             _Server(desk, listener, args).run(sockets=[listener])
 
 
