@@ -99,6 +99,7 @@ def row(name: str, worlds: list[Record]) -> dict[str, Any]:
         "error_2+1": statistics.mean(all_of("plain_error")),
         "no_worse": sum(world["error"] <= world["plain_error"] for world in worlds),
         "slack": statistics.mean(slacks),
+        "slack_least": min(slacks),
         "slack_most": max(slacks),
         "slack_within": sum(slack <= 0.02 for slack in slacks),
         "claim_off_most": max(abs(world["claim"] - world["error"]) for world in worlds),

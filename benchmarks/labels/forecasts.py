@@ -1,6 +1,6 @@
 """Where `labels.forecast.SPREAD` is from, and how often its intervals hold: python -m benchmarks.labels.forecasts FILE
 
-FILE is what `python -m benchmarks.labels --seeds 200 --first 4000 --worlds FILE` keeps. Worlds with even seeds are
+FILE is what `python -m benchmarks.labels --seeds 200 --first 6000 --worlds FILE` keeps. Worlds with even seeds are
 fitted on, those with odd seeds are only looked at. A kind `left out` is fitted on all other kinds, with even seeds, and
 looked at in its even seeds: what to expect of a world that is like none of these.
 """

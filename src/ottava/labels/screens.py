@@ -3,9 +3,9 @@
 Each test sets two accounts of somebody's votes against each other, both of them given what is known of the items
 without that person: an honest one, taken at its likeliest, and another whose parameters are not fitted to these votes
 but mixed. By universal inference (Wasserman, Ramdas and Balakrishnan, PNAS 117 (2020) 16880) the second is 1/a times
-likelier than the first with probability a at most, if the person is honest, at all looks together; the people share
-SLANDER. What is known of the items is believed, not known, so that the rate is one of intent: the table of
-docs/labels.md counts the accused among the honest.
+likelier than the first with probability a at most, if the person is honest, at all looks together (drifts: at each
+look, as the mixture grows with the votes); the people share SLANDER. What is known of the items is believed, not known,
+so that the rate is one of intent: the table of docs/labels.md counts the accused among the honest.
 """
 
 from __future__ import annotations
