@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from ottava import cli
+from ottava.cli import checkpoints
 from ottava.checkpoint.convert import convert
 from ottava.checkpoint.layouts import LAYOUTS
 from ottava.checkpoint.safetensors import write_folder
@@ -214,8 +214,8 @@ def test_a_verdict_in_words(source: Path, tmp_path: Path) -> None:
 
 
 def test_layouts_that_can_be_asked_for() -> None:
-    """cli.py spells them again, since it must not import torch."""
-    assert [layout.value for layout in cli.Layout] == list(LAYOUTS)
+    """The command line spells them again, since it must not import torch."""
+    assert [layout.value for layout in checkpoints.Layout] == list(LAYOUTS)
 
 
 def test_mistakes_are_told_before_the_work(source: Path, tmp_path: Path) -> None:

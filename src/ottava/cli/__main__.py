@@ -1,0 +1,5 @@
+"""`python -m ottava.cli`."""
+
+from ottava.cli import main
+
+main()
