@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from ottava.cli import checkpoints
 from ottava.checkpoint.convert import convert
 from ottava.checkpoint.layouts import LAYOUTS
 from ottava.checkpoint.safetensors import write_folder
+from ottava.cli import checkpoints, outcome
 from ottava.console import terminal
 from ottava.console.terminal import BYTES, comparison, work_bar
 from ottava.verify.weights import compare
@@ -76,7 +76,7 @@ def test_from_conversion_to_certificate(source: Path, tmp_path: Path) -> None:
 def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
     """The same without a process of its own: exit code and standard error."""
     monkeypatch.setattr(sys, "argv", ["ottava", *map(str, args)])
-    return cli.outcome(), capsys.readouterr().err
+    return outcome(), capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

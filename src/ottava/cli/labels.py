@@ -172,11 +172,16 @@ def key(
     name: Annotated[str, typer.Argument(help="Whose.")],
     lead: Annotated[bool, typer.Option("--lead", help="May adjudicate conflicts.")] = False,
     end: Annotated[bool, typer.Option("--end", help="End this person's key; what they said stays.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Print a new key for a person, once: the store keeps only its SHA-256. The old one ends."""
     from ottava.labels import commands
 
-    typer.echo(commands.key(store, name, lead, end))
+    made = commands.key(store, name, lead, end)
+    if as_json:
+        printed({"name": name, "key": made})
+    else:
+        typer.echo(made or f"{name} has no key any more")
 
 
 @app.command("decide")
@@ -235,6 +240,9 @@ def serve(
     target_error: Annotated[
         float | None, typer.Option(help="Ask and audit until it is certified that no more labels are wrong.")
     ] = None,
+    away_hours: Annotated[
+        float, typer.Option(min=0.0, help="With --target-error: who was not seen for so long is not waited for.")
+    ] = 24.0,
     votes: Annotated[int, typer.Option(min=1, help="Answers to each question in free text.")] = 1,
     suggestions: Annotated[
         bool, typer.Option("--suggestions", help="Show what machines say; such votes are not blind.")
@@ -244,4 +252,4 @@ def serve(
     from ottava.labels.serve import serve as serve_store
 
     args = {"store": str(store), "port": port, "host": host, "target": target_error, "votes": votes}
-    serve_store(args | {"suggestions": suggestions})
+    serve_store(args | {"suggestions": suggestions, "away_hours": away_hours})

@@ -51,12 +51,12 @@ def give(store: Path, out: Path, form: str | None, certificate: Path | None) -> 
     return {"written": str(out), "items": len(content.entries), "votes": votes}
 
 
-def key(store: Path, name: str, lead: bool, end: bool) -> str:
-    """A new key for this person (it cannot be shown again), or a word on the one that has ended."""
+def key(store: Path, name: str, lead: bool, end: bool) -> str | None:
+    """A new key for this person (it cannot be shown again); None where their key has ended."""
     with Store.write(store) as target:
         if end:
             target.end_key(name)
-            return f"{name} has no key any more"
+            return None
         made = secrets.token_urlsafe(24)
         target.add_annotator(name, made, lead)
     return made
