@@ -3,6 +3,9 @@
 A real server (`ottava label serve`), its store on this disk, its ranking process at work, and clients over HTTP. Twice:
 with everybody answering every half second, which is faster than people are, and with no pause at all. `ours` is the
 95th percentile in milliseconds, `low` and `high` its 95% interval by ranks, `baseline` the bound of 50 ms.
+
+With `--target-error` the policy runs over the store (docs/labels.md), and only what it will need is asked: `nothing` is
+the share of people's time in which there was no question for them, and they asked again after 0.1 s.
 """
 
 from __future__ import annotations
@@ -57,13 +60,19 @@ class Client:
         self.port, self.person, self.votes = port, person, 0
         self.stored: list[float] = []
         self.asked: list[float] = []
+        self.nothing = 0.0
 
     async def work(self, until: float, pause: float) -> None:
         """Vote and ask for the next question until then; seconds of each wait."""
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
         await asyncio.sleep(pause * self.person / 20)  # not all in the same instant
         questions = (await self.post("/api/next", {"want": 5}))["questions"]
-        while time.monotonic() < until and questions:
+        while time.monotonic() < until:
+            if not questions:
+                await asyncio.sleep(0.1)
+                self.nothing += 0.1
+                questions = (await self.post("/api/next", {"want": 5}))["questions"]
+                continue
             begun = time.perf_counter()
             question = questions.pop(0)
             answer = "wrong" if int(question["item"][1:]) % 7 == 0 else "right"
@@ -108,9 +117,10 @@ async def measure(port: int, people: int, seconds: float, pause: float, name: st
     await asyncio.gather(*(client.work(until, pause) for client in clients))
     stored = [one for client in clients for one in client.stored]
     asked = [one for client in clients for one in client.asked]
+    nothing = sum(client.nothing for client in clients) / (people * seconds)
     return [
         percentile(f"{name}: vote on disk, ms at p95", stored),
-        percentile(f"{name}: next question, ms at p95", asked),
+        percentile(f"{name}: next question, ms at p95", asked) | {"nothing": nothing},
     ]
 
 
@@ -120,13 +130,14 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--people", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two loads")
+    parser.add_argument("--target-error", type=float, default=None, help="run the policy over the store")
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         store, ready = Path(name) / "labels.db", Path(name) / "ready.json"
         print(f"writing {options.items:,} items ...", file=sys.stderr, flush=True)
         fill(store, options.items, options.people)
-        args = {"store": str(store), "port": 0, "ready": str(ready)}
+        args = {"store": str(store), "port": 0, "ready": str(ready), "target": options.target_error}
         code = f"from ottava.labels.serve import serve; serve({args!r})"
         with subprocess.Popen([sys.executable, "-c", code]) as server:
             try:

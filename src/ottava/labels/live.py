@@ -48,8 +48,9 @@ AWAY_HOURS = 24.0
 """Who was not seen for so long is not waited for."""
 SEATS = 50
 """People who may join while a run is on, beyond those who have a key when it begins."""
-BUSY = 60
-"""Items that may not be needed, at most, with which people are kept busy: the rest of a run is not known yet."""
+BUSY = 60, 1 / 200
+"""Items that may not be needed, at most, with which people are kept busy, or this share of all, if that is more: the
+rest of a run is not known yet."""
 ANYBODY = -1
 WAITING = "waiting"
 
@@ -108,9 +109,10 @@ class Following(Policy):
     def wanted(self) -> list[int]:
         """Items on which votes are wanted, the next first, as far as nobody has given them."""
         counts, coming = self.evidence.counts, [int(item) for item in self.coming]
-        ahead = coming[:BUSY] if self.phase == "audit" else coming
+        busy = max(BUSY[0], int(BUSY[1] * len(self.world)))
+        ahead = coming[:busy] if self.phase == "audit" else coming
         if self.phase == "label":  # what is likely to follow
-            rest = np.argsort(-self._gain, kind="stable")[: len(ahead) + BUSY]
+            rest = np.argsort(-self._gain, kind="stable")[: len(ahead) + busy]
             ahead += [int(item) for item in rest if self._gain[item] > 1e-9]
         need = 1 if self.phase == "label" else 2
         out: dict[int, None] = dict.fromkeys(ahead[:1])
