@@ -3,8 +3,8 @@
 For each kind of world (`worlds.KINDS`): votes an item against two votes and a third on disagreement, simulated on the
 same worlds; then the true error, the claim, the bound, in how many worlds the bound held; who was found among people
 that are no evidence; and how often forecasts held. `--only NAME,...` picks kinds, `--seeds` how many worlds of each,
-`--first` the first seed, `--items` their size. `--worlds FILE` keeps a line of JSON for each world: what is there
-already is not played again, so that a long table can be made in parts.
+`--first` the first seed, `--items` their size, `--set people=5` anything else of `worlds.Kind`. `--worlds FILE` keeps a
+line of JSON for each world: what is there already is not played again, so that a long table can be made in parts.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--items", type=int, default=10_000)
     parser.add_argument("--target", type=float, default=0.03)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of all kinds; several times")
     parser.add_argument("--worlds", type=Path, help="a file of lines that is gone on with")
     parser.add_argument("--fusion", action="store_true", help="only the time to fuse 100,000 votes, beside crowd-kit")
     asked = parser.parse_args()
@@ -146,6 +147,13 @@ def main() -> None:
     names = asked.only.split(",")
     if unknown := set(names) - set(KINDS):
         parser.error(f"no kind named {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    try:
+        change = {name: json.loads(value) for name, value in (one.split("=", 1) for one in asked.set)}
+        replace(Kind(), **change)
+    except (TypeError, ValueError) as error:
+        parser.error(f"--set wants NAME=VALUE of {', '.join(vars(Kind()))}: {error}")
+    if change and asked.worlds:
+        parser.error("--worlds keeps the kinds as they are: leave --set out")
     kept: dict[tuple[Any, ...], Record] = {}
     if asked.worlds and asked.worlds.exists():
         for line in asked.worlds.read_text().splitlines():
@@ -155,7 +163,7 @@ def main() -> None:
     for seed in range(asked.first, asked.first + asked.seeds):  # all kinds of a seed, so that a part is a table too
         print(f"seed {seed} ...", file=sys.stderr, flush=True)
         for name in names:
-            kind = replace(KINDS[name], items=asked.items)
+            kind = replace(KINDS[name], **{"items": asked.items} | change)
             world = kept.get((name, seed, asked.items, asked.target)) or record(name, kind, seed, asked.target)
             table[name].append(world)
             if asked.worlds and (name, seed, asked.items, asked.target) not in kept:

@@ -43,7 +43,7 @@ WARY = 2.0
 SHARE = 1.6
 """Nobody answers more than this many times an equal share while others could."""
 LONGEST = 7
-"""Votes on one item before its audit."""
+"""Votes on one item before its audit; of more than three people one at least is left for its panel."""
 KNOCKS = 3
 """How often a panel asks one person who is away."""
 
@@ -150,9 +150,11 @@ class Policy:
         self.phase, self._claims = "label", []
         evidence, due = self.evidence, len(self.evidence) * 1.3 + 50
         batch = min(max(len(self.world) // 100, 4), 100, len(self.world))
+        people = len(self.world.annotators)
+        most = min(LONGEST, people - 1) if people > 3 else LONGEST
         claim = self._claim()
         while claim > self._goal and self._left() > self._reserve():
-            gain = ask.gains(evidence.states, self._matrix) * (evidence.counts < LONGEST)
+            gain = ask.gains(evidence.states, self._matrix) * (evidence.counts < most)
             gain *= 1 + 1e-6 * self._jitter
             best = np.argpartition(-gain, batch - 1)[:batch]
             best = best[gain[best] > 1e-9]
