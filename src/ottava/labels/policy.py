@@ -370,7 +370,8 @@ class Policy:
         disputed = screens.conflicts(evidence)
         if len(disputed):
             names = ", ".join(str(self.world.ids[item]) for item in disputed[:5])
-            self.notes.append(f"{len(disputed)} items are disputed and want people together, first of all {names}")
+            some = f"{len(disputed)} items are" if len(disputed) > 1 else "an item is"
+            self.notes.append(f"{some} disputed, for people to decide together: {names}")
         if self._frozen is None:  # people left before an audit could begin
             decisions = evidence.decisions()
             error = self._claim() if len(evidence) else 1 - 1 / len(self.world.classes)

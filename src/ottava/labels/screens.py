@@ -147,24 +147,27 @@ def copying(evidence: Evidence, votes: Votes, others: set[int]) -> list[Finding]
     table[votes.items, votes.people] = votes.labels
     met = np.flatnonzero((table >= 0).sum(1) >= 2)
     table, states, count = table[met], evidence.states[met], evidence.asked.shape[1]
+    voted = (table >= 0).astype(np.float64)
+    often = np.argwhere(np.tril(voted.T @ voted, -1) >= MEETINGS).tolist()
     honest, copied = np.linspace(0, ALIKE, 6)[:, None], np.linspace(0.5, 1, 6)[:, None]
     limit = np.log(count * (count - 1) / 2 / SLANDER) if count > 1 else 0.0
     pairs: list[tuple[float, int, int, str]] = []
-    for a in range(count):
-        for b in range(a):
-            where = (table[:, a] >= 0) & (table[:, b] >= 0)
-            if {a, b} & others or where.sum() < MEETINGS:
-                continue
-            first, second = table[where, a], table[where, b]
-            likely = both[:, a][:, :, first].transpose(2, 1, 0), both[:, b][:, :, second].transpose(2, 1, 0)
-            rest = states[where] / np.maximum(likely[0] * likely[1], 1e-12)
-            alone = (rest * likely[0] * likely[1]).sum((1, 2)) / np.maximum((rest * likely[0]).sum((1, 2)), 1e-300)
-            same = first == second
-            null = np.log(np.maximum((1 - honest) * alone + honest * same, 1e-300)).sum(1).max()
-            told = logsumexp(np.log(np.maximum((1 - copied) * alone + copied * same, 1e-300)).sum(1)) - np.log(6)
-            if told - null > limit:
-                text = f"on {same.sum()} of {len(same)} items, where {alone.sum():.0f} are to be expected"
-                pairs.append((float(told - null), a, b, text))
+    for a, b in often:
+        if {a, b} & others:
+            continue
+        where = (table[:, a] >= 0) & (table[:, b] >= 0)
+        first, second = table[where, a], table[where, b]
+        likely = both[:, a][:, :, first].transpose(2, 1, 0), both[:, b][:, :, second].transpose(2, 1, 0)
+        heard = states[where] / np.maximum(likely[1], 1e-12)  # the item without the second, and without the first:
+        rest = heard / np.maximum(likely[0], 1e-12)
+        alone = (rest * likely[0] * likely[1]).sum((1, 2)) / np.maximum((rest * likely[0]).sum((1, 2)), 1e-300)
+        same = first == second
+        null = np.log(np.maximum((1 - honest) * alone + honest * same, 1e-300)).sum(1).max()
+        told = logsumexp(np.log(np.maximum((1 - copied) * alone + copied * same, 1e-300)).sum(1)) - np.log(6)
+        if told - null > limit:
+            repeats = (heard * both[:, b][:, :, first].transpose(2, 1, 0)).sum((1, 2)) / heard.sum((1, 2))
+            text = f"on {same.sum()} of {len(same)} items, where {repeats.sum():.0f} are to be expected"
+            pairs.append((float(told - null), a, b, text))
     out: list[Finding] = []
     for _, a, b, text in sorted(pairs, reverse=True):
         if {a, b} & {found.person for found in out}:
