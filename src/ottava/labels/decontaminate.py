@@ -27,13 +27,21 @@ BANDS = minhash.Bands(42, 3)
 SAME = (0.40, 0.40, 0.50, 0.65)
 """The greatest distance, word by word, of a paraphrase with the same numbers, by how many different ones there are
 (from three on, the last)."""
-FORMULA = 0.30
-"""The same where there are fewer than WORDY words: then neighbours count too, for a formula is an order of signs."""
+SHORT = 0.30
+"""The same where there are fewer than WORDY words: then neighbours count too."""
+FORMULA = 0.15
+"""The greatest distance of two formulas that are the same but for a sign that was read wrongly."""
+LONG = 5
+"""Neighbours in a formula, from which on it says by itself which problem it is."""
 OTHER = 0.12
 """The greatest distance of the same problem with other numbers, numbers masked."""
 KIN = 0.70
 """Test questions further apart than this are not of one generator."""
 WORDY = 7
+TOLD = 5
+"""Words, each as often as it stands there, of a story that is short and known by its template to the letter."""
+BAG = 0.15
+"""The greatest distance of the words alone, where there is no formula: numbers and conditions may stand anywhere."""
 CROWD = 50
 MANY = 200
 """Test questions with one set of numbers that a line is held against for its numbers alone."""
@@ -69,7 +77,7 @@ class Tests:
             if len(set(shape.numbers)) > 1:
                 self.by_numbers[shape.numbers].append(place)
         self.radius = [1.0] * len(self.shapes)
-        self.generic = [shape.wordy < WORDY for shape in self.shapes]
+        self.generic = [not _carried_by_words(shape) for shape in self.shapes]
         templates: list[set[tuple[str, ...]]] = [{shape.numbers} for shape in self.shapes]
         for a, b in minhash.similar(self.keys, self.keys):
             for place in _all(self.by_words[self.distinct[a]]):
@@ -122,13 +130,13 @@ def find(lines: Sequence[Shape], against: Tests) -> list[Match]:
         trimmed = likeness.trimmed(ours, theirs)
         for seen in (ours,) if trimmed is ours else (ours, trimmed):
             if seen.numbers == theirs.numbers:
-                gap = apart(seen.full, theirs.full)
-                if gap == 0 or _near(seen, theirs):
+                if _near(seen, theirs):
+                    gap = max(apart(seen.full, theirs.full), apart(seen.formula, theirs.formula))
                     same[test].append((gap, line))
                     break
-            elif not against.generic[test] and len(seen.numbers) == len(theirs.numbers):
+            elif not against.generic[test] and _as_many(seen, theirs):
                 gap = apart(seen.masked, theirs.masked)
-                if gap <= OTHER:
+                if gap <= (OTHER if theirs.wordy >= WORDY else 0):
                     other[test].append((gap, line))
                     break
     return _nearest(lines, against, same, other)
@@ -155,10 +163,31 @@ def _candidates(lines: Sequence[Shape], against: Tests) -> list[tuple[int, int]]
     return sorted(pairs)
 
 
+def _carried_by_words(shape: Shape) -> bool:
+    """Whether a problem is its words more than its numbers: many words, or a story in which the few come again."""
+    said = [clause for clause in shape.clauses if not shape.words.isdisjoint(clause)]
+    story = len(said) > 1 and len(shape.numbers) > 1 and "=" not in shape.words
+    return shape.wordy >= WORDY or (story and shape.told >= TOLD)
+
+
+def _as_many(ours: Shape, theirs: Shape) -> bool:
+    """As many numbers; a one may be a word of speech or a value."""
+    return len(ours.numbers) == len(theirs.numbers) or ours.values == theirs.values
+
+
+def _same_formula(ours: Shape, theirs: Shape) -> bool:
+    """Whether both are about one formula, long enough to be nobody else's, and no word turns it into another one."""
+    long = sum(" " in feature for feature in theirs.formula) >= LONG
+    return long and ours.formula == theirs.formula and ours.turns == theirs.turns
+
+
 def _near(ours: Shape, theirs: Shape) -> bool:
     """Whether a line with the same numbers may be the test question in other words."""
     if theirs.wordy < WORDY:
-        return apart(ours.full, theirs.full) <= FORMULA
+        if not any(" " in feature for feature in theirs.formula):
+            return apart(ours.full, theirs.full) <= SHORT or apart(ours.words, theirs.words) <= BAG
+        same = apart(ours.formula, theirs.formula) <= FORMULA
+        return same and (apart(ours.full, theirs.full) <= SHORT or _same_formula(ours, theirs))
     return apart(ours.words, theirs.words) <= SAME[min(len(set(theirs.numbers)), len(SAME) - 1)]
 
 
@@ -180,7 +209,8 @@ def _nearest(
         if len(gaps) >= CROWD:
             radius = min(radius, gaps[CROWD - 1] / 2)
         for gap, line in near:
-            if gap == 0 or (gap <= radius and _asks_the_same(lines[line], theirs)):
+            near_enough = gap <= radius or _same_formula(lines[line], theirs)
+            if gap == 0 or (near_enough and _asks_the_same(lines[line], theirs)):
                 offer(Match(line, test, "writing" if gap == 0 else "words", gap))
     for test, near in other.items():
         if len({lines[line].numbers for _, line in near}) >= CROWD:
@@ -193,4 +223,6 @@ def _nearest(
 
 def _asks_the_same(ours: Shape, theirs: Shape) -> bool:
     seen = likeness.trimmed(ours, theirs)
+    if theirs.wordy < WORDY and likeness.asks_for_another(seen, theirs):
+        return False
     return not likeness.turned(seen, theirs) and likeness.asks_for(seen, theirs)

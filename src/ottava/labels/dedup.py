@@ -1,6 +1,6 @@
 """What is there twice: the very same text in another writing, and nearly the same.
 
-Of each group the first line stays. Two lines are near where they have the same numbers, the same words that turn a
+Of each group the first line stays. Two lines are near where they have the same numbers, brackets and words that turn a
 problem, and share at least NEAR of their words and neighbours: so another number or another question is no repeat, and
 several answers to one question are kept, for the text that is compared is all of a line.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ottava.labels import minhash
-from ottava.labels.likeness import Shape, apart
+from ottava.labels.likeness import Shape, apart, brackets
 
 NEAR = 0.90
 """The least Jaccard similarity of two near repeats."""
@@ -71,7 +71,7 @@ def _near(ours: Shape, theirs: Shape) -> float | None:
     if ours.numbers != theirs.numbers or ours.turns != theirs.turns:
         return None
     similarity = 1 - apart(ours.full, theirs.full)
-    return similarity if similarity >= NEAR else None
+    return similarity if similarity >= NEAR and brackets(ours) == brackets(theirs) else None
 
 
 def _settled(found: dict[int, Repeat], repeat: Repeat) -> Repeat:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ottava.labels import normal
+from ottava.labels.signs import listed
 
 _TURNS = (  # words that turn one problem into another, in groups that ask the same
     "total altogether sum combin overall both entir entirely", "more additional extra further exceed greater",
@@ -21,12 +22,24 @@ _TURNS = (  # words that turn one problem into another, in groups that ask the s
     "area", "perimeter circumferenc", "volum", "surfac", "prime", "divisor factor", "multipl", "ascend increasing",
     "descend", "union", "intersection", "true", "false", "positiv", "negativ", "inver revers", "profit", "loss",
     "first", "second", "third", "last", "integral integrat", "derivativ differentiat", "sin", "cos", "tan",
-    "mean", "radius", "diameter", "deep depth", "weekly week",
+    "radius", "diameter", "deep depth", "weekly week",
     "daily day", "monthly month", "yearly year annual annually", "add", "subtract", "give", "get", "lose lost", "sell",
     "purchas",
 )  # fmt: skip
 _TURNING = frozenset(normal.stem(words.split()[0]) for words in _TURNS)
 _ASKED = _TURNING - {"get"}  # how much does he get, how much is he given
+_MEASURES = frozenset(
+    normal.stem(word) for word in listed("average median mode ratio product area perimeter volum surfac percent")
+)
+"""What is asked for by its name: nobody asks for an area without that word."""
+_ASKING = frozenset(
+    normal.stem(word)
+    for word in listed(
+        "find solve simplify reduce work out express expression equation system value answer result problem exact "
+        "exactly possible satisfy solution real term number state"
+    )
+)
+"""Words by which one asks for anything at all."""
 TURNS = {normal.stem(word): normal.stem(words.split()[0]) for words in _TURNS for word in words.split()}
 
 
@@ -36,10 +49,9 @@ LEAST = 4
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Of one question. clauses: of tokens, words that mean the same turn being one; asks: those of them that ask;
-    line: all
-    tokens; words: all but numbers; full: tokens and neighbours; masked: the same with every number as #; numbers: all
-    but
-    1, sorted; turns: what kinds of words turn it; wordy: how many words it has."""
+    line: all tokens; words: all but numbers; full: tokens and neighbours; masked: the same with every number as #;
+    formula: the same of what is mathematics; numbers: all but 1, sorted; values: how many with the ones; turns: what
+    kinds of words turn it; wordy: how many words it has, each counted once; told: each as often as it stands there."""
 
     clauses: tuple[normal.Clause, ...]
     asks: tuple[normal.Clause, ...]
@@ -47,33 +59,44 @@ class Shape:
     words: frozenset[str]
     full: frozenset[str]
     masked: frozenset[str]
+    formula: frozenset[str]
     numbers: tuple[str, ...]
+    values: int
     turns: frozenset[str]
     wordy: int
+    told: int
 
 
 def shape(text: str) -> Shape:
     """What is compared of a text."""
     read = normal.read(text)
     clauses, asks = (tuple(tuple(TURNS.get(t, t) for t in c) for c in some) for some in (read.clauses, read.asks))
-    return of(clauses, asks)
+    return _of(clauses, asks, _features(read.formulas), " ".join(TURNS.get(t, t) for t in read.line.split()))
 
 
-def of(clauses: tuple[normal.Clause, ...], asks: tuple[normal.Clause, ...] = ()) -> Shape:
-    """What is compared of some clauses."""
+def _of(
+    clauses: tuple[normal.Clause, ...], asks: tuple[normal.Clause, ...], formula: frozenset[str], line: str
+) -> Shape:
     tokens = [token for clause in clauses for token in clause]
     words = frozenset(token for token in tokens if not normal.is_number(token))
     return Shape(
         clauses,
         asks,
-        " ".join(tokens),
+        line,
         words,
         _features(clauses),
         _features(tuple(_masked(clause) for clause in clauses)),
+        formula,
         tuple(sorted(token for token in tokens if normal.is_number(token) and token != "1")),
+        sum(normal.is_number(token) for token in tokens),
         words & _TURNING,
-        sum(len(word) > 1 and not normal.is_operator(word) for word in words),
+        sum(_is_word(word) for word in words),
+        sum(_is_word(token) for token in tokens),
     )
+
+
+def _is_word(token: str) -> bool:
+    return len(token) > 1 and not normal.is_number(token) and not normal.is_operator(token)
 
 
 def _masked(clause: normal.Clause) -> normal.Clause:
@@ -86,6 +109,12 @@ def _features(clauses: tuple[normal.Clause, ...]) -> frozenset[str]:
     return frozenset(found)
 
 
+def brackets(shape: Shape) -> frozenset[str]:
+    """Where brackets stand in formulas: what a fraction is over, what is multiplied."""
+    found = pairwise(shape.line.split()) if "(" in shape.line else ()
+    return frozenset(f"{a} {b}" for a, b in found if a in "()" or b in "()")
+
+
 def apart(ours: frozenset[str], theirs: frozenset[str]) -> float:
     """Jaccard's distance, 0 (equal) to 1 (nothing in common)."""
     if ours == theirs:
@@ -96,8 +125,7 @@ def apart(ours: frozenset[str], theirs: frozenset[str]) -> float:
 
 def trimmed(ours: Shape, theirs: Shape) -> Shape:
     """`ours` without what somebody wrote around a question: clauses at either end that have no number and almost
-    nothing
-    of `theirs`, and such in between that have no turning word either."""
+    nothing of `theirs`, and such in between that have no turning word either."""
     alien = [_alien(clause, theirs) for clause in ours.clauses]
     inner = [place for place, is_alien in enumerate(alien) if not is_alien]
     if not inner:
@@ -107,7 +135,9 @@ def trimmed(ours: Shape, theirs: Shape) -> Shape:
         for place, clause in enumerate(ours.clauses)
         if not alien[place] or (inner[0] < place < inner[-1] and not _TURNING.isdisjoint(clause))
     )
-    return ours if len(kept) == len(ours.clauses) else of(kept, tuple(clause for clause in ours.asks if clause in kept))
+    if len(kept) == len(ours.clauses):
+        return ours
+    return _of(kept, tuple(clause for clause in ours.asks if clause in kept), ours.formula, ours.line)
 
 
 def _alien(clause: normal.Clause, theirs: Shape) -> bool:
@@ -118,8 +148,7 @@ def _alien(clause: normal.Clause, theirs: Shape) -> bool:
 
 def contains(ours: Shape, theirs: Shape) -> bool:
     """Whether the tokens of `theirs` stand in `ours` one after the other, and no formula or list of numbers goes on
-    before
-    or after them. A question of under LEAST tokens is found in too many texts to say anything."""
+    before or after them. A question of under LEAST tokens is found in too many texts to say anything."""
     wanted, text = f" {theirs.line} ", f" {ours.line} "
     place = text.find(wanted) if theirs.line.count(" ") + 1 >= LEAST else -1
     if place < 0:
@@ -131,9 +160,10 @@ def contains(ours: Shape, theirs: Shape) -> bool:
 def asks_for(ours: Shape, theirs: Shape) -> bool:
     """Whether the line asks for what the test question asks for: one of its clauses has most of what both texts know of
     the clause that asks, and turns it the same way. Where it names another thing that both texts know, it does not."""
-    if not theirs.asks or not ours.clauses:
+    asking = [clause for clause in theirs.asks if any(_is_word(token) for token in clause)]
+    if not asking or not ours.clauses:
         return True
-    asked = frozenset(_masked(theirs.asks[-1]))
+    asked = frozenset(_masked(asking[-1]))
     known = asked & (ours.words | {"#"})
     clauses = [frozenset(_masked(clause)) for clause in ours.asks or ours.clauses]
     best = max(reversed(clauses), key=lambda clause: (len(clause & known), -len(clause)))
@@ -141,9 +171,28 @@ def asks_for(ours: Shape, theirs: Shape) -> bool:
         return False
     if len(best) > 2 * len(asked):  # nobody wrote punctuation: it holds more than the question
         return True
-    rest = frozenset(token for clause in theirs.clauses if clause != theirs.asks[-1] for token in clause)
+    rest = frozenset(token for clause in theirs.clauses if clause != asking[-1] for token in clause)
     switched = bool((best - asked) & rest) and bool(asked - best)
-    return best & _ASKED <= asked and not switched
+    return best & _ASKED <= asked and asked & _MEASURES <= ours.words and not switched
+
+
+def asks_for_another(ours: Shape, theirs: Shape) -> bool:
+    """Whether a line names something that the test question does not know where that asks for something that the line
+    does not: the radius, the centre. For texts of few words, in which nobody has many to replace."""
+    if not theirs.asks or not ours.asks:
+        return False
+    wanted, named = (
+        {word for clause in one.asks for word in clause if _is_word(word)} - other.words - _ASKING
+        for one, other in ((theirs, ours), (ours, theirs))
+    )
+    return any(not any(_misread(word, other) for other in named) for word in wanted) and any(
+        not any(_misread(word, other) for other in wanted) for word in named
+    )
+
+
+def _misread(word: str, other: str) -> bool:
+    """One letter read as another one."""
+    return len(word) == len(other) > 3 and sum(a != b for a, b in zip(word, other, strict=True)) == 1
 
 
 def turned(ours: Shape, theirs: Shape) -> bool:

@@ -1,123 +1,30 @@
-r"""One writing for the many of one question: typography, LaTeX, numbers, word endings, a few synonyms.
+"""One writing for the many of one question: words by their stem, numbers by their value, one word for a few synonyms.
 
-Tools that look for test questions by their words miss them as soon as a fraction is written \dfrac{1}{2} in the place
-of
-1/2. Here a question becomes clauses of tokens: words by their stem, numbers by their value, operators by one sign each.
-What is the same token on both sides is decided here and nowhere else; what is the same *question* in `decontaminate`.
+Tools that look for test questions by their words miss them as soon as a fraction is typeset another way. Here a
+question, in plain signs (`signs`), becomes clauses of tokens. What is the same token on both sides is decided here and
+nowhere else; what is the same *question* in `decontaminate`.
 """
 
 from __future__ import annotations
 
-import html
 import re
-import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
+from itertools import groupby
+
+from ottava.labels import signs, values
+from ottava.labels.signs import listed
 
 Clause = tuple[str, ...]
 
 
-def listed(text: str) -> list[str]:
-    """The words of a text: tables that can be read."""
-    return text.split()
-
-
-LONGEST_NUMBER = 300
-"""Digits, and more is a word: so long a number is none that anybody asks for, and Python reads no much longer ones."""
-
-_LATEX = [  # order matters: the longest form first
-    (r"\\(?:begin|end)\{[a-z]+\*?\}(?:\[[^]]*\])?", " "),
-    (r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])", " "),
-    (r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mathbb|operatorname|mbox|emph|boxed)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\ensuremath(?![a-zA-Z])", " "),
-    (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r" (\1)/(\2) "),
-    (r"\{,\}", ""),
-    (r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" (\1)/(\2) "),
-    (r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2 "),
-    (r"\\sqrt\s*\[([^]]*)\]\s*\{([^{}]*)\}", r" root(\1)(\2) "),
-    (r"\\sqrt\s*\{([^{}]*)\}", r" sqrt(\1) "),
-    (r"\\sqrt\s*([0-9a-zA-Z])", r" sqrt(\1) "),
-    (r"√\s*\(([^()]*)\)", r" sqrt(\1) "),
-    (r"√\s*([0-9a-zA-Z]+)", r" sqrt(\1) "),
-    (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
-    (r"_\s*\{([^{}]*)\}", r"_\1"),
-    (r"\^\s*\(?\s*(?:\\circ|◦|°)\s*\)?", " degrees "),
-    (r"\\(?:cdot|times|ast|bullet)(?![a-zA-Z])", " * "),
-    (r"\\(?:div)(?![a-zA-Z])", " / "),
-    (r"\\pmod\s*\{([^{}]*)\}", r" mod \1 "),
-    (r"\\(?:leqslant|leqq|leq|le)(?![a-zA-Z])", " <= "),
-    (r"\\(?:geqslant|geqq|geq|ge)(?![a-zA-Z])", " >= "),
-    (r"\\(?:neq|ne)(?![a-zA-Z])", " != "),
-    (r"\\lt(?![a-zA-Z])", " < "),
-    (r"\\gt(?![a-zA-Z])", " > "),
-    (r"\\(?:dots|ldots|cdots|dotsc)(?![a-zA-Z])", " ... "),
-    (r"\\(?:qquad|quad|,|;|!|:| |\\)", " "),
-    (r"\\([%$#&_{}])", r"\1"),
-    (r"\\(?:to|rightarrow)(?![a-zA-Z])", " -> "),
-    (r"\\(?:measured|spherical)angle", " angle "),
-    (r"\\(?:land|wedge)(?![a-zA-Z])", "∧"),
-    (r"\\(?:lor|vee)(?![a-zA-Z])", "∨"),
-    (r"\\(?:neg|lnot)(?![a-zA-Z])", "¬"),
-    (r"\\([a-zA-Z]+)", r" \1 "),
-]
-_SPOKEN = [
-    (r"\bsquared\b", "^2"),
-    (r"\bcubed\b", "^3"),
-    (r"\b(?:the )?square root of (\w+)", r"sqrt(\1)"),
-    (r"(?<=\w) over (?=\(|\d|[a-z]\b)", " / "),
-    (r"\b(?:is )?(?:at most|no more than)\b", "<="),
-    (r"\b(?:is )?(?:at least|no less than)\b", ">="),
-]
-_LATEX_RULES = [(re.compile(pattern), new) for pattern, new in [*_LATEX, *_SPOKEN]]
-
-_SIGNS = str.maketrans({
-    "−": "-", "–": "-", "—": " - ", "‐": "-", "‑": "-", "·": "*", "×": "*", "⋅": "*", "∗": "*", "÷": "/", "∕": "/",
-    "⁄": "/",
-    "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=", "∙": "*", "≠": "!=", "→": "->", "…": "...",
-    "“": '"', "”": '"', "‘": "'", "’": "'", "„": '"', "«": '"',
-    "»": '"', "π": " pi ", "θ": " theta ", "α": " alpha ", "β": " beta ", "∞": " infinity ", "∠": " angle ",
-    "△": " triangle ", "°": " degrees ", "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u00ad": "",
-    "\u2060": "",
-})  # fmt: skip
-_POWERS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
-_LOW = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
-_VULGAR = re.compile("(\\d?)([¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])")
-
-_MARKED = re.compile(r"[\\√^_{]|squared|cubed|square root|over|most|least|than")  # what a rule below begins with
-_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-_SUPERSCRIPT = re.compile(r"<sup>([^<>]*)</sup>")
-_ZERO = re.compile(r"(?<=[^\W\d_])0+(?=[^\W\d_])|\b0(?=[^\W\d_]{2,})")  # a scanner's O
-_PER_CENT = re.compile(r"\bper\s+cent\b", re.IGNORECASE)
-
-_UNITS = {
-    "zero": 0, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
-    "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16, "seventeen": 17,
-    "eighteen": 18, "nineteen": 19,
-}  # fmt: skip
-_TENS = dict(zip(listed("twenty thirty forty fifty sixty seventy eighty ninety"), range(20, 100, 10), strict=True))
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
-_PARTS = {
-    "half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8,
-    "ninth": 9, "tenth": 10,
-}  # fmt: skip
-
 _TOKEN = re.compile(
-    r"\d+(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\.\d+|\d+(?:st|nd|rd|th)\b|\d+|[^\W\d_]+(?:'[^\W\d_]+)?(?:_\w+)?|"
+    r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+\.\d+|\.\d+|\d+(?:st|nd|rd|th)\b|\d+|[^\W\d_]+(?:'[^\W\d_]+)?(?:_\w+)?|"
     r"<=|>=|!=|->|\*\*|[-+*/^=<>()\[\]{}|!?.,;:%&]|[¬∀-⋿↔⇒⇔]"
 )
 _OPERATORS = frozenset(listed("+ - * / ^ = < > <= >= != -> % ! | mod sqrt root ¬ ∧ ∨ ↔ ⇒ ⇔"))
 _BREAKS = frozenset(".?!;:,")
-_LABEL = re.compile(
-    r"(?m)(?:^|(?<=\s))(?:\(?[A-Ha-h]|\(\d{1,2}|\([ivx]{1,4})\)\s+|^[ \t]*\d{1,2}\)\s+|"
-    r"^[ \t]*(?:[A-H]|\d{1,2})[.:](?=\s)"
-)
-_BULLET = re.compile(r"(?m)^[ \t]*[-*•][ \t]+(?=\S)")
-_OPENING = re.compile(
-    r"(?im)^\s*(?:#+\s*)?(?:question|problem|exercise|task|example|q)\s*(?:no\.?\s*)?#?[\d.]*\s*(?:\([^()\n]*\)\s*)?(?:[.:)]|$)"
-)
-_MARK = re.compile(r"<\|[^|<>]*\|>|\[/?INST\]|^\s*[-=_*#~]{3,}\s*$", re.MULTILINE)  # of a chat's turns, and rules
-
 _STOP = frozenset(
     listed(
         "a an the of to in on at by for with and or is are was were be been being am do does did has have had it "
@@ -146,20 +53,26 @@ _SAME = {  # small on purpose: what everybody would write for one another
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """clauses: their tokens, in order; asks: those of them that ask, if any can be told."""
+    """clauses: their tokens, in order; asks: those of them that ask, if any can be told; formulas: the pieces that are
+    mathematics, which a word in between ends, though it says nothing; line: all tokens, and the brackets of sums."""
 
     clauses: tuple[Clause, ...]
     asks: tuple[Clause, ...]
+    formulas: tuple[Clause, ...]
+    line: str
 
 
 def read(text: str) -> Text:
     """The text in one writing. Pure: the same everywhere."""
-    clauses, asks = [], []
-    for tokens, asked in _clauses(_flat(text)):
-        clauses.append(tokens)
+    clauses, asks, formulas, line = [], [], [], []
+    for pieces, asked in _clauses(signs.flat(text)):
+        line += [token for piece in pieces for token in piece]
+        plain = [tuple(token for token in piece if token not in "()") for piece in pieces]
+        clauses.append(tuple(token for piece in plain for token in piece))
         if asked:
-            asks.append(tokens)
-    return Text(tuple(clauses), tuple(asks))
+            asks.append(clauses[-1])
+        formulas += [tuple(run) for piece in plain for is_formula, run in groupby(piece, is_mathematics) if is_formula]
+    return Text(tuple(clauses), tuple(asks), tuple(formulas), " ".join(line))
 
 
 def is_number(token: str) -> bool:
@@ -172,33 +85,19 @@ def is_operator(token: str) -> bool:
     return token in _OPERATORS
 
 
-def _flat(text: str) -> str:
-    """Characters in one writing; LaTeX as plain signs."""
-    text = _POWERS.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]).replace("−", "-"), text)
-    text = _LOW.sub(lambda m: "_" + unicodedata.normalize("NFKC", m[0]), text)
-    text = _VULGAR.sub(lambda m: (m[1] + " + " if m[1] else "") + unicodedata.normalize("NFKC", m[2]), text)
-    text = _MARK.sub(" ; ", text)
-    if "<" in text or "&" in text:
-        text = html.unescape(_TAG.sub(" ", _SUPERSCRIPT.sub(r"^{\1}", text)))
-    text = _PER_CENT.sub("percent", _ZERO.sub(lambda m: "o" * len(m[0]), text))
-    text = unicodedata.normalize("NFKC", text).translate(_SIGNS)
-    text = _LABEL.sub(" ; ", _OPENING.sub(" ; ", text, count=1))
-    if len(_BULLET.findall(text)) > 1:  # one alone is a minus where a line was broken
-        text = _BULLET.sub(" ; ", text)
-    text = " ".join(text.split())
-    for _ in range(3 if _MARKED.search(text) else 0):  # braces inside braces
-        before = text
-        for pattern, new in _LATEX_RULES:
-            text = pattern.sub(new, text)
-        if text == before:
-            break
-    text = text.replace("**", "^" if re.search(r"\w\*\*\d", text) else " ").replace("$", " ").replace("`", " ")
-    return re.sub(r"\(\s*(-?[\w.]+)\s*\)", r" \1 ", text).casefold()
+def is_mathematics(token: str) -> bool:
+    """Whether a token of a clause belongs to a formula: a value, a sign, a variable, a function's name."""
+    return len(token) == 1 or is_number(token) or is_operator(token) or "_" in token or token in _FUNCTIONS
 
 
-def _clauses(text: str) -> list[tuple[Clause, bool]]:
-    """Clauses without stop words, and whether each asks."""
-    out: list[tuple[Clause, bool]] = []
+_FUNCTIONS = frozenset(
+    listed("sin cos tan sec csc cot arcsin arccos arctan log ln exp gcd lcm det binom bar vec int prod lim pm pi")
+) | frozenset(listed("lfloor rfloor lceil rceil infinity cup cap"))
+
+
+def _clauses(text: str) -> list[tuple[list[Clause], bool]]:
+    """Clauses, in the pieces that stop words leave, and whether each asks."""
+    out: list[tuple[list[Clause], bool]] = []
     words: list[str] = []
     ordered = False
     tokens = _TOKEN.findall(text)
@@ -206,12 +105,12 @@ def _clauses(text: str) -> list[tuple[Clause, bool]]:
         if not words and token in _ORDERS:
             ordered = True
         elif token in _BREAKS and not (token == "!" and _formula(tokens, place)):
-            clause = _values(words)
-            if clause:
-                out.append((clause, ordered or token == "?" or bool(_ASKS & set(words[:4]))))
+            pieces = _values(words)
+            if pieces:
+                out.append((pieces, ordered or token == "?" or bool(_ASKS & set(words[:4]))))
             words, ordered = [], False
-        elif token not in "()[]{}&\"'":
-            words.append(token)
+        elif token not in "{}&\"'":
+            words.append(_BRACKETS.get(token, token))
     return out
 
 
@@ -224,96 +123,82 @@ def _formula(tokens: list[str], place: int) -> bool:
     return place > 0 and tokens[place - 1][0].isdigit()
 
 
-def _values(words: list[str]) -> Clause:
-    """Numbers by value, words by stem, stop words out."""
-    out: list[str] = []
-    place = 0
+def _values(words: list[str]) -> list[Clause]:
+    """Numbers by value, words by stem; a new piece after every stop word."""
+    pieces: list[list[str]] = [[]]
+    words, place = _grouped(words), 0
     while place < len(words):
-        number, used = _number(words, place)
+        number, used = values.number(words, place)
         if used:
-            out.extend(number)
+            pieces[-1] += number
             place += used
             continue
         word = words[place]
+        if word in "()" or _is_variable(words, place):
+            pieces[-1].append(word)
+        elif len(word) == 2 and word.isalpha() and word not in _SHORT:
+            pieces[-1] += word  # a product of two
+        elif word not in _STOP and (stemmed := stem(word)) not in _STOP:
+            pieces[-1].append(stemmed)
+        elif pieces[-1]:
+            pieces.append([])
         place += 1
-        if word not in _STOP and (stemmed := stem(word)) not in _STOP:
-            out.append(stemmed)
-    return tuple(out)
+    return [tuple(t for at, t in enumerate(piece) if not _understood(piece, at)) for piece in pieces if piece]
 
 
-def _number(words: list[str], place: int) -> tuple[list[str], int]:
-    """The value that begins at a place and how many words it takes; ([], 0) where none does."""
-    word = words[place]
-    if word[0].isdigit() or word[0] == ".":
-        return _digits(words, place)
-    if word in ("twice", "double", "doubled", "doubles"):
-        return ["2", "*"], 1
-    if word in ("triple", "thrice", "tripled"):
-        return ["3", "*"], 1
-    if word == "dozen":
-        return ["12"], 1
-    if word == "half":
-        return ["1/2"], 1
-    if word in ("a", "one") and place + 1 < len(words):
-        part = _PARTS.get(words[place + 1])
-        if part and (word == "one" or part == 2):
-            return [f"1/{part}"], 2
-        if words[place + 1] == "dozen":
-            return ["12"], 2
-    return _spelled(words, place)
+def _is_variable(words: Sequence[str], place: int) -> bool:
+    """Whether an `a` or an `i` is none of the language's."""
+    before, after = words[place - 1 : place] if place else [], words[place + 1 : place + 2]
+    if words[place] == "i" and before and before[0][0].isdigit():
+        return True
+    return words[place] in _ARTICLES and not _BESIDE.isdisjoint([*before, *after])
 
 
-def _digits(words: list[str], place: int) -> tuple[list[str], int]:
-    word = words[place]
-    if word[-1].isalpha() or len(word) > LONGEST_NUMBER:
-        return [word], 1
-    value = Fraction(word.replace(",", ""))
-    over = words[place + 1 : place + 3]
-    below = over[1] if len(over) == 2 and over[0] == "/" and len(over[1]) <= LONGEST_NUMBER else ""
-    plain = below.isdigit() and int(below)
-    after = words[place + 3 : place + 4]
-    before = words[place - 1] if place else ""
-    if plain and word.isdigit() and before not in ("/", "^") and after not in (["/"], ["^"]):
-        return [str(value / int(below))], 3
-    scale = _SCALES.get(words[place + 1]) if place + 1 < len(words) else None
-    return ([str(value * scale)], 2) if scale else ([str(value)], 1)
+def _grouped(words: list[str]) -> list[str]:
+    """Without the brackets that a formula does not need: around one token, around what is no sum and no power, and
+    around words."""
+    if "(" not in words:
+        return [word for word in words if word != ")"]
+    out, opened = list(words), []
+    for place, word in enumerate(words):
+        if word == "(":
+            opened.append(place)
+        elif word == ")":
+            begin = opened.pop() if opened else None
+            if begin is None or not _needed(words[begin + 1 : place], words[begin - 1] if begin else ""):
+                out[place] = ""
+                if begin is not None:
+                    out[begin] = ""
+    for place in opened:
+        out[place] = ""
+    return [word for word in out if word]
 
 
-def _spelled(words: list[str], place: int) -> tuple[list[str], int]:
-    total = current = used = 0
-    at = place
-    while at < len(words):
-        word = words[at]
-        if word in _UNITS:
-            current += _UNITS[word]
-        elif word in _TENS:
-            current += _TENS[word]
-        elif word == "one" and (used or (at + 1 < len(words) and words[at + 1] in _SCALES)):
-            current += 1
-        elif word in _SCALES and (used or (at > 0 and words[at - 1] == "a")):
-            current = max(current, 1) * _SCALES[word]
-            if _SCALES[word] > 100:
-                total, current = total + current, 0
-        elif used and word in ("and", "-") and at + 1 < len(words) and _goes_on(words, at):
-            at += 1
-            continue
-        else:
-            break
-        at += 1
-        used = at - place
-    value = total + current
-    if used and place + used < len(words):
-        part = _PARTS.get(words[place + used].removesuffix("s"))
-        if part and part > 2 and value < part:
-            return [str(Fraction(value, part))], used + 1
-    return ([str(value)], used) if used else ([], 0)
+def _needed(inside: Sequence[str], before: str) -> bool:
+    signs = not _BESIDE.isdisjoint(inside[1:]) or "-" in inside[1:]
+    mathematics = all(len(word) <= 2 or is_mathematics(word) or word in "()" for word in inside)
+    return len(inside) > 1 and mathematics and (signs or before in ("^", "/", "sqrt", "root"))
 
 
-def _goes_on(words: list[str], at: int) -> bool:
-    """Whether `and` or a hyphen lies inside one number: one hundred and five, twenty-five."""
-    follows = words[at + 1] in _UNITS or words[at + 1] in _TENS or words[at + 1] == "one"
-    before = words[at - 1] in _TENS if words[at] == "-" else words[at - 1] in _SCALES
-    return follows and before
+_BRACKETS = {"[": "(", "]": ")"}
+_ARTICLES = frozenset("ai")
+_BESIDE = frozenset(listed("+ * / ^ = < > <= >= !="))
+_SHORT = frozenset(
+    listed(
+        "of to in is it as at be by do go he if me my no on or so up us we am an ok oh hi mr ms dr st vs re km cm mm "
+        "kg mg ml hr ft lb oz pm mi cl dl pi ln lg mu nu xi tv pc id hz kb mb gb ii iv vi ix"
+    )
+)
+"""Words and units of two letters; any other two are two variables side by side."""
+
+
+def _understood(tokens: Sequence[str], at: int) -> bool:
+    """Whether a sign of multiplication might as well not be written: beside a variable."""
+    return (
+        tokens[at] == "*"
+        and 0 < at < len(tokens) - 1
+        and any(len(t) == 1 and (t.isalpha() or t in "()") for t in (tokens[at - 1], tokens[at + 1]))
+    )
 
 
 @lru_cache(maxsize=200_000)
