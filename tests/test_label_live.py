@@ -201,6 +201,26 @@ def test_nobody_is_waited_for_who_was_not_seen_for_long(tmp_path: Path) -> None:
         assert [one.uid for _, one in live.follow(store, number).policy.used] == ["vote-of-ann"]
 
 
+def test_a_run_goes_on_when_somebody_comes_back_after_days(tmp_path: Path) -> None:
+    path = make(tmp_path / "labels.db", many(12))
+    with Store.write(path) as store:
+        (number,) = live.begin(store, TARGET)
+        follower = Follower(store, [number], clock_ms=1 << 62, away_hours=0.2 / 3600)
+        follower.rank()
+        run = follower.runs[number]
+        first = f"q{run.policy.coming[0]}"
+        store.add_vote(Vote("vote-of-ann", first, "ann", "right"))
+        time.sleep(0.4)
+        follower.rank()
+        assert follower.stuck(run) is None, "nobody is there, and nothing is in a hurry"
+        assert follower.stuck(run, ["lea", "ann"]) is None, "lea can answer"
+        row = follower.stuck(run, ["ann"])  # she has answered, and would be asked nothing for ever
+        assert row is not None
+        assert row["close"]["item"] == run.rows[run.policy.coming[0]]
+        store.end_key("lea")
+        assert follower.stuck(run, ["lea", "ann"]) == row, "without a key she cannot"
+
+
 def test_an_answer_is_taken_when_it_cannot_be_undone(tmp_path: Path) -> None:
     path = make(tmp_path / "labels.db", many(12))
     with Store.write(path) as store:

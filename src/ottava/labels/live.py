@@ -329,8 +329,10 @@ class Follower(Ranker):
                 book.closed[run.group.where[closed["item"]]] = closed["after"]
         return book
 
-    def stuck(self, run: Run) -> dict[str, Any] | None:
-        """The row that ends the wait for an item on which everybody who was seen lately has had their say."""
+    def stuck(self, run: Run, here: Sequence[str] = ()) -> dict[str, Any] | None:
+        """The row that ends the wait for an item on which everybody who was seen lately has had their say. here: names
+        of those who have lately asked for a question: who has answered all that there is gives no votes to be seen by.
+        """
         if run.done is not None or not len(run.policy.coming):
             return None
         item = int(run.policy.coming[0])
@@ -339,9 +341,12 @@ class Follower(Ranker):
         ):
             return None
         db, since, row = self.store.db, now() - self._away_ms, run.rows[item]
-        seen = {who for (who,) in db.execute("SELECT DISTINCT annotator FROM votes WHERE stored > ?", (since,))}
         newest = "SELECT annotator, max(seq), digest, stored FROM keys GROUP BY annotator"
-        seen |= {who for who, _, digest, stored in db.execute(newest) if digest is not None and stored > since}
+        keys = {who: stored for who, _, digest, stored in db.execute(newest) if digest is not None}
+        seen = {who for who, stored in keys.items() if stored > since}
+        seen |= {who for (who,) in db.execute("SELECT DISTINCT annotator FROM votes WHERE stored > ?", (since,))}
+        seen |= {who for who, name in db.execute("SELECT id, name FROM annotators") if name in here}
+        seen &= keys.keys()  # nobody else can answer
         had = {who for (who,) in db.execute(_HAD, (row,))}
         if not seen or seen - had:
             return None
@@ -420,7 +425,8 @@ def state(run: Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Follow a store: each line on standard input asks for a ranking; the end of input ends the process.
+    """Follow a store: each line on standard input, a list of those who have lately asked for a question, asks for a
+    ranking; the end of input ends the process.
 
     The head has two more keys than that of `ranking`: runs (see `state`), and close: rows that the writer is to add.
     """
@@ -432,9 +438,9 @@ def main() -> None:
     os.nice(15)  # it gives way to answers
     with Store.read(options.store) as store:
         follower = Follower(store, options.runs, away_hours=options.away_hours)
-        for _ in sys.stdin.buffer:
-            order = follower.rank()
-            close = [row for run in follower.runs.values() if (row := follower.stuck(run)) is not None]
+        for line in sys.stdin.buffer:
+            order, here = follower.rank(), json.loads(line)
+            close = [row for run in follower.runs.values() if (row := follower.stuck(run, here)) is not None]
             more = {"runs": [state(run) for run in follower.runs.values()], "close": close}
             ranking.tell(order, sys.stdout.buffer, more)
 

@@ -119,6 +119,7 @@ class Desk:
         self._votes_since = 0
         self._ripe = asyncio.Event()
         self._given: dict[str, int] = {}
+        self._asked: dict[str, float] = {}  # when somebody last asked for a question, by the queue's clock
         self._told: set[str] = set()
         self._fill()
 
@@ -174,6 +175,7 @@ class Desk:
         wish = await _body(request, Wish)
         holding = [self.numbers[name] for name in wish.holding if name in self.numbers]
         found = self.queue.next(who.name, wish.want, holding)
+        self._asked[who.name] = self.queue.clock()
         if wish.want and not found:
             self._ripe.set()
         version, text = self.guideline
@@ -387,7 +389,8 @@ class Desk:
         asked_at = self.queue.clock()
         self._votes_since = 0
         self._ripe.clear()
-        child.stdin.write(b"go\n")
+        here = [name for name, when in self._asked.items() if when > asked_at - 3600 * self.away_hours]
+        child.stdin.write(json.dumps(here).encode() + b"\n")
         await child.stdin.drain()
         line = await child.stdout.readline()
         if not line.endswith(b"\n"):
@@ -430,6 +433,10 @@ def serve(args: Mapping[str, Any]) -> None:
     if target is not None and args.get("suggestions"):
         fix = "leave one of the two out"
         raise DataError("a certificate rests on blind votes alone", where="--target-error, --suggestions", fix=fix)
+    away = float(args.get("away_hours", live.AWAY_HOURS))
+    if not away > 0:
+        what = f"nobody would count as there, and everybody be waited for: {away:g} hours"
+        raise DataError(what, where="--away-hours", fix="a number above 0")
     with Store.write(path) as store, Store.read(path) as reader:
         if not store.known():
             fix = f"give somebody one: ottava label key {path} NAME"
@@ -437,7 +444,6 @@ def serve(args: Mapping[str, Any]) -> None:
         listener = _listen(args.get("host", LOOPBACK), int(args.get("port", 8010)))
         with listener:
             runs = [] if target is None else live.begin(store, float(target))
-            away = float(args.get("away_hours", live.AWAY_HOURS))
             desk = Desk(store, reader, args.get("votes", 1), bool(args.get("suggestions")), runs, away)
             _Server(desk, listener, args).run(sockets=[listener])
 
