@@ -329,9 +329,9 @@ class Follower(Ranker):
                 book.closed[run.group.where[closed["item"]]] = closed["after"]
         return book
 
-    def stuck(self, run: Run, here: Sequence[str] = ()) -> dict[str, Any] | None:
-        """The row that ends the wait for an item on which everybody who was seen lately has had their say. here: names
-        of those who have lately asked for a question: who has answered all that there is gives no votes to be seen by.
+    def stuck(self, run: Run, idle: Sequence[str] = ()) -> dict[str, Any] | None:
+        """The row that ends the wait for an item on which everybody who was seen lately has had their say. idle: names
+        of those who ask for a question and get none: who has answered all that there is gives no vote to be seen by.
         """
         if run.done is not None or not len(run.policy.coming):
             return None
@@ -345,7 +345,7 @@ class Follower(Ranker):
         keys = {who: stored for who, _, digest, stored in db.execute(newest) if digest is not None}
         seen = {who for who, stored in keys.items() if stored > since}
         seen |= {who for (who,) in db.execute("SELECT DISTINCT annotator FROM votes WHERE stored > ?", (since,))}
-        seen |= {who for who, name in db.execute("SELECT id, name FROM annotators") if name in here}
+        seen |= {who for who, name in db.execute("SELECT id, name FROM annotators") if name in idle}
         seen &= keys.keys()  # nobody else can answer
         had = {who for (who,) in db.execute(_HAD, (row,))}
         if not seen or seen - had:
@@ -425,7 +425,7 @@ def state(run: Run) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Follow a store: each line on standard input, a list of those who have lately asked for a question, asks for a
+    """Follow a store: each line on standard input, a list of those who ask for a question in vain, asks for a
     ranking; the end of input ends the process.
 
     The head has two more keys than that of `ranking`: runs (see `state`), and close: rows that the writer is to add.
@@ -439,8 +439,8 @@ def main() -> None:
     with Store.read(options.store) as store:
         follower = Follower(store, options.runs, away_hours=options.away_hours)
         for line in sys.stdin.buffer:
-            order, here = follower.rank(), json.loads(line)
-            close = [row for run in follower.runs.values() if (row := follower.stuck(run, here)) is not None]
+            order, idle = follower.rank(), json.loads(line)
+            close = [row for run in follower.runs.values() if (row := follower.stuck(run, idle)) is not None]
             more = {"runs": [state(run) for run in follower.runs.values()], "close": close}
             ranking.tell(order, sys.stdout.buffer, more)
 

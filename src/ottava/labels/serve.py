@@ -53,6 +53,8 @@ AHEAD_MS = 60_000
 RANK_AFTER = 50
 """Votes after which a new ranking begins, at once; one by one after RANK_SECONDS."""
 RANK_SECONDS = 10.0
+IDLE_S = 60.0
+"""Who asked for a question in vain so lately is there: the page asks every few seconds."""
 TARGET = 0.03
 """The share of labels believed wrong at which nothing more is asked, where no certificate is asked for."""
 
@@ -119,7 +121,7 @@ class Desk:
         self._votes_since = 0
         self._ripe = asyncio.Event()
         self._given: dict[str, int] = {}
-        self._asked: dict[str, float] = {}  # when somebody last asked for a question, by the queue's clock
+        self._idle: dict[str, float] = {}  # who asked for a question in vain, and when, by the queue's clock
         self._told: set[str] = set()
         self._fill()
 
@@ -175,9 +177,11 @@ class Desk:
         wish = await _body(request, Wish)
         holding = [self.numbers[name] for name in wish.holding if name in self.numbers]
         found = self.queue.next(who.name, wish.want, holding)
-        self._asked[who.name] = self.queue.clock()
+        self._idle.pop(who.name, None)
         if wish.want and not found:
             self._ripe.set()
+            if not holding:
+                self._idle[who.name] = self.queue.clock()
         version, text = self.guideline
         answer: dict[str, Any] = {
             "me": {"name": who.name, "lead": who.lead, "votes": self._given.get(who.name, 0)},
@@ -389,8 +393,8 @@ class Desk:
         asked_at = self.queue.clock()
         self._votes_since = 0
         self._ripe.clear()
-        here = [name for name, when in self._asked.items() if when > asked_at - 3600 * self.away_hours]
-        child.stdin.write(json.dumps(here).encode() + b"\n")
+        idle = [name for name, when in self._idle.items() if when > asked_at - IDLE_S]
+        child.stdin.write(json.dumps(idle).encode() + b"\n")
         await child.stdin.drain()
         line = await child.stdout.readline()
         if not line.endswith(b"\n"):
