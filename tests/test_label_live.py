@@ -300,6 +300,26 @@ def test_questions_are_blind_and_what_is_built_upon_stays(tmp_path: Path) -> Non
         assert good["status"] == "stored"
 
 
+def test_who_asks_in_vain_after_days_ends_the_wait_for_who_is_away(tmp_path: Path) -> None:
+    """Ann has answered everything, the server was down, nobody else comes."""
+    path = make(tmp_path / "labels.db", many(12))
+    with Store.write(path) as store:
+        (number,) = live.begin(store, TARGET)
+        for k in range(12):
+            store.add_vote(Vote(f"vote-of-ann-{k}", f"q{k}", "ann", "right"))
+    time.sleep(1.5)
+    with (
+        serving(path, f"target={TARGET}", f"away_hours={1 / 3600}") as server,
+        httpx.Client(base_url=server.url, trust_env=False) as client,
+        Store.read(path) as store,
+    ):
+        end = time.monotonic() + 60
+        while (run := live.follow(store, number)).done is None and time.monotonic() < end:
+            assert post(client, "ann", "/api/next", {"want": 4})["questions"] == []
+            time.sleep(0.3)
+    assert run.done is not None
+
+
 @pytest.mark.slow
 def test_a_whole_run_by_many_people_with_the_server_killed(tmp_path: Path) -> None:
     items, truth, people = world(400, 5, people=6)
