@@ -1,5 +1,4 @@
-"""Variants that were held out at first, and that the detector has been tuned on since: see docs/labels.md, and `unseen`
-for those that are held out now."""
+"""Variants that were held out at first, and that the detector has been tuned on since: see docs/labels.md."""
 
 from __future__ import annotations
 

@@ -176,18 +176,19 @@ def _as_many(ours: Shape, theirs: Shape) -> bool:
 
 
 def _same_formula(ours: Shape, theirs: Shape) -> bool:
-    """Whether both are about one formula, long enough to be nobody else's, and no word turns it into another one."""
+    """Whether a short line is about the very same formula, and either that is long enough to be nobody else's, with no
+    word that turns it into another problem, or the words ask the same."""
+    if theirs.wordy >= WORDY or ours.formula != theirs.formula:
+        return False
     long = sum(" " in feature for feature in theirs.formula) >= LONG
-    return long and ours.formula == theirs.formula and ours.turns == theirs.turns
+    return (long and ours.turns == theirs.turns) or likeness.says_the_same(ours, theirs)
 
 
 def _near(ours: Shape, theirs: Shape) -> bool:
     """Whether a line with the same numbers may be the test question in other words."""
     if theirs.wordy < WORDY:
-        if not any(" " in feature for feature in theirs.formula):
-            return apart(ours.full, theirs.full) <= SHORT or apart(ours.words, theirs.words) <= BAG
-        same = apart(ours.formula, theirs.formula) <= FORMULA
-        return same and (apart(ours.full, theirs.full) <= SHORT or _same_formula(ours, theirs))
+        alike = apart(ours.full, theirs.full) <= SHORT or apart(ours.words, theirs.words) <= BAG
+        return (alike and apart(ours.formula, theirs.formula) <= FORMULA) or _same_formula(ours, theirs)
     return apart(ours.words, theirs.words) <= SAME[min(len(set(theirs.numbers)), len(SAME) - 1)]
 
 

@@ -36,7 +36,7 @@ _ASKING = frozenset(
     normal.stem(word)
     for word in listed(
         "find solve simplify reduce work out express expression equation system value answer result problem exact "
-        "exactly possible satisfy solution real term number state"
+        "exactly possible satisfy solution real term number state hold get when all between point from such following"
     )
 )
 """Words by which one asks for anything at all."""
@@ -172,8 +172,12 @@ def asks_for(ours: Shape, theirs: Shape) -> bool:
     if len(best) > 2 * len(asked):  # nobody wrote punctuation: it holds more than the question
         return True
     rest = frozenset(token for clause in theirs.clauses if clause != asking[-1] for token in clause)
-    switched = bool((best - asked) & rest) and bool(asked - best)
+    switched = _words((best - asked) & rest) and _words(asked - best)
     return best & _ASKED <= asked and asked & _MEASURES <= ours.words and not switched
+
+
+def _words(tokens: frozenset[str]) -> bool:
+    return any(_is_word(token) for token in tokens - _ASKING)
 
 
 def asks_for_another(ours: Shape, theirs: Shape) -> bool:
@@ -181,13 +185,24 @@ def asks_for_another(ours: Shape, theirs: Shape) -> bool:
     does not: the radius, the centre. For texts of few words, in which nobody has many to replace."""
     if not theirs.asks or not ours.asks:
         return False
-    wanted, named = (
-        {word for clause in one.asks for word in clause if _is_word(word)} - other.words - _ASKING
-        for one, other in ((theirs, ours), (ours, theirs))
-    )
+    wanted, named = _asked_only(theirs, ours), _asked_only(ours, theirs)
     return any(not any(_misread(word, other) for other in named) for word in wanted) and any(
         not any(_misread(word, other) for other in wanted) for word in named
     )
+
+
+def says_the_same(ours: Shape, theirs: Shape) -> bool:
+    """Whether neither asks with a word that the other does not know, and not both have other words of their own."""
+    ours_alone, theirs_alone = ours.words - theirs.words, theirs.words - ours.words
+    both = all(_words(some) for some in (ours_alone, theirs_alone))
+    if both or not ours.turns ^ theirs.turns <= _ASKING:
+        return False
+    return not _asked_only(ours, theirs) and not _asked_only(theirs, ours)
+
+
+def _asked_only(ours: Shape, theirs: Shape) -> set[str]:
+    """The words of the clauses that ask which the other text does not know."""
+    return {word for clause in ours.asks for word in clause if _is_word(word)} - theirs.words - _ASKING
 
 
 def _misread(word: str, other: str) -> bool:

@@ -44,8 +44,8 @@ _SAME = {  # small on purpose: what everybody would write for one another
     "took": "take", "taken": "take", "drove": "drive", "driven": "drive", "paid": "pay", "spent": "spend",
     "people": "person", "men": "man", "women": "woman", "bicycle": "bike", "picture": "photo", "every": "each",
     "per": "each", "percent": "%", "percentage": "%", "equal": "=", "equals": "=", "plus": "+", "minus": "-",
-    "times": "*",
-    "multiply": "*", "divide": "/", "kilometer": "km", "kilometre": "km", "metre": "meter", "centimeter": "cm",
+    "times": "*", "multiply": "*", "divide": "/", "division": "/",
+    "kilometer": "km", "kilometre": "km", "metre": "meter", "centimeter": "cm",
     "centimetre": "cm", "kilogram": "kg", "gram": "g", "hr": "hour", "hrs": "hour", "mins": "minute", "secs": "second",
     "kms": "km", "kgs": "kg", "min": "minute", "sec": "second", "litre": "liter", "initially": "begin",
 }  # fmt: skip

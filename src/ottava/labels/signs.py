@@ -34,7 +34,7 @@ _LATEX: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [  # order matt
     (r"\\begin\{array\}\{[^{}]*\}", " "),
     (r"\\(?:begin|end)\{[a-zA-Z]+\*?\}(?:\[[^]]*\])?", " "),
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)" + _END, " "),
-    (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathbb|mathcal|mathsf|boldsymbol|operatorname\*?|mbox|emph"
+    (r"\\(?:text|textbf|textit|textrm|math[a-z]+|boldsymbol|operatorname\*?|mbox|emph"
      r"|boxed|ensuremath|underline)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\(?:ensuremath|rm|bf|it|cal)" + _END, " "),
     (r"\\(?:hspace|vspace|label|tag|phantom)\*?\{[^{}]*\}", " "),

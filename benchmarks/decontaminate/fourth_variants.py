@@ -1,5 +1,4 @@
-"""Variants that the detector was not tuned on: written before its last tuning and run once, after it. See
-`variants`."""
+"""Variants that were held out at first, and that the detector has been tuned on since: see docs/labels.md."""
 
 from __future__ import annotations
 
@@ -106,7 +105,7 @@ def twice(text: str, rng: random.Random) -> str | None:
     return None
 
 
-UNSEEN: dict[str, Variant] = {
+FOURTH: dict[str, Variant] = {
     "word problems rewritten by hand": words_by_hand,
     "formulas rewritten by hand": latex_by_hand,
     "inside prompts of other makers": prompts,
