@@ -235,7 +235,7 @@ def trace(
 @app.command("serve")
 def serve(
     store: Annotated[Path, _STORE],
-    port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8010,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8010,
     host: Annotated[str, typer.Option(help="Loopback by default.")] = "127.0.0.1",
     target_error: Annotated[
         float | None, typer.Option(help="Ask and audit until it is certified that no more labels are wrong.")
