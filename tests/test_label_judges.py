@@ -595,3 +595,12 @@ def test_steps_are_items_and_come_back_as_marks() -> None:
     assert [kinds.first_wrong(wrong) for wrong in marks.values()] == [2, None]
     with pytest.raises(DataError, match="step 1 of 't2'"):
         kinds.trace_marks({key: decided[key] for key in ("t1#1", "t1#2", "t1#3")}, traces)
+
+
+def test_names_that_replay_would_refuse_are_refused_before_a_judge_is_asked(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "2 + 2?", "response": "4"}\n')
+    for kind, people, classes in (("right", ["a", "a"], ()), ("classes", ["a"], ("x", "x"))):
+        with pytest.raises(DataError, match="same name twice"):
+            gather.gather(data, tmp_path / "world.json", kind, people, classes=classes)  # type: ignore[arg-type]
+    assert not (tmp_path / "world.json").exists()

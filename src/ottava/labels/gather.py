@@ -21,6 +21,7 @@ from ottava.labels.clean import Line, read
 from ottava.labels.endpoint import Endpoint
 from ottava.labels.judges import Asks, Item
 from ottava.labels.price import Budget, Price
+from ottava.labels.world import parse
 from ottava.tasks import Problem, verify
 
 Kind = Literal["right", "classes", "pair", "steps"]
@@ -95,6 +96,8 @@ def world(
     if task is not None and kind != "right":
         raise DataError("a task's verifier says right or wrong, and nothing of other kinds", where="--task")
     labels = CLASSES.get(kind) or tuple(classes)
+    # what the policy would refuse is refused before a judge is paid
+    parse({"classes": list(labels), "annotators": list(people), "items": [{"id": 0}]})
     lines = read(data)
     items = [_item(line, kind, data) for line in lines]
     names = _names(lines, items, kind)
