@@ -345,6 +345,7 @@ class Desk:
             child = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", *self._follower(), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, limit=BODY,
+                start_new_session=True,  # Ctrl-C is the server's: the child ends with its input
             )  # fmt: skip
             try:
                 while True:
