@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ottava.errors import DataError
+from ottava.errors import DataError, check_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,7 @@ class World:
 
 def read(path: Path) -> World:
     """The world in a file. Raises DataError naming the place of what is wrong."""
+    check_file(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers without end
