@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import re
 import time
 from dataclasses import replace
@@ -26,6 +27,7 @@ from ottava.labels.evidence import Evidence
 from ottava.labels.forecast import EARLY, MOVES, ROOM, SOME, SPREAD, Forecast, Progress, believed, forecast
 from ottava.labels.people import GUESS, People, Votes
 from ottava.labels.policy import Ask, Policy, two_plus_one
+from ottava.labels.world import World
 
 SMALL = Kind(items=600)
 
@@ -668,3 +670,26 @@ def test_every_kind_of_world_at_full_size(name: str) -> None:
     assert result["accused"] <= 2
     assert result["error"] <= result["error_2+1"]
     assert result["low"] >= 1.0
+
+
+def test_with_a_handful_of_labels_chance_alone_is_counted() -> None:
+    assert [certificate.likely_most(mean, 0.05) for mean in (0.0, 0.05, 0.1, 1.0, 3.0)] == [0, 0, 1, 3, 6]
+    for mean in (4.0, 10.0, 300.0, 2000.0):
+        assert certificate.likely_most(mean, 0.05) <= 2 * mean + 21
+    held = 0
+    for seed in range(40):
+        dice = random.Random(seed)
+        truth = [dice.randrange(2) for _ in range(20)]
+        opinions = np.array([[t if dice.random() < 0.85 else 1 - t for _ in range(2)] for t in truth])
+        known = np.array([t if dice.random() < 0.5 else -1 for t in truth])
+        run = Policy(World((0, 1), ("a", "b", "c"), tuple(range(20)), known, opinions), 0.1, seed).run()
+        ask = next(run)
+        while True:
+            right = truth[ask.item]
+            try:
+                ask = run.send(right if dice.random() < 0.92 else 1 - right)
+            except StopIteration as end:
+                done = end.value
+                break
+        held += float(np.mean(done.decisions != np.array(truth))) <= done.upper
+    assert held >= 36, "of twenty labels, all of them audited, a third of the bounds were too low"

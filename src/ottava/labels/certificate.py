@@ -121,6 +121,18 @@ class Bound:
         return float(np.logaddexp.reduce(logs)) - math.log(len(BETS))
 
 
+def likely_most(mean: float, alpha: float) -> int:
+    """Of errors that are `mean` on average, independent of one another, there are more with a probability of at most
+    alpha (Poisson, which is wider than the sum of coins that it stands for)."""
+    most, at_most = 0, math.exp(-mean)
+    term = at_most
+    while at_most < 1 - alpha and most < 2 * mean + 20:  # beyond that, rounding
+        most += 1
+        term *= mean / most
+        at_most += term
+    return most
+
+
 def draws_needed(rate: float, target: float, alpha: float, spread: float = 1.3) -> float:
     """A forecast: audited items until the bound falls to `target` where a share `rate` is refuted; infinite if never.
 

@@ -39,7 +39,8 @@ BETTER = 0.6
 TIGHT = 0.41
 """The bound is to lie within this share of the target above the estimate."""
 WARY = 2.0
-"""How many times more of the audited labels may still be wrong than is believed of them."""
+"""How many times more of the audited labels may still be wrong than is believed of them; where that is a handful,
+chance alone may leave more (`certificate.likely_most`)."""
 SHARE = 1.6
 """Nobody answers more than this many times an equal share while others could."""
 LONGEST = 7
@@ -196,12 +197,12 @@ class Policy:
                 continue
             # of labels that were not drawn, what panels would refute; drawn ones follow all votes, the panel's too
             rest, after = bound.rest() / missed, self._after()
-            self._upper = min(rest + WARY * after, 1.0)
+            self._upper = min(rest + self._wary(after), 1.0)
             error = self._final()
             if self._upper <= self.target and self._upper - error <= TIGHT * self.target:
                 return True
             self._each = spent / number
-            room = max(self.target - error - (WARY - 1) * after, 1e-4)
+            room = max(self.target - error - (self._wary(after) - after), 1e-4)
             self._needs = max(self._draws(self._estimate(), room) - number, 20) * self._each
             if self._left() <= 0:
                 break
@@ -306,6 +307,11 @@ class Policy:
     def _after(self) -> float:
         """Of all labels, the share that was audited and is believed wrong all the same."""
         return float((self.evidence.risks() * self._judged).mean())
+
+    def _wary(self, after: float) -> float:
+        """The share that it may be, where `after` is believed."""
+        count = len(self.world)
+        return max(WARY * after, certificate.likely_most(after * count, ALPHA) / count)
 
     def _final(self) -> float:
         """The error of what is delivered: drawn labels follow all votes, the others stay as they were frozen."""
