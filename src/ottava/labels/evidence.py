@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -104,6 +105,16 @@ class Evidence:
         """The probability that the likeliest class is not the right one, [items]."""
         best: Floats = reduce(np.maximum, self.believed.T)
         return np.maximum(1 - best, 0.0)
+
+    def doubts(self, by: float) -> Floats:
+        """The probability that each decision is wrong if people are right less often by so much, [items]."""
+        chance = 1 / len(self.world.classes)
+        right = float(self.people.accuracy(self.classes()).mean())
+        share = min(by / max(right - chance, 1e-9), 1.0)
+        weaker = replace(self.people, matrices=(1 - share) * self.people.matrices + share * chance)
+        states = crowd.posterior(self.prior, self.votes(), weaker)
+        out: Floats = 1 - states.sum(2)[np.arange(len(states)), self.decisions()]
+        return out
 
     def classes(self) -> Floats:
         """How common each class is believed to be."""

@@ -197,12 +197,13 @@ class Policy:
                 continue
             # of labels that were not drawn, what panels would refute; drawn ones follow all votes, the panel's too
             rest, after = bound.rest() / missed, self._after()
-            self._upper = min(rest + self._wary(after), 1.0)
+            most = self._wary(after)
+            self._upper = min(rest + most, 1.0)
             error = self._final()
             if self._upper <= self.target and self._upper - error <= TIGHT * self.target:
                 return True
             self._each = spent / number
-            room = max(self.target - error - (self._wary(after) - after), 1e-4)
+            room = max(self.target - error - (most - after), 1e-4)
             self._needs = max(self._draws(self._estimate(), room) - number, 20) * self._each
             if self._left() <= 0:
                 break
@@ -288,7 +289,12 @@ class Policy:
         accuracy = people.accuracy(self.evidence.classes())
         sit = self._weight > 0
         mean = float(np.average(accuracy[sit], weights=self._weight[sit]))
-        return mean - 2 * math.sqrt(mean * (1 - mean) / max(people.votes[sit].sum(), 10))
+        return mean - self._slack(mean)
+
+    def _slack(self, accuracy: float) -> float:
+        """Two standard errors of how often people are right."""
+        votes = self.evidence.people.votes[self._weight > 0].sum()
+        return 2 * math.sqrt(accuracy * (1 - accuracy) / max(votes, 10))
 
     def _claim(self) -> float:
         return float(self.evidence.risks().mean())
@@ -309,9 +315,11 @@ class Policy:
         return float((self.evidence.risks() * self._judged).mean())
 
     def _wary(self, after: float) -> float:
-        """The share that it may be, where `after` is believed."""
-        count = len(self.world)
-        return max(WARY * after, certificate.likely_most(after * count, ALPHA) / count)
+        """The share that it may be, where `after` is believed: of few labels chance alone may leave more, and of few
+        votes it is known badly how often people are right."""
+        accuracy = self.evidence.people.accuracy(self.evidence.classes()).mean()
+        doubted = float((self.evidence.doubts(self._slack(float(accuracy))) * self._judged).sum())
+        return max(WARY * after, certificate.likely_most(doubted, ALPHA) / len(self.world))
 
     def _final(self) -> float:
         """The error of what is delivered: drawn labels follow all votes, the others stay as they were frozen."""

@@ -46,7 +46,8 @@ class World:
 
 def read(path: Path) -> World:
     """The world in a file. Raises DataError naming the place of what is wrong."""
-    check_file(path)
+    if not path.exists() or path.is_dir():  # a pipe is read
+        check_file(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers without end
