@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import signal
 import sqlite3
 import threading
@@ -15,10 +17,10 @@ import numpy as np
 import pytest
 
 from ottava.errors import DataError, Verdict
-from ottava.labels import live
+from ottava.labels import bound, commands, live
 from ottava.labels.live import Follower
 from ottava.labels.questions import Item
-from ottava.labels.store import Store, Vote
+from ottava.labels.store import Decision, Store, Vote
 
 from .label_stores import ITEMS, KEYS, make, many, serving
 
@@ -155,6 +157,33 @@ def test_votes_that_come_later_change_nothing(ended: Path, tmp_path: Path) -> No
         for k in range(150):
             store.add_vote(Vote(f"late-{k:06}", f"q{k}", "late", "wrong"))
     live.certify(tmp_path / "copy.db")
+
+
+def test_an_export_carries_the_certificate_that_training_asks_for(ended: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "copy.db"
+    shutil.copy(ended, path)
+    commands.give(path, tmp_path / "whole", "hf", None)
+    with Store.read(path) as store:
+        (certificate,) = live.certificates(store)
+    found = bound.require(tmp_path / "whole", certificate["error_upper_95"])
+    assert found is not None
+    assert (found.upper, found.judged_by) == (certificate["error_upper_95"], "people")
+    with pytest.raises(DataError, match="may be wrong"):
+        bound.require(tmp_path / "whole", certificate["error_upper_95"] / 2)
+    with Store.write(path) as store:
+        name, said = store.db.execute(
+            "SELECT i.id, d.answer FROM decisions d JOIN items i ON i.seq = d.item"
+        ).fetchone()
+        other = "wrong" if json.loads(said) == "right" else "right"
+        person = store.known()[0].name
+        store.add_decision(Decision("changed-by-hand-1", name, other, "adjudicated", person, None, (), 1))
+    commands.give(path, tmp_path / "changed", "hf", None)
+    with pytest.raises(DataError, match="no certificate"):
+        bound.require(tmp_path / "changed", 0.5)
+    (tmp_path / "nothing.json").write_text('{"foo": 1}')
+    with pytest.raises(DataError, match="error_upper_95"):
+        commands.give(path, tmp_path / "foreign", "hf", tmp_path / "nothing.json")
 
 
 def test_what_can_be_certified(tmp_path: Path) -> None:

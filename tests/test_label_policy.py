@@ -672,6 +672,22 @@ def test_every_kind_of_world_at_full_size(name: str) -> None:
     assert result["low"] >= 1.0
 
 
+def test_people_against_the_verifier_are_told_of() -> None:
+    """Everybody says one thing of everything: votes alone cannot tell them from people who are right."""
+    dice = random.Random(1)
+    truth = [dice.randrange(2) for _ in range(600)]
+    known = np.array([t if dice.random() < 0.6 else -1 for t in truth])
+    for honest in (True, False):
+        run = Policy(World((0, 1), tuple("abcdefgh"), tuple(range(600)), known, np.empty((600, 0), int)), 0.05, 1).run()
+        ask = next(run)
+        try:
+            while True:
+                ask = run.send(truth[ask.item] ^ (dice.random() < 0.08) if honest else 0)
+        except StopIteration as end:
+            told = [note for note in end.value.notes if "contradict the verifier" in note]
+        assert bool(told) is not honest
+
+
 def test_with_a_handful_of_labels_chance_alone_is_counted() -> None:
     assert [certificate.likely_most(mean, 0.05) for mean in (0.0, 0.05, 0.1, 1.0, 3.0)] == [0, 0, 1, 3, 6]
     for mean in (4.0, 10.0, 300.0, 2000.0):

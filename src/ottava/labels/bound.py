@@ -6,9 +6,12 @@ A folder's `certificate.json` says `error_upper_95` (the bound), `bound` (by whi
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ottava.errors import DataError
 
@@ -40,9 +43,14 @@ def read(folder: Path) -> Bound:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"the certificate cannot be read: {error}", where=path) from None
+    return parse(said, path)
+
+
+def parse(said: Any, where: Path) -> Bound:
+    """The bound that a certificate states. Raises DataError where it states none."""
     upper = said.get("error_upper_95") if isinstance(said, dict) else None
     if isinstance(upper, bool) or not isinstance(upper, int | float) or not 0 <= upper <= 1:
-        raise DataError(f"'error_upper_95' is {upper!r}; it must be a share from 0 to 1", where=path)
+        raise DataError(f"'error_upper_95' is {upper!r}; it must be a share from 0 to 1", where=where)
     judged = said.get("audited")
     return Bound(
         float(upper),
@@ -50,6 +58,14 @@ def read(folder: Path) -> Bound:
         str(said.get("annotator", "not said")),
         judged if isinstance(judged, int) else 0,
     )
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """The SHA-256 by which a certificate names votes or decisions: of a line of JSON each."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    return sha.hexdigest()
 
 
 def require(folder: Path, limit: float | None) -> Bound | None:

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ottava.artifact import fsync, replacing
+from ottava.artifact import fsync, replacing, write_json
 from ottava.errors import DataError, PlatformError, from_os_error
-from ottava.labels import exchange
+from ottava.labels import bound, exchange
 from ottava.labels.exchange import Dump, Entry
 from ottava.labels.questions import Answer, written
 
@@ -49,7 +49,8 @@ def from_parquet(path: Path) -> Dump:
 
 
 def to_folder(content: Dump, folder: Path) -> None:
-    """A new folder with the split `train` and a card. Raises DataError where something is in the way."""
+    """A new folder with the split `train`, a card and, where one is of exactly these labels, the certificate that
+    `bound` reads. Raises DataError where something is in the way."""
     if folder.exists():
         raise DataError("something is there already", where=folder, fix="name a folder that is not there")
     scratch = folder.with_name(f".{folder.name}.part")
@@ -59,11 +60,24 @@ def to_folder(content: Dump, folder: Path) -> None:
         to_parquet(content, scratch / DATA)
         (scratch / "README.md").write_text(card(content, folder.name), encoding="utf-8")
         fsync(scratch / "README.md")
+        certificate = _certificate(content)
+        if certificate is not None:
+            write_json(scratch / bound.FILE, certificate)
         os.replace(scratch, folder)
     except OSError as error:
         raise from_os_error(error, "writing the data set", folder) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _certificate(content: Dump) -> dict[str, Any] | None:
+    """The newest certificate, if it is of all these labels and of none that was changed since."""
+    if not content.certificates:
+        return None
+    newest = content.certificates[-1]
+    labels = [[entry.item.id, entry.decisions[-1].answer if entry.decisions else None] for entry in content.entries]
+    named = newest.get("decisions_sha256")  # one from elsewhere names none: then whoever gave it answers for it
+    return newest if named in (None, bound.digest(labels)) and "error_upper_95" in newest else None
 
 
 def from_folder(folder: Path) -> Dump:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ottava.errors import DataError, check_file
-from ottava.labels import exchange
+from ottava.labels import bound, exchange
 from ottava.labels.questions import Answer, written
 from ottava.labels.store import TABLES, Decision, Store, is_store, now
 
@@ -156,6 +156,7 @@ def _certificate(path: Path) -> dict[str, Any]:
         raise DataError(f"this is not JSON: {error}", where=path) from None
     if not isinstance(document, dict):
         raise DataError("a certificate is a JSON object", where=path)
+    bound.parse(document, path)  # a store only grows: what says nothing would be in it for good
     return document
 
 

@@ -20,12 +20,11 @@ one. Nobody is waited for who was not seen for long; that is a row of the store 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from ottava.errors import DataError, Verdict
-from ottava.labels import questions, ranking
+from ottava.labels import bound, questions, ranking
 from ottava.labels.policy import Ask, Done, Policy, Questions
 from ottava.labels.ranking import Group, Live, Ranker, Ranking
 from ottava.labels.store import Decision, Store, now
@@ -161,8 +160,8 @@ class Run:
             "target": self.begun["target"], "reached": done.reached, "error": round(done.error, 6),
             "error_upper_95": round(min(done.upper + 5e-7, 1.0), 6), "audited": done.audited, "votes": done.votes,
             "bound": "weighted audit, anytime-valid", "annotator": "people",
-            "votes_sha256": _digest(said),
-            "decisions_sha256": _digest([[name, label] for name, label in zip(names, self._labels(), strict=True)]),
+            "votes_sha256": bound.digest(said),
+            "decisions_sha256": bound.digest(zip(names, self._labels(), strict=True)),
             "notes": list(done.notes),
         }  # fmt: skip
 
@@ -176,13 +175,6 @@ class Run:
     def _labels(self) -> list[str]:
         assert self.done is not None
         return [self.group.classes[k] for k in self.done.decisions.tolist()]
-
-
-def _digest(rows: Iterable[Any]) -> str:
-    sha = hashlib.sha256()
-    for row in rows:
-        sha.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    return sha.hexdigest()
 
 
 # ---- beginnings, which the writer writes

@@ -22,7 +22,7 @@ from ottava.labels import ask, certificate, panel, screens
 from ottava.labels.evidence import Evidence
 from ottava.labels.forecast import Phase, Progress
 from ottava.labels.screens import Finding
-from ottava.labels.world import World
+from ottava.labels.world import NOTHING, World
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,6 +41,8 @@ TIGHT = 0.41
 WARY = 2.0
 """How many times more of the audited labels may still be wrong than is believed of them; where that is a handful,
 chance alone may leave more (`certificate.likely_most`)."""
+CONTRADICTED, FEWEST_VERIFIED = 0.4, 50
+"""The share of so many votes on verified items from which on somebody is told that people and verifier differ."""
 SHARE = 1.6
 """Nobody answers more than this many times an equal share while others could."""
 LONGEST = 7
@@ -399,6 +401,17 @@ class Policy:
             if not reached:
                 text = f"{self.target:.3g} is not certified at a sensible cost: the bound is {self._upper:.4f}"
                 self.notes.append(text)
+        said = evidence.votes()
+        verified = self.world.verifier[said.items]
+        spoke, against = (
+            int((verified != NOTHING).sum()),
+            int(((verified != NOTHING) & (verified != said.labels)).sum()),
+        )
+        if spoke >= FEWEST_VERIFIED and against > CONTRADICTED * spoke:
+            text = (
+                f"people contradict the verifier in {against:,} of {spoke:,} votes: the bound holds if they are right"
+            )
+            self.notes.append(text)
         found, votes = self._last_look(), len(evidence)
         notes = tuple(self.notes)
         return Done(decisions, error, upper, self.asked, votes, self._audited, reached, notes, found)
