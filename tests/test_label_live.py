@@ -51,16 +51,23 @@ def filled(path: Path, items: list[Item], people: Any) -> Path:
 
 
 def answered(
-    store: Store, numbers: list[int], truth: dict[str, str], people: dict[str, float], every: int, seed: int
+    store: Store,
+    numbers: list[int],
+    truth: dict[str, str],
+    people: dict[str, float],
+    every: int,
+    seed: int,
+    phase: str = "",
 ) -> Follower:
-    """People at random answer what is wanted; a ranking after so many votes."""
+    """People at random answer what is wanted, to the end or to a phase; a ranking after so many votes."""
     dice, names = random.Random(seed), dict(store.db.execute("SELECT seq, id FROM items").fetchall())
     follower, uid = Follower(store, numbers, clock_ms=1 << 62), 0
-    said: set[tuple[str, str]] = set()
+    rows = "SELECT a.name, i.id FROM live v JOIN annotators a ON a.id = v.annotator JOIN items i ON i.seq = v.item"
+    said: set[tuple[str, str]] = set(store.db.execute(rows))
     for _ in range(20_000):
         order = [names[int(row)] for row in follower.rank().order]
         run = follower.runs[numbers[0]]
-        if run.done is not None:
+        if run.done is not None or run.policy.phase == phase:
             return follower
         given = 0
         for item in order:
@@ -70,7 +77,7 @@ def answered(
             name, given, uid = dice.choice(who), given + 1, uid + 1
             said.add((name, item))
             answer = truth[item] if dice.random() < people[name] else {"right": "wrong", "wrong": "right"}[truth[item]]
-            store.add_vote(Vote(f"vote-{uid:06}", item, name, answer))
+            store.add_vote(Vote(f"vote-{seed}-{uid:06}", item, name, answer))
         if not given:
             row = follower.stuck(run)
             assert row is not None, "nothing is asked, and nothing is waited for"
@@ -248,6 +255,59 @@ def test_a_run_goes_on_when_somebody_comes_back_after_days(tmp_path: Path) -> No
         assert row["close"]["item"] == run.rows[run.policy.coming[0]]
         store.end_key("lea")
         assert follower.stuck(run, ["lea", "ann"]) == row, "without a key she cannot"
+
+
+def test_people_are_kept_busy_with_what_panels_will_want(tmp_path: Path) -> None:
+    """Everything that is wanted behind the present item is answered first; the run must find all that it needs."""
+    items, truth, people = world(150, 5, people=9)
+    path = filled(tmp_path / "labels.db", items, people)
+    dice = random.Random(5)
+    with Store.write(path) as store:
+        numbers = live.begin(store, TARGET)
+        follower = answered(store, numbers, truth, people, 7, 5, "audit")
+        run = follower.runs[numbers[0]]
+        names = [item.id for item in run.group.items]
+        query = "SELECT a.name FROM live v JOIN annotators a ON a.id = v.annotator JOIN items i ON i.seq = v.item"
+
+        def answer(place: int) -> None:
+            said = {name for (name,) in store.db.execute(f"{query} WHERE i.id = ?", (names[place],))}
+            name, label = dice.choice([name for name in people if name not in said]), truth[names[place]]
+            if dice.random() > 0.8:
+                label = "wrong" if label == "right" else "right"
+            store.add_vote(Vote(f"early-{place}-{name}", names[place], name, label))
+
+        head, ahead = int(run.policy.coming[0]), run.policy.coming[1 : live.BUSY[0]].tolist()
+        while wanted := [place for place in run.policy.wanted() if place != head]:
+            answer(wanted[0])
+            follower.rank()
+            assert int(run.policy.coming[0]) == head
+        while int(run.policy.coming[0]) == head:
+            answer(head)
+            follower.rank()
+        assert int(run.policy.coming[0]) not in ahead, "it waits for a vote that nobody was asked for"
+        book = follower.book(run)
+        judged = [place for place in ahead if run.policy._judged[place]]
+        assert len(judged) > 30
+        assert all(run.policy.taken[place] == len(book.said[place]) for place in judged), "asked for nothing"
+
+
+def test_more_votes_are_another_run(tmp_path: Path) -> None:
+    items, truth, people = world(60, 6)
+    path = filled(tmp_path / "labels.db", items, people)
+    with Store.write(path) as store:
+        first = live.begin(store, TARGET)
+        run = answered(store, first, truth, people, 7, 6).runs[first[0]]
+        assert not live.settle(store, run)["reached"]
+        assert any("--most-votes" in note for note in run.certificate()["notes"])
+        assert live.begin(store, TARGET) == first
+        second = live.begin(store, TARGET, 4.0)
+        assert second != first
+        run = answered(store, second, truth, people, 7, 7).runs[second[0]]
+        assert live.settle(store, run)["reached"]
+        for bad in (0.0, float("nan"), float("inf")):
+            with pytest.raises(DataError, match="a number above 0"):
+                live.begin(store, TARGET, bad)
+    assert [one["reached"] for one in live.certify(path)] == [False, True]
 
 
 def test_an_answer_is_taken_when_it_cannot_be_undone(tmp_path: Path) -> None:

@@ -396,14 +396,44 @@ class Watched(Truth):
         return self.vote(question.item, question.person, question.blind)
 
 
-def finish(truth: Watched, target: float = 0.03) -> Any:
-    run = Policy(truth.world, target).run()
+def finish(truth: Watched, target: float = 0.03, most: float = 0.95) -> Any:
+    run = Policy(truth.world, target, most=most).run()
     question = next(run)
     try:
         while True:
             question = run.send(truth.answer(question))
     except StopIteration as end:
         return end.value
+
+
+@pytest.mark.parametrize("items", [10, 60, 300])
+@pytest.mark.parametrize("kind", [SMALL, replace(SMALL, verifiable=0.0, right=0.8)])
+def test_few_items_take_no_more_votes_than_allowed(kind: Kind, items: int) -> None:
+    """Who holds the votes counts them. Calibration is the least, and the last panel is heard to its end."""
+    for seed in range(5):
+        truth = Truth(replace(kind, items=items), seed)
+        policy = Policy(truth.world, 0.1, seed)
+        run = policy.run()
+        question = next(run)
+        try:
+            while True:
+                question = run.send(truth.vote(question.item, question.person, True))
+        except StopIteration as end:
+            done = end.value
+        assert truth.asked <= max(policy._cap, 2 * min(items, 50)) + panel.LONGEST
+        assert truth.error(done.decisions) <= done.upper
+
+
+def test_more_votes_certify_what_few_cannot() -> None:
+    truth, more = Watched(replace(SMALL, items=60), 2), Watched(replace(SMALL, items=60), 2)
+    few, many = finish(truth, 0.1), finish(more, 0.1, 4.0)
+    assert not few.reached
+    assert many.reached
+    assert few.votes < many.votes
+    assert more.error(many.decisions) <= many.upper <= 0.1
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(DataError, match="votes at most"):
+            Policy(truth.world, 0.1, most=bad)
 
 
 def test_questions_are_blind_never_asked_twice_and_the_same_each_time() -> None:

@@ -23,17 +23,19 @@ from benchmarks.common import show
 from benchmarks.labels.fusion import fusion
 from benchmarks.labels.worlds import KINDS, Kind, Truth, planted, two_plus_one
 from ottava.labels.forecast import Progress, forecast
-from ottava.labels.policy import Done, Policy
+from ottava.labels.policy import MOST, Done, Policy
 
 MOMENT = 500
 """A forecast is noted after every so many votes."""
 Record = dict[str, Any]
 
 
-def play(kind: Kind, seed: int, target: float, moments: list[Progress] | None = None) -> tuple[Truth, Done]:
+def play(
+    kind: Kind, seed: int, target: float, moments: list[Progress] | None = None, most: float = MOST
+) -> tuple[Truth, Done]:
     """One world from the first question to the certificate. moments: gets where the run stood, every MOMENT votes."""
     truth = Truth(kind, seed)
-    policy = Policy(truth.world, target)
+    policy = Policy(truth.world, target, most=most)
     run = policy.run()
     question, due = next(run), MOMENT
     try:
@@ -47,11 +49,11 @@ def play(kind: Kind, seed: int, target: float, moments: list[Progress] | None = 
     return truth, done
 
 
-def record(name: str, kind: Kind, seed: int, target: float) -> Record:
+def record(name: str, kind: Kind, seed: int, target: float, most: float) -> Record:
     """All that the table needs of one world."""
     moments: list[Progress] = []
     begun = time.process_time()
-    truth, done = play(kind, seed, target, moments)
+    truth, done = play(kind, seed, target, moments, most)
     seconds = time.process_time() - begun
     plain, plain_error = two_plus_one(kind, seed)
     right = planted(kind, truth.given)
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--items", type=int, default=10_000)
     parser.add_argument("--target", type=float, default=0.03)
+    parser.add_argument("--most", type=float, default=MOST, help="votes at most, as a multiple of 2+1's")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of all kinds; several times")
     parser.add_argument("--worlds", type=Path, help="a file of lines that is gone on with")
     parser.add_argument("--fusion", action="store_true", help="only the time to fuse 100,000 votes, beside crowd-kit")
@@ -152,8 +155,8 @@ def main() -> None:
         replace(Kind(), **change)
     except (TypeError, ValueError) as error:
         parser.error(f"--set wants NAME=VALUE of {', '.join(vars(Kind()))}: {error}")
-    if change and asked.worlds:
-        parser.error("--worlds keeps the kinds as they are: leave --set out")
+    if (change or asked.most != MOST) and asked.worlds:
+        parser.error("--worlds keeps kinds and votes as they are: leave --set and --most out")
     kept: dict[tuple[Any, ...], Record] = {}
     if asked.worlds and asked.worlds.exists():
         for line in asked.worlds.read_text().splitlines():
@@ -164,7 +167,9 @@ def main() -> None:
         print(f"seed {seed} ...", file=sys.stderr, flush=True)
         for name in names:
             kind = replace(KINDS[name], **{"items": asked.items} | change)
-            world = kept.get((name, seed, asked.items, asked.target)) or record(name, kind, seed, asked.target)
+            world = kept.get((name, seed, asked.items, asked.target)) or record(
+                name, kind, seed, asked.target, asked.most
+            )
             table[name].append(world)
             if asked.worlds and (name, seed, asked.items, asked.target) not in kept:
                 with asked.worlds.open("a") as file:

@@ -161,6 +161,8 @@ class Truth:
 def two_plus_one(kind: Kind, seed: int) -> tuple[float, float]:
     """(votes an item, error) of two votes and a third on disagreement, on this very world; a tie of three: the
     first."""
+    if kind.people < 3:
+        raise SystemExit(f"two votes and a third need three people: --set people={kind.people}")
     truth = Truth(replace(kind, away=0.0), seed)
     rng = np.random.default_rng([seed, 1])
     wrong = 0

@@ -19,11 +19,15 @@ def _aside(line: str) -> None:
     typer.echo(line, err=True)
 
 
+_MOST = typer.Option(help="Votes at most, as a multiple of two on every item and a third where they differ.")
+
+
 @app.command("replay")
 def replay(
     world: Annotated[Path, typer.Argument(metavar="WORLD", help="A world.json: classes, annotators, items.")],
     target_error: Annotated[float, typer.Option(help="The 95% bound of the share of wrong labels is to reach this.")],
     seed: Annotated[int, typer.Option(min=0, help="Of the items that are drawn.")] = 0,
+    most_votes: Annotated[float, _MOST] = 0.95,
 ) -> None:
     """Run the labelling policy on a world: asks for votes on standard output, reads them from standard input.
 
@@ -37,7 +41,7 @@ def replay(
         sys.stdout.flush()
 
     try:
-        done = replay.replay(worlds.read(world), target_error, sys.stdin.buffer.readline, say, seed, _aside)
+        done = replay.replay(worlds.read(world), target_error, sys.stdin.buffer.readline, say, seed, most_votes, _aside)
     except BrokenPipeError:  # elsewhere a reader may have had enough; here nothing is decided without one
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         what = "nobody reads the questions any more: nothing is decided"
@@ -238,8 +242,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8010,
     host: Annotated[str, typer.Option(help="Loopback by default.")] = "127.0.0.1",
     target_error: Annotated[
-        float | None, typer.Option(help="Ask and audit until it is certified that no more labels are wrong.")
+        float | None,
+        typer.Option(help="Ask and audit until no more labels are certified to be wrong, or --most-votes are spent."),
     ] = None,
+    most_votes: Annotated[float, _MOST] = 0.95,
     away_hours: Annotated[
         float, typer.Option(min=0.0, help="With --target-error: who was not seen for so long is not waited for.")
     ] = 24.0,
@@ -251,5 +257,6 @@ def serve(
     """Serve the page on which people answer, by keyboard; Ctrl-C stops it."""
     from ottava.labels.serve import serve as serve_store
 
-    args = {"store": str(store), "port": port, "host": host, "target": target_error, "votes": votes}
+    args = {"store": str(store), "port": port, "host": host, "target": target_error, "votes": votes,
+            "most": most_votes}  # fmt: skip
     serve_store(args | {"suggestions": suggestions, "away_hours": away_hours})

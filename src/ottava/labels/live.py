@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import secrets
 import sys
@@ -32,8 +33,8 @@ from typing import Any
 import numpy as np
 
 from ottava.errors import DataError, Verdict
-from ottava.labels import bound, questions, ranking
-from ottava.labels.policy import Ask, Done, Policy, Questions
+from ottava.labels import bound, panel, questions, ranking
+from ottava.labels.policy import MOST, Ask, Done, Policy, Questions
 from ottava.labels.ranking import Group, Live, Ranker, Ranking
 from ottava.labels.store import Decision, Store, now
 
@@ -107,19 +108,29 @@ class Following(Policy):
 
     def wanted(self) -> list[int]:
         """Items on which votes are wanted, the next first, as far as nobody has given them."""
-        counts, coming = self.evidence.counts, [int(item) for item in self.coming]
+        coming = [int(item) for item in self.coming]
         busy = max(BUSY[0], int(BUSY[1] * len(self.world)))
         ahead = coming[:busy] if self.phase == "audit" else coming
         if self.phase == "label":  # what is likely to follow
             rest = np.argsort(-self._gain, kind="stable")[: len(ahead) + busy]
             ahead += [int(item) for item in rest if self._gain[item] > 1e-9]
-        need = 1 if self.phase == "label" else 2
         out: dict[int, None] = dict.fromkeys(ahead[:1])
         for item in ahead[1:]:
-            there = len(self.book.said.get(item, ())) - self.taken.get(item, 0)
-            if there + (int(counts[item]) if self.phase == "calibrate" else 0) < need and item not in self.book.closed:
+            if item not in self.book.closed and self._short(item):
                 out[item] = None
         return list(out)
+
+    def _short(self, item: int) -> bool:
+        """Whether more votes will be wanted on an item than are there, as far as they tell."""
+        there = self.book.said.get(item, [])[self.taken.get(item, 0) :]
+        if self.phase == "calibrate":
+            return len(there) + int(self.evidence.counts[item]) < 2
+        if self.phase == "label":
+            return not there
+        assert self._frozen is not None
+        agree = [1 if one.label == self._frozen[item] else -1 for one in there]
+        odds = np.cumsum([sign * self._weight[one.person] for sign, one in zip(agree, there, strict=True)])
+        return all(panel.verdict(at, answers, True) is None for answers, at in enumerate(odds.tolist(), 1))
 
 
 @dataclass
@@ -180,14 +191,17 @@ class Run:
 # ---- beginnings, which the writer writes
 
 
-def begin(store: Store, target: float) -> list[int]:
+def begin(store: Store, target: float, most: float = MOST) -> list[int]:
     """Begin a run of each group of items that can be certified, or go on with the one that is on: their numbers.
 
-    A new one begins where there is none, where the last one has ended and there is more to do (new items, or a lower
-    target), and where another target is asked for. Raises DataError where nothing can be certified.
+    most: votes at most, as `Policy` has it. A new one begins where there is none, where the last one has ended and
+    there is more to do (new items), and where another target or another most is asked for. Raises
+    DataError where nothing can be certified.
     """
     if not 0 < target < 1:
         raise DataError(f"the target is a share between 0 and 1: {target}", where="--target-error")
+    if not 0 < most < math.inf:
+        raise DataError(f"a number above 0, of times the usual rule: {most}", where="--most-votes")
     ranker = Ranker(store, target)
     ranker._read_items()
     groups = [group for group in ranker.groups.values() if certifiable(group)]
@@ -200,12 +214,12 @@ def begin(store: Store, target: float) -> list[int]:
     for group in groups:
         number, row = before.get(_name(group), (0, {}))
         last = group.rows[-1]
-        if row and row["target"] == target and (number not in ended or row["items"] >= last):
+        if row and (row["target"], row["most"]) == (target, most) and (number not in ended or row["items"] >= last):
             numbers.append(number)
             continue
         opinions = store.db.execute("SELECT max(seq) FROM opinions").fetchone()[0] or 0
         document = {
-            "group": list(_name(group)), "target": target, "seed": secrets.randbits(32), "items": last,
+            "group": list(_name(group)), "target": target, "most": most, "seed": secrets.randbits(32), "items": last,
             "opinions": opinions, "seats": store.count("annotators") + SEATS,
         }  # fmt: skip
         numbers.append(store.add_run({"begin": document}))
@@ -225,7 +239,7 @@ def runs(store: Store) -> list[tuple[int, dict[str, Any]]]:
     """The beginnings, with their numbers, the newest last."""
     rows = store.db.execute("SELECT seq, document FROM runs ORDER BY seq")
     found = [(int(seq), json.loads(text)) for seq, text in rows]
-    return [(seq, document["begin"]) for seq, document in found if "begin" in document]
+    return [(seq, {"most": MOST} | document["begin"]) for seq, document in found if "begin" in document]
 
 
 def certificates(store: Store) -> list[dict[str, Any]]:
@@ -297,7 +311,9 @@ class Follower(Ranker):
         ]
         then = Group(group.kind, group.classes, items, group.rows[:size], dict(group.where))
         world = ranking._world(then, [f"seat {k}" for k in range(begun["seats"])])
-        run = self.runs[number] = Run(number, begun, then, Following(world, begun["target"], begun["seed"]))
+        run = self.runs[number] = Run(
+            number, begun, then, Following(world, begun["target"], begun["seed"], begun["most"])
+        )
         return run
 
     def book(self, run: Run) -> Book:

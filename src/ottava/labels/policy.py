@@ -41,6 +41,10 @@ TIGHT = 0.41
 WARY = 2.0
 """How many times more of the audited labels may still be wrong than is believed of them; where that is a handful,
 chance alone may leave more (`certificate.likely_most`)."""
+MOST = 0.95
+"""Votes at most, where nothing else is said: less than the usual rule takes."""
+LOOK = 20
+"""Draws between two looks at the bound, at most."""
 CONTRADICTED, FEWEST_VERIFIED = 0.4, 50
 """The share of so many votes on verified items from which on somebody is told that people and verifier differ."""
 SHARE = 1.6
@@ -88,13 +92,13 @@ class _Gone(Exception):
 class Policy:
     """One run. target: the error that the bound must not exceed; seed: of the items drawn.
 
-    most: votes at most, as a share of what two votes and a third on disagreement would take.
+    most: votes at most, as a multiple of what two votes and a third on disagreement would take.
     """
 
     world: World
     target: float
     seed: int = 0
-    most: float = 0.95
+    most: float = MOST
     evidence: Evidence = field(init=False)
     notes: list[str] = field(default_factory=list)
     asked: int = 0
@@ -109,6 +113,8 @@ class Policy:
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
             raise DataError(f"the target is a share between 0 and 1: {self.target}")
+        if not 0 < self.most < math.inf:
+            raise DataError(f"votes at most are a number above 0, of times the usual rule: {self.most}")
         self.evidence = Evidence(self.world)
         self._rng = np.random.default_rng([self.seed, len(self.world)])
         count = len(self.world.annotators)
@@ -184,7 +190,7 @@ class Policy:
         self._needs, begun, weights = self._reserve(), len(evidence), certificate.weights(risks)
         bound = certificate.Bound(weights, ALPHA)
         missed = 1 - panel.misses(float(np.clip(self._good_accuracy(), 0.61, 0.999)))
-        drawn = certificate.order(weights, self._rng)
+        drawn, every = certificate.order(weights, self._rng), min(max(len(self.world) // 100, 1), LOOK)
         for number, item in enumerate(drawn, 1):
             self.coming = drawn[number - 1 :]
             refuted = yield from self._panel(int(item), int(frozen[item]))
@@ -195,7 +201,7 @@ class Policy:
             self._found += (refuted + wrong) / 2 / weights[item]
             spent = len(evidence) - begun
             self._expected += risks[item] / weights[item]
-            if number % 20 and number < len(self.world):
+            if number % every and number < len(self.world) and self._left() > 0:
                 continue
             # of labels that were not drawn, what panels would refute; drawn ones follow all votes, the panel's too
             rest, after = bound.rest() / missed, self._after()
@@ -206,7 +212,7 @@ class Policy:
                 return True
             self._each = spent / number
             room = max(self.target - error - (most - after), 1e-4)
-            self._needs = max(self._draws(self._estimate(), room) - number, 20) * self._each
+            self._needs = max(self._draws(self._estimate(), room) - number, LOOK) * self._each
             if self._left() <= 0:
                 break
         return self._upper <= self.target
@@ -356,7 +362,7 @@ class Policy:
             rate = self._final()
             goal = min(self.target, rate + TIGHT * self.target)
             wide = (self._upper - rate) / max(goal - rate, 1e-9)  # between 1 / draws and 1 / root of draws
-            needs = max(self._audited * (max(wide, 1.0) ** 1.5 - 1), 20) * self._each
+            needs = max(self._audited * (max(wide, 1.0) ** 1.5 - 1), LOOK) * self._each
         return Progress(self.phase, len(self.evidence), self._cap, self._claim(), self._goal, self._pace(), needs)
 
     def _look(self) -> list[Finding]:
@@ -399,8 +405,9 @@ class Policy:
             # with a handful of items an audit of all of them may believe less of itself than the estimate does
             upper = max(self._upper, error)
             if not reached:
-                text = f"{self.target:.3g} is not certified at a sensible cost: the bound is {self._upper:.4f}"
-                self.notes.append(text)
+                text = f"{self.target:.3g} is not certified: the bound is {self._upper:.4f}"
+                spent = f"; the {self._cap:,} votes that are the most are spent (--most-votes {self.most:g})"
+                self.notes.append(text + spent * (self._left() <= 0))
         said = evidence.votes()
         verified = self.world.verifier[said.items]
         spoke, against = (

@@ -15,7 +15,7 @@ from typing import Any
 
 from ottava.errors import DataError
 from ottava.labels.forecast import told as told_ahead
-from ottava.labels.policy import Ask, Done, Policy
+from ottava.labels.policy import MOST, Ask, Done, Policy
 from ottava.labels.world import Label, World
 
 LONGEST = 1 << 16
@@ -30,15 +30,17 @@ def replay(
     hear: Callable[[int], bytes],
     say: Callable[[str], None],
     seed: int = 0,
+    most: float = MOST,
     aside: Callable[[str], None] | None = None,
 ) -> Done:
     """Ask until done. say: gets each line without its end; hear: reads a line of at most so many bytes, b"" at the end;
-    aside: gets a forecast when a phase begins and after every tenth of the votes, without any part in what is asked.
+    most: votes at most, as `Policy` has it; aside: gets a forecast when a phase begins and after every tenth of the
+    votes, without any part in what is asked.
 
     Raises DataError for an answer that is none; nothing is decided then.
     """
     places = {label: k for k, label in enumerate(world.classes)}
-    policy = Policy(world, target, seed)
+    policy = Policy(world, target, seed, most)
     run = policy.run()
     number, begun = 0, time.monotonic()
     waited, due, phase = 0.0, float(LEAST), policy.phase

@@ -36,7 +36,7 @@ from starlette.routing import Route
 
 from ottava.artifact import write_json
 from ottava.errors import DataError, OttavaError, from_os_error
-from ottava.labels import live, page
+from ottava.labels import live, page, policy
 from ottava.labels.forecast import Progress, told
 from ottava.labels.queue import Queue
 from ottava.labels.store import Decision, Known, Refusal, Store, Vote, now
@@ -428,7 +428,8 @@ def serve(args: Mapping[str, Any]) -> None:
     """Serve a store until SIGTERM or SIGINT.
 
     args: store (file), port (0: a free one), host, target (the share of wrong labels that is to be certified; None:
-    the most useful questions first, without a certificate), away_hours (a certified run does not wait for who was not
+    the most useful questions first, without a certificate), most (votes at most of a certified run, as
+    `policy.Policy` has it), away_hours (a certified run does not wait for who was not
     seen for so long), votes (answers to each question that cannot be fused),
     suggestions (show what machines say: such votes are not blind), ready: a file that gets {"port", "pid"} once the
     server listens. Raises Busy where another process writes to the store, ResourceError where the port is in use,
@@ -448,7 +449,7 @@ def serve(args: Mapping[str, Any]) -> None:
             raise DataError("nobody has a key to this store", where=path, fix=fix)
         listener = _listen(args.get("host", LOOPBACK), int(args.get("port", 8010)))
         with listener:
-            runs = [] if target is None else live.begin(store, float(target))
+            runs = [] if target is None else live.begin(store, float(target), float(args.get("most", policy.MOST)))
             desk = Desk(store, reader, args.get("votes", 1), bool(args.get("suggestions")), runs, away)
             _Server(desk, listener, args).run(sockets=[listener])
 
