@@ -505,3 +505,12 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     ):
         assert run(*words)[0] == 2, words
     assert not (tmp_path / "y.jsonl").exists()
+
+
+def test_fields_that_mean_nothing_here_are_told_of(tmp_path: Path) -> None:
+    line = {"id": "q1", "kind": "right_wrong", "content": {"question": "?", "answer": "1"}}
+    (tmp_path / "x.jsonl").write_text(json.dumps(line | {"opinion": {"judge": "right"}, "topic": "sums"}))
+    (tmp_path / "y.jsonl").write_text(json.dumps(line | {"opinions": {"judge": "right"}, "gold": None}))
+    told = commands.take(tmp_path / "labels.db", tmp_path / "x.jsonl", None, None)
+    assert told["fields not read"] == "opinion, topic"
+    assert "fields not read" not in commands.take(tmp_path / "labels.db", tmp_path / "y.jsonl", None, None)

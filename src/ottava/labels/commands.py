@@ -23,8 +23,9 @@ def take(store: Path, file: Path, form: str | None, guideline: Path | None) -> d
     with Store.write(store, create=True) as target:
         try:
             counts = exchange.load(target, content, exchange.origin(file), text)
-            return {"items": counts.items, "votes": counts.votes, "known votes": counts.known,
-                    "decisions": counts.decisions, "items in all": target.count("items")}  # fmt: skip
+            found = {"items": counts.items, "votes": counts.votes, "known votes": counts.known,
+                     "decisions": counts.decisions, "items in all": target.count("items")}  # fmt: skip
+            return found | ({"fields not read": ", ".join(content.unread)} if content.unread else {})
         except BaseException:
             # under the lock: what another process has put there meanwhile stays
             if fresh and not any(map(target.count, TABLES)):

@@ -46,11 +46,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Dump:
-    """guidelines: texts by version, which votes name; certificates: what audits proved, the newest last."""
+    """guidelines: texts by version, which votes name; certificates: what audits proved, the newest last; unread: fields
+    of items that mean nothing here."""
 
     guidelines: dict[int, str] = field(default_factory=dict)
     certificates: tuple[dict[str, Any], ...] = ()
     entries: tuple[Entry, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 class Counts(NamedTuple):
@@ -173,14 +175,16 @@ def from_lines(path: Path) -> Dump:
     guidelines: dict[int, str] = {}
     certificates: tuple[dict[str, Any], ...] = ()
     entries: list[Entry] = []
+    fields: dict[str, None] = {}
     for where, document in _lines(path):
         if isinstance(document, dict) and MARK in document:
             guidelines, certificates = parse_header(document, where)
         else:
             entries.append(from_plain(document, where))
+            fields.update(dict.fromkeys(document))
     if not entries and not guidelines:
         raise DataError("there is nothing in the file", where=path)
-    return Dump(guidelines, certificates, tuple(entries))
+    return Dump(guidelines, certificates, tuple(entries), tuple(field for field in fields if field not in _ITEM))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -215,6 +219,7 @@ def parse_header(document: dict[str, Any], where: str) -> tuple[dict[int, str], 
     return {int(key): text for key, text in guidelines.items()}, tuple(certificates)
 
 
+_ITEM = frozenset(("id", "kind", "content", "classes", "source", "gold", "opinions", "votes", "decisions"))
 _VOTE: dict[str, type | tuple[type, ...]] = {
     "uid": str, "annotator": str, "kind": str, "answer": (str, list, type(None)), "undoes": (str, type(None)),
     "at": (int, type(None)), "ms": (int, type(None)), "guideline": (int, type(None)), "blind": bool,
