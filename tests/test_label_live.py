@@ -259,11 +259,11 @@ def test_a_run_goes_on_when_somebody_comes_back_after_days(tmp_path: Path) -> No
 
 def test_people_are_kept_busy_with_what_panels_will_want(tmp_path: Path) -> None:
     """Everything that is wanted behind the present item is answered first; the run must find all that it needs."""
-    items, truth, people = world(150, 5, people=9)
+    items, truth, people = world(150, 5, people=20)
     path = filled(tmp_path / "labels.db", items, people)
     dice = random.Random(5)
     with Store.write(path) as store:
-        numbers = live.begin(store, TARGET)
+        numbers = live.begin(store, 0.03, 6.0)
         follower = answered(store, numbers, truth, people, 7, 5, "audit")
         run = follower.runs[numbers[0]]
         names = [item.id for item in run.group.items]
@@ -284,6 +284,7 @@ def test_people_are_kept_busy_with_what_panels_will_want(tmp_path: Path) -> None
         while int(run.policy.coming[0]) == head:
             answer(head)
             follower.rank()
+        assert run.done is None
         assert int(run.policy.coming[0]) not in ahead, "it waits for a vote that nobody was asked for"
         book = follower.book(run)
         judged = [place for place in ahead if run.policy._judged[place]]

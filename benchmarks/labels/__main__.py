@@ -49,7 +49,7 @@ def play(
     return truth, done
 
 
-def record(name: str, kind: Kind, seed: int, target: float, most: float) -> Record:
+def record(name: str, kind: Kind, seed: int, target: float, most: float = MOST) -> Record:
     """All that the table needs of one world."""
     moments: list[Progress] = []
     begun = time.process_time()
