@@ -161,8 +161,6 @@ def main() -> None:
     wrong: list[Any] = []
     rows = table(variants.TUNED | MORE | THIRD | FOURTH, "tuned on", asked.seed, wrong)
     rows += by_hand("by_hand.json", "tuned on, by hand", wrong)
-    if not asked.tuned:  # the unseen are run once
-        rows += by_hand("held_out.json", "held out", wrong)
     for line, match, test in wrong[: asked.show]:
         print(f"--- {line.kind}\n{line.text}\n  test: {test}\n  {match}", file=sys.stderr)
     for row in rows:
