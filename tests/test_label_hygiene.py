@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ottava.artifact import file_digest, load
 from ottava.errors import DataError, ResourceError
-from ottava.labels import clean, decontaminate, dedup, likeness, minhash, normal
+from ottava.labels import clean, decontaminate, dedup, likeness, minhash, normal, retold
 
 TESTS = [*sources.WORD_PROBLEMS, *sources.LATEX, *(sources.choice(*each) for each in sources.CHOICES)]
 
@@ -230,6 +230,60 @@ def test_other_numbers_count_where_the_words_carry_the_problem_and_only_there() 
 def test_the_nearest_test_question_is_named() -> None:
     for place, text in enumerate(TESTS):
         assert [match.test for match in found(f"Please help me!\n\n{text}", TESTS)] == [place]
+
+
+BAKER = (
+    "Every morning Delphine bakes 48 croissants. She keeps six of them for her family, gives a quarter of the rest to "
+    "the school, and sells what is left for $3 each. How much money does Delphine make each day?"
+)
+
+
+@pytest.mark.parametrize(
+    ("why", "text"),
+    [
+        ("words", "Delphine takes 48 croissants out of her oven daily. 6 stay at home with the family, 1/4 of the "
+         "remaining ones go to a school, and the others are sold at $3 apiece. What is her total daily income?"),
+        ("numbers", "Every morning Delphine bakes 90 croissants. She keeps ten of them for her family, gives a fifth "
+         "of the rest to the school, and sells what is left for $2.50 each. How much does Delphine make each day?"),
+        ("words", "Every morning Delphine bakes 48 croissants. Her oven is 12 years old and uses 3 kilowatt-hours. "
+         "She keeps six of them for her family, gives a quarter of the rest to the school, and sells what is left for "
+         "$3 each. How much money does Delphine make each day?"),
+        ("", "Every morning Delphine bakes 48 croissants. She keeps six of them for her family, gives a quarter of the "
+         "rest to the school, and sells what is left for $3 each. How many croissants does the school get?"),
+        ("", "Ottilie prints 48 posters. Five are torn, a quarter of the others hang in the school, and 2 are in each "
+         "of the remaining rooms. How many rooms are there?"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("beside", [0, 200])
+def test_a_story_that_is_told_again_is_found(why: str, text: str, beside: int) -> None:
+    """By itself, and among others, where words weigh otherwise."""
+    pytest.importorskip("reasoning_gym")
+    others = sources.generated("gsm_symbolic", beside, 77) if beside else []
+    matches = decontaminate.find(shapes(text, *others), decontaminate.tests([BAKER, *sources.WORD_PROBLEMS]))
+    assert [match.why for match in matches if match.line == 0] == [why] * bool(why)
+    assert all(match.test == 0 for match in matches if match.line == 0)
+
+
+def test_pairs_worth_a_look_against_all_pairs() -> None:
+    tests, lines = shapes(*TESTS), shapes(*sources.SAME_TOPIC, *(text[: len(text) // 2] for text in TESTS))
+    weigh = retold.weights([*lines, *tests])
+    places = list(range(0, len(tests), 2))
+    found = set(retold.pairs(lines, tests, places, weigh))
+
+    def expected(ours: likeness.Shape, theirs: likeness.Shape) -> bool:
+        mine, wanted = (sorted(filter(likeness.is_word, some.words)) for some in (ours, theirs))
+        both = sum(weigh[word] for word in mine if word in wanted)
+        either = sum(weigh[word] for word in {*mine, *wanted})
+        return both > 0 and (both >= retold.LEAST * either or both >= retold.WHOLE * sum(weigh[w] for w in wanted))
+
+    assert found == {(i, k) for i, ours in enumerate(lines) for k in places if expected(ours, tests[k])}
+    assert len(found) > len(places)
+
+
+def test_rare_words_weigh_more() -> None:
+    weigh = retold.weights(shapes(*(f"the apple of person number {k}" for k in range(50)), "the pear of ottilie"))
+    assert 0 < weigh["appl"] < weigh["pear"] == weigh["ottili"] < 1
+    assert retold.weights([]) == {}
 
 
 def test_puzzles_of_one_generator_are_told_apart() -> None:

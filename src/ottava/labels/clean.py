@@ -22,11 +22,11 @@ from typing import Any
 
 from ottava import artifact
 from ottava.errors import DataError, ResourceError, check_file, from_os_error
-from ottava.labels import decontaminate, dedup, likeness
+from ottava.labels import decontaminate, dedup, likeness, retold
 from ottava.labels.questions import writable
 from ottava.tasks.base import plain
 
-VERSION = "1"
+VERSION = "2"
 QUESTION = ("question", "problem", "prompt", "instruction", "query", "text")
 """Where a line's question is looked for, in this order; else in the user's turns of `messages`."""
 ANSWER = ("answer", "solution", "response", "completion", "output", "trace", "chosen", "rejected", "facts")
@@ -202,6 +202,7 @@ def _report(
             "formula": decontaminate.FORMULA,
             "other_numbers": decontaminate.OTHER,
             "wordy": decontaminate.WORDY,
+            "told_again": [retold.AGAIN, retold.FIRM],
         },
     }
 

@@ -4,6 +4,7 @@ A line is *contaminated* where it is a test question
 
 - in another writing: LaTeX, signs, case, white space, numbers as words, sentences or options in another order;
 - in other words, as long as the numbers are the same: names or a few words changed, courtesies around it;
+- a story told again, by its rare words and its numbers (`retold`);
 - with other numbers, where the words carry the problem: at least WORDY words, nearly all the same, and a template that
   stands alone. Where the test set has the template several times with other numbers, or the data many times, then the
   numbers *are* the problem (what is 3 + 4?), and other numbers are another problem.
@@ -20,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ottava.labels import likeness, minhash
+from ottava.labels import likeness, minhash, retold
 from ottava.labels.likeness import Shape, apart
 
 BANDS = minhash.Bands(42, 3)
@@ -139,7 +140,28 @@ def find(lines: Sequence[Shape], against: Tests) -> list[Match]:
                 if gap <= (OTHER if theirs.wordy >= WORDY else 0):
                     other[test].append((gap, line))
                     break
-    return _nearest(lines, against, same, other)
+    return _nearest(lines, against, same, other, _retold(lines, against))
+
+
+def _retold(lines: Sequence[Shape], against: Tests) -> list[Match]:
+    """Stories that are told again: of each line the nearest test question, if it is clearly nearer than the next. What
+    many lines tell with other numbers is a generator's."""
+    stories = [
+        place for place, shape in enumerate(against.shapes) if not against.generic[place] and retold.is_story(shape)
+    ]
+    weigh = retold.weights([*lines, *against.shapes])
+    stories = retold.alone(against.shapes, stories, weigh)
+    near: dict[int, list[tuple[float, int, str]]] = defaultdict(list)
+    for line, test in retold.pairs(lines, against.shapes, stories, weigh):
+        if retold.is_story(lines[line]):
+            nearness, why = retold.told(lines[line], against.shapes[test], weigh)
+            near[line].append((nearness, test, why))
+    found: dict[int, list[Match]] = defaultdict(list)
+    for line, tests in near.items():
+        (best, test, why), *others = sorted(tests, reverse=True)
+        if why and (not others or best >= retold.CLEAR * others[0][0]):
+            found[test].append(Match(line, test, "numbers" if why == "numbers" else "words", 1 / (1 + best)))
+    return [match for some in found.values() for match in some if len({lines[m.line].numbers for m in some}) < CROWD]
 
 
 def _candidates(lines: Sequence[Shape], against: Tests) -> list[tuple[int, int]]:
@@ -197,6 +219,7 @@ def _nearest(
     against: Tests,
     same: dict[int, list[tuple[float, int]]],
     other: dict[int, list[tuple[float, int]]],
+    told: Sequence[Match],
 ) -> list[Match]:
     best: dict[int, Match] = {}
 
@@ -219,6 +242,8 @@ def _nearest(
         for gap, line in near:
             if _asks_the_same(lines[line], against.shapes[test]):
                 offer(Match(line, test, "numbers", gap))
+    for match in told:
+        offer(match)
     return [best[line] for line in sorted(best)]
 
 

@@ -90,12 +90,12 @@ def _of(
         tuple(sorted(token for token in tokens if normal.is_number(token) and token != "1")),
         sum(normal.is_number(token) for token in tokens),
         words & _TURNING,
-        sum(_is_word(word) for word in words),
-        sum(_is_word(token) for token in tokens),
+        sum(is_word(word) for word in words),
+        sum(is_word(token) for token in tokens),
     )
 
 
-def _is_word(token: str) -> bool:
+def is_word(token: str) -> bool:
     return len(token) > 1 and not normal.is_number(token) and not normal.is_operator(token)
 
 
@@ -160,7 +160,7 @@ def contains(ours: Shape, theirs: Shape) -> bool:
 def asks_for(ours: Shape, theirs: Shape) -> bool:
     """Whether the line asks for what the test question asks for: one of its clauses has most of what both texts know of
     the clause that asks, and turns it the same way. Where it names another thing that both texts know, it does not."""
-    asking = [clause for clause in theirs.asks if any(_is_word(token) for token in clause)]
+    asking = [clause for clause in theirs.asks if any(is_word(token) for token in clause)]
     if not asking or not ours.clauses:
         return True
     asked = frozenset(_masked(asking[-1]))
@@ -173,11 +173,14 @@ def asks_for(ours: Shape, theirs: Shape) -> bool:
         return True
     rest = frozenset(token for clause in theirs.clauses if clause != asking[-1] for token in clause)
     switched = _words((best - asked) & rest) and _words(asked - best)
-    return best & _ASKED <= asked and asked & _MEASURES <= ours.words and not switched
+    turns = (best & _ASKED) - asked
+    if turns == {"total"} and not asked & _ASKED:  # how much he pays: the total amount that he pays
+        turns = frozenset()
+    return not turns and asked & _MEASURES <= ours.words and not switched
 
 
 def _words(tokens: frozenset[str]) -> bool:
-    return any(_is_word(token) for token in tokens - _ASKING)
+    return any(is_word(token) for token in tokens - _ASKING)
 
 
 def asks_for_another(ours: Shape, theirs: Shape) -> bool:
@@ -202,7 +205,7 @@ def says_the_same(ours: Shape, theirs: Shape) -> bool:
 
 def _asked_only(ours: Shape, theirs: Shape) -> set[str]:
     """The words of the clauses that ask which the other text does not know."""
-    return {word for clause in ours.asks for word in clause if _is_word(word)} - theirs.words - _ASKING
+    return {word for clause in ours.asks for word in clause if is_word(word)} - theirs.words - _ASKING
 
 
 def _misread(word: str, other: str) -> bool:
