@@ -280,6 +280,25 @@ def test_pairs_worth_a_look_against_all_pairs() -> None:
     assert len(found) > len(places)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "known"),
+    [
+        (("3/2", "45"), ("90", "45"), True),
+        (("1/4",), ("25",), True),
+        (("9/4", "500"), ("2250", "1/2"), True),
+        (("45th",), ("45",), True),
+        (("3", "5"), ("4", "7"), False),
+        (("0",), ("5",), False),
+    ],
+)
+def test_numbers_in_other_units(one: tuple[str, ...], other: tuple[str, ...], known: bool) -> None:
+    weigh = dict.fromkeys((*one, *other), 1.0)
+    both, share = retold._numbers(one, other, weigh)
+    assert (both > 0, share > 0) == (known, known)
+    assert retold._numbers(other, one, weigh) == (both, share)
+    assert share < retold._numbers(one, one, weigh)[1] == 1.0
+
+
 def test_rare_words_weigh_more() -> None:
     weigh = retold.weights(shapes(*(f"the apple of person number {k}" for k in range(50)), "the pear of ottilie"))
     assert 0 < weigh["appl"] < weigh["pear"] == weigh["ottili"] < 1

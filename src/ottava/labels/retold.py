@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 
 import numpy as np
 from scipy import sparse
@@ -36,7 +37,10 @@ FORMULA = 4
 """Neighbours in formulas, from which on a question is no story."""
 ALIKE, KIN = 3, 0.40
 """So many test questions that share so much of the words' weight are of one generator."""
-FEW = 1000
+CONVERTED = 0.8
+"""What a number counts that stands there in another unit: 90 minutes, an hour and a half; 25%, a quarter."""
+_UNITS = frozenset(map(Fraction, (1, 3, 7, 12, 24, 60, 100, 1000)))
+FEW = 1_000
 """Texts that are thought to be there besides, in which nothing stands: of few one cannot tell what is rare."""
 CLEAR = 1.5
 """How many times nearer one test question must be than the next."""
@@ -104,7 +108,7 @@ def told(ours: Shape, theirs: Shape, weigh: Weights) -> tuple[float, str]:
     same = asks_for(ours, theirs) and not turned(ours, theirs)
     wording = 1 - apart(_neighbours(ours), _neighbours(theirs))
     shared, share = _share(_words(ours), _words(theirs), weigh)
-    known, numbers = _share(ours.numbers, theirs.numbers, weigh)
+    known, numbers = _numbers(ours.numbers, theirs.numbers, weigh)
     near = (shared + known) * share * numbers**2
     if same and theirs.wordy >= WORDY:
         if share >= WORDS and wording >= WORDING:
@@ -126,6 +130,30 @@ def _share(ours: Iterable[str], theirs: Iterable[str], weigh: Weights) -> tuple[
     here, there = Counter(ours), Counter(theirs)
     both, either = (sum(weigh[token] * many for token, many in some.items()) for some in (here & there, here | there))
     return both, both / either if either else 0.0
+
+
+def _numbers(ours: Iterable[str], theirs: Iterable[str], weigh: Weights) -> tuple[float, float]:
+    """As `_share`, of numbers: in another unit one is nearly the same."""
+    here, there = Counter(ours), Counter(theirs)
+    both = sum(weigh[number] * many for number, many in (here & there).items())
+    all_ = sum(weigh[number] * many for some in (here, there) for number, many in some.items())
+    left = [(_value(number), weigh[number]) for number in (here - there).elements()]
+    for number in (there - here).elements():
+        value = _value(number)
+        for place, (other, weight) in enumerate(left):
+            if value and other and {value / other, other / value} & _UNITS:
+                both += CONVERTED * min(weight, weigh[number])
+                del left[place]
+                break
+    return both, both / (all_ - both) if all_ else 0.0
+
+
+def _value(number: str) -> Fraction | None:
+    """Of a number, or of which in a row it is."""
+    try:
+        return Fraction(number.rstrip("dhnrst"))
+    except ValueError:
+        return None
 
 
 def _missing(ours: Iterable[str], theirs: Iterable[str], weigh: Weights) -> float:
