@@ -120,6 +120,15 @@ def by_hand(name: str, label: str, wrong: list[Any] | None = None) -> list[dict[
     return judged([pair["question"] for pair in data["pairs"]], lines, label, wrong)
 
 
+def look_alikes(wrong: list[Any] | None = None) -> list[dict[str, Any]]:
+    """Other problems that were written to look like a test question: how many are taken for it."""
+    pairs = [json.loads(line) for line in (Path(__file__).parent / "look_alikes.jsonl").read_text().splitlines()]
+    lines = [Line(pair["text"], pair["kind"], None) for pair in pairs]
+    everything = [Line(pair["text"], "all of them", None) for pair in pairs]
+    tests = [pair["near"] for pair in pairs]
+    return judged(tests, lines, "look-alikes", wrong) + judged(tests, everything, "look-alikes")
+
+
 def judged(questions: list[str], lines: list[Line], label: str, wrong: list[Any] | None = None) -> list[dict[str, Any]]:
     """Rows for lines of which it is known whether they are test questions."""
     shapes = [likeness.shape(line.text) for line in lines]
@@ -137,6 +146,8 @@ def judged(questions: list[str], lines: list[Line], label: str, wrong: list[Any]
         rows.append(_row(f"{label}: {'found' if positive else 'taken wrongly'}: {kind}", hits[kind]))
     good = [pair for kind, positive in kinds.items() if positive for pair in hits[kind]]
     bad = [pair for kind, positive in kinds.items() if not positive for pair in hits[kind]]
+    if not good:
+        return rows
     rows.append(_row(f"{label}: recall", good))
     taken, base_taken = (sum(pair[side] for pair in good + bad) for side in (0, 1))
     right, base_right = (sum(pair[side] for pair in good) for side in (0, 1))
@@ -161,6 +172,7 @@ def main() -> None:
     wrong: list[Any] = []
     rows = table(variants.TUNED | MORE | THIRD | FOURTH, "tuned on", asked.seed, wrong)
     rows += by_hand("by_hand.json", "tuned on, by hand", wrong)
+    rows += look_alikes(wrong)
     for line, match, test in wrong[: asked.show]:
         print(f"--- {line.kind}\n{line.text}\n  test: {test}\n  {match}", file=sys.stderr)
     for row in rows:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 from fractions import Fraction
 
 import numpy as np
@@ -19,16 +20,20 @@ from scipy import sparse
 
 from ottava.labels.likeness import Shape, apart, asks_for, is_word, turned
 
-AGAIN = 0.40
-"""From this `nearness` on a story is the same one in other words."""
-FIRM = 0.8
+AGAIN, FIRM = 0.40, 0.80
+"""How near a line must come to a test question to be the same story in other words: the weight of the words and numbers
+that both have, times the share of the words', times the square of the numbers'. FIRM: where the question itself does
+not seem to be the same one."""
 LEAST = 0.10
 """The share of the words' weight below which nothing is looked at."""
-REWRITTEN = 0.40
-"""Of neighbouring words, what both share: below it the wording is another one, and so is the question's."""
-SENTENCES = 0.6
+REWRITTEN, SENTENCES = 0.40, 0.60
+"""Of neighbouring words, what both share: below it the wording is another one. Above it, so much of the weight of words
+must be shared: where sentences are left as they are and the rare words are others, a generator made both."""
+PIECE = 0.30
+"""The longest piece that is left as it was, of all words: where it is longer, the question was changed, not the
+telling."""
 WORDING, WORDS = 0.65, 0.80
-"""The same, and the share of the words' weight, from which on a story with other numbers is the same."""
+"""The share of neighbouring words, and of the words' weight, from which on a story with other numbers is the same."""
 WHOLE = 0.85
 """The share of a test question that stands in a text in which there is more."""
 WORDY = 7
@@ -110,19 +115,28 @@ def told(ours: Shape, theirs: Shape, weigh: Weights) -> tuple[float, str]:
     shared, share = _share(_words(ours), _words(theirs), weigh)
     known, numbers = _numbers(ours.numbers, theirs.numbers, weigh)
     near = (shared + known) * share * numbers**2
+    several = len(set(theirs.numbers)) > 1
     if same and theirs.wordy >= WORDY:
         if share >= WORDS and wording >= WORDING:
             return shared * share, "numbers"
-        whole = _missing(_words(ours), _words(theirs), weigh) <= (1 - WHOLE) and not _missing(
-            ours.numbers, theirs.numbers, weigh
+        missing = (
+            _missing(_words(ours), _words(theirs), weigh) > 1 - WHOLE
+            or _missing(ours.numbers, theirs.numbers, weigh) > 0
         )
-        if whole and len(ours.masked & theirs.masked) >= WHOLE * len(theirs.masked):
+        if several and not missing and len(ours.masked & theirs.masked) >= WHOLE * len(theirs.masked):
             return near, "more"
-    if len(set(theirs.numbers)) < 2 or near < (AGAIN if same else FIRM):
+    if not several or near < (AGAIN if same else FIRM):
         return near, ""
-    # where sentences are left as they are and the rare words are others, a generator made both
-    left = wording >= REWRITTEN
-    return near, "words" if (same and share >= SENTENCES) or not left else ""
+    if wording >= REWRITTEN:
+        return near, "words" if same and share >= SENTENCES else ""
+    return near, "words" if same or _rewritten(ours, theirs) else ""
+
+
+def _rewritten(ours: Shape, theirs: Shape) -> bool:
+    """Whether no longer piece of a test question stands in the line as it was."""
+    line, wanted = ours.line.split(), theirs.line.split()
+    piece = SequenceMatcher(None, line, wanted, autojunk=False).find_longest_match()
+    return piece.size < PIECE * len(wanted)
 
 
 def _share(ours: Iterable[str], theirs: Iterable[str], weigh: Weights) -> tuple[float, float]:
