@@ -360,6 +360,7 @@ def test_no_bytes_are_a_server_fault(random: Gateway, body: bytes) -> None:
 
 def test_other_paths_methods_and_types(taught: Gateway) -> None:
     async def work(client: httpx.AsyncClient) -> list[httpx.Response]:
+        await client.post(URL, json={"messages": USER, "thinking": {"type": "enabled"}})  # so that there is something
         return [
             await client.get("/v1/models"),
             await client.get("/health"),

@@ -82,7 +82,7 @@ def given_up(error: OttavaError, door: Door | None, args: Mapping[str, Any]) -> 
 
 def outlive_nobody() -> None:
     """End this process when its standard input or its parent does; the second also where it is stopped."""
-    leash.die_with_parent()
+    leash.die_with_parent(os.getppid())  # where that has ended already, standard input has too
 
     def wait() -> None:
         sys.stdin.buffer.read()

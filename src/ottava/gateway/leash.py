@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 SET_PDEATHSIG, SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -34,7 +35,7 @@ def main() -> int:
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=partial(die_with_parent, os.getpid()),
     )
     while child.poll() is None and not select.select([0], [], [], 0.1)[0]:
         pass
@@ -49,9 +50,12 @@ def adopt() -> None:
     ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def die_with_parent() -> None:
-    """Have this process killed when the thread that started it ends, though it be stopped by then."""
+def die_with_parent(parent: int) -> None:
+    """Have this process killed when the thread that started it ends, though it be stopped by then; and now, if its
+    parent has ended before that could be said."""
     ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end() -> None:
