@@ -120,13 +120,18 @@ def by_hand(name: str, label: str, wrong: list[Any] | None = None) -> list[dict[
     return judged([pair["question"] for pair in data["pairs"]], lines, label, wrong)
 
 
-def look_alikes(wrong: list[Any] | None = None) -> list[dict[str, Any]]:
-    """Other problems that were written to look like a test question: how many are taken for it."""
-    pairs = [json.loads(line) for line in (Path(__file__).parent / "look_alikes.jsonl").read_text().splitlines()]
-    lines = [Line(pair["text"], pair["kind"], None) for pair in pairs]
-    everything = [Line(pair["text"], "all of them", None) for pair in pairs]
-    tests = [pair["near"] for pair in pairs]
-    return judged(tests, lines, "look-alikes", wrong) + judged(tests, everything, "look-alikes")
+def hard(wrong: list[Any] | None = None) -> list[dict[str, Any]]:
+    """Written by hand to be hard: variants of test questions, and other problems that look like one."""
+    pairs, others = (
+        [json.loads(line) for line in (Path(__file__).parent / name).read_text().splitlines()]
+        for name in ("hard_pairs.jsonl", "look_alikes.jsonl")
+    )
+    variants = [Line(pair["variant"], pair["kind"], place) for place, pair in enumerate(pairs)]
+    rows = judged([pair["question"] for pair in pairs], variants, "hard", wrong)
+    alike = [Line(other["text"], other["kind"], None) for other in others]
+    everything = [Line(other["text"], "all look-alikes", None) for other in others]
+    tests = [other["near"] for other in others]
+    return rows + judged(tests, alike, "hard", wrong) + judged(tests, everything, "hard")
 
 
 def judged(questions: list[str], lines: list[Line], label: str, wrong: list[Any] | None = None) -> list[dict[str, Any]]:
@@ -172,7 +177,7 @@ def main() -> None:
     wrong: list[Any] = []
     rows = table(variants.TUNED | MORE | THIRD | FOURTH, "tuned on", asked.seed, wrong)
     rows += by_hand("by_hand.json", "tuned on, by hand", wrong)
-    rows += look_alikes(wrong)
+    rows += hard(wrong)
     for line, match, test in wrong[: asked.show]:
         print(f"--- {line.kind}\n{line.text}\n  test: {test}\n  {match}", file=sys.stderr)
     for row in rows:

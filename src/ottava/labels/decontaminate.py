@@ -146,9 +146,7 @@ def find(lines: Sequence[Shape], against: Tests) -> list[Match]:
 def _retold(lines: Sequence[Shape], against: Tests) -> list[Match]:
     """Stories that are told again: of each line the nearest test question, if it is clearly nearer than the next. What
     many lines tell with other numbers is a generator's."""
-    stories = [
-        place for place, shape in enumerate(against.shapes) if not against.generic[place] and retold.is_story(shape)
-    ]
+    stories = [place for place, shape in enumerate(against.shapes) if retold.is_story(shape)]
     weigh = retold.weights([*lines, *against.shapes])
     stories = retold.alone(against.shapes, stories, weigh)
     near: dict[int, list[tuple[float, int, str]]] = defaultdict(list)
@@ -159,6 +157,8 @@ def _retold(lines: Sequence[Shape], against: Tests) -> list[Match]:
     found: dict[int, list[Match]] = defaultdict(list)
     for line, tests in near.items():
         (best, test, why), *others = sorted(tests, reverse=True)
+        if why == "numbers" and against.generic[test]:
+            continue
         if why and (not others or best >= retold.CLEAR * others[0][0]):
             found[test].append(Match(line, test, "numbers" if why == "numbers" else "words", 1 / (1 + best)))
     return [match for some in found.values() for match in some if len({lines[m.line].numbers for m in some}) < CROWD]
@@ -249,6 +249,8 @@ def _nearest(
 
 def _asks_the_same(ours: Shape, theirs: Shape) -> bool:
     seen = likeness.trimmed(ours, theirs)
+    if theirs.wordy < WORDY and ours.formula == theirs.formula and likeness.says_the_same(seen, theirs):
+        return True
     if theirs.wordy < WORDY and likeness.asks_for_another(seen, theirs):
         return False
     return not likeness.turned(seen, theirs) and likeness.asks_for(seen, theirs)

@@ -48,6 +48,7 @@ _SAME = {  # small on purpose: what everybody would write for one another
     "kilometer": "km", "kilometre": "km", "metre": "meter", "centimeter": "cm",
     "centimetre": "cm", "kilogram": "kg", "gram": "g", "hr": "hour", "hrs": "hour", "mins": "minute", "secs": "second",
     "kms": "km", "kgs": "kg", "min": "minute", "sec": "second", "litre": "liter", "initially": "begin",
+    "det": "determinant", "lim": "limit",
 }  # fmt: skip
 
 

@@ -75,6 +75,10 @@ _LATEX: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [  # order matt
     (r"\\(?:neg|lnot)" + _END, "¬"),
     (r"\\(?:emptyset|varnothing)" + _END, " emptyset "),
     (r"\\infty" + _END, " infinity "),
+    (r"\\[lr]angle" + _END + "|[⟨⟩]", " "),
+    (r"\b(sum|prod|lim|log|int|max|min)_", r"\1 "),
+    (r"\bC\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)", r" binom \1 \2 "),
+    (r"\b(\w+) choose (\w+)\b", r" binom \1 \2 "),
     (r"\\var(epsilon|phi|theta|rho|sigma)" + _END, r" \1 "),
     (r"\\degree" + _END, " degrees "),
 ]  # fmt: skip
@@ -90,7 +94,9 @@ _SPOKEN = [
 ]
 _RULES = [(re.compile(pattern), new) for pattern, new in [*_LATEX, *_SPOKEN]]
 _LAST = [(re.compile(pattern), new) for pattern, new in _NAMES]
-_MARKED = re.compile(r"[\\√∛^_{]|squared|cubed|square root|over|most|least|than")  # what a rule begins with
+_MARKED = re.compile(
+    r"[\\√∛^_{⟨]|squared|cubed|square root|over|most|least|than|choose|C *\("
+)  # what a rule begins with
 _DEEP = 8  # braces inside braces
 
 _SIGNS = str.maketrans({
